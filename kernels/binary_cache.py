@@ -1,0 +1,103 @@
+"""
+Compiled kernels on disk, so that a second process starts without compiling.
+
+A file holds the digest of the rest, one line of JSON and the cubin. Its name is the digest of what made it:
+the sources of this package, the kernel's key and options, the architecture, and the versions of the
+compilers. ``LYCORIS_CACHE_DIR`` moves the folder; set to the empty string it turns the cache off.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+import tempfile
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from kernels.target import Binary, ComputeCapability, Kernel
+
+
+def folder() -> Path | None:
+    """The cache folder, or None where it is turned off or cannot be written."""
+    setting = os.environ.get("LYCORIS_CACHE_DIR")
+    if setting == "":
+        return None
+    if setting:
+        root = Path(setting).absolute()
+    else:
+        root = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "lycoris"
+        if not root.is_absolute():
+            return None
+    existing = root
+    while not os.path.exists(existing):
+        existing = existing.parent
+    return root if existing.is_dir() and os.access(existing, os.W_OK | os.X_OK) else None
+
+
+@functools.cache
+def _sources_digest() -> str:
+    digest = hashlib.sha256()
+    package = Path(__file__).parent
+    for path in sorted(package.rglob("*.py")):
+        digest.update(str(path.relative_to(package)).encode() + b"\0" + path.read_bytes())
+    for name in ("numba", "numba-cuda", "llvmlite", "numpy", "cuda-core", "cuda-bindings"):
+        digest.update(f"{name}=={metadata.version(name)}".encode())
+    from cuda.bindings import nvjitlink, nvvm
+
+    digest.update(repr((nvjitlink.version(), nvvm.version())).encode())
+    return digest.hexdigest()
+
+
+def _file_name(kernel: Kernel, cc: ComputeCapability) -> str:
+    identity = (_sources_digest(), kernel.key, str(kernel.parameters), kernel.threads, kernel.min_blocks,
+                kernel.max_registers, cc)  # fmt: skip
+    return hashlib.sha256(repr(identity).encode()).hexdigest() + ".kernel"
+
+
+def _read(path: Path) -> Binary | None:
+    """The cached binary; None if the file is absent or is not what was written."""
+    from kernels.target import Binary
+
+    if not path.is_file():
+        return None
+    digest, _, content = path.read_bytes().partition(b"\n")
+    if digest != _digest(content):
+        return None
+    head, _, cubin = content.partition(b"\n")
+    header = json.loads(head)
+    return Binary(cubin, header["entry"], header["log"])
+
+
+def _write(path: Path, kernel: Kernel, binary: Binary) -> None:
+    """Store a binary; the file appears whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    header = json.dumps({"entry": binary.entry, "log": binary.log, "key": kernel.key})
+    content = header.encode() + b"\n" + binary.cubin
+    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
+    try:
+        with os.fdopen(handle, "wb") as stream:
+            stream.write(_digest(content) + b"\n" + content)
+        os.replace(temporary, path)
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+
+
+def _digest(content: bytes) -> bytes:
+    return hashlib.sha256(content).hexdigest().encode()
+
+
+def load_or_compile(kernel: Kernel, cc: ComputeCapability) -> Binary:
+    """The kernel's machine code for ``cc``, from the cache if it is there, else compiled and stored."""
+    root = folder()
+    if root is None:
+        return kernel.compile(cc)
+    path = root / _file_name(kernel, cc)
+    binary = _read(path)
+    if binary is None:
+        binary = kernel.compile(cc)
+        _write(path, kernel, binary)
+    return binary

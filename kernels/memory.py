@@ -1,0 +1,138 @@
+"""
+Global and shared memory: 4- and 16-byte accesses, asynchronous copies, addresses kept in tables.
+
+Every primitive takes (pointer or shared array, element index); indices count the pointer's own elements, and
+the address must be a multiple of the access size.
+"""
+
+from __future__ import annotations
+
+import ctypes
+
+import numpy as np
+
+from kernels.ptx import GLOBAL, SHARED, instruction
+from kernels.simulator import current_thread
+from kernels.target import SIMULATOR, f32p, i32p, i64p, types, u16p
+
+_WORD = 4
+
+
+def _words(array, index, count):
+    """A view of `count` 32-bit words at an element index, refused where misaligned or out of range."""
+    start = int(index)
+    elements = count * _WORD // array.itemsize
+    if start < 0 or start + elements > len(array):
+        raise IndexError(f"elements {start}..{start + elements} of an array of {len(array)}")
+    if (array.ctypes.data + start * array.itemsize) % (count * _WORD):
+        raise IndexError(f"element {start} is not aligned to {count * _WORD} bytes")
+    return array[start : start + elements].view(np.uint32)
+
+
+def _load128(pointer, index):
+    return tuple(_words(pointer, index, 4))
+
+
+def _store128(pointer, index, a, b, c, d):
+    _words(pointer, index, 4)[:] = (a, b, c, d)
+
+
+def _load32(pointer, index):
+    return _words(pointer, index, 1)[0]
+
+
+def _store32(pointer, index, a):
+    _words(pointer, index, 1)[0] = a
+
+
+load128_stream = instruction(
+    "ld.global.L1::no_allocate.L2::128B.v4.u32 {$0,$1,$2,$3}, [$4];", (GLOBAL,), "rrrr", twin=_load128
+)
+load128 = instruction("ld.global.nc.v4.u32 {$0,$1,$2,$3}, [$4];", (GLOBAL,), "rrrr", twin=_load128)
+store128_stream = instruction("st.global.cs.v4.b32 [$0], {$1,$2,$3,$4};", (GLOBAL, *"rrrr"), twin=_store128)
+load32 = instruction("ld.global.nc.b32 $0, [$1];", (GLOBAL,), "r", twin=_load32)
+store32 = instruction("st.global.b32 [$0], $1;", (GLOBAL, "r"), twin=_store32)
+shared_load128 = instruction("ld.shared.v4.u32 {$0,$1,$2,$3}, [$4];", (SHARED,), "rrrr", twin=_load128)
+shared_store128 = instruction("st.shared.v4.b32 [$0], {$1,$2,$3,$4};", (SHARED, *"rrrr"), twin=_store128)
+shared_store32 = instruction("st.shared.b32 [$0], $1;", (SHARED, "r"), twin=_store32)
+
+
+def _copy_async16(shared, index, pointer, source):
+    current_thread().copies.append((_words(shared, index, 4), _words(pointer, source, 4)))
+
+
+def _copy_async_commit():
+    return None
+
+
+def _copy_async_wait_all():
+    copies = current_thread().copies
+    for destination, source in copies:
+        destination[:] = source
+    copies.clear()
+
+
+copy_async16 = instruction(
+    "cp.async.cg.shared.global.L2::128B [$0], [$1], 16;", (SHARED, GLOBAL), twin=_copy_async16
+)
+copy_async_commit = instruction("cp.async.commit_group;", "", twin=_copy_async_commit)
+copy_async_wait_all = instruction("cp.async.wait_all;", "", twin=_copy_async_wait_all)
+
+
+_FAR = 1 << 62
+
+
+class _Unbounded:
+    """A flat array at a host address, of unknown length, as a pointer read from a table is."""
+
+    __slots__ = ("address", "dtype", "itemsize")
+
+    def __init__(self, address: int, dtype: np.dtype) -> None:
+        self.address, self.dtype, self.itemsize = int(address), dtype, dtype.itemsize
+
+    def _view(self, start: int, count: int) -> np.ndarray:
+        raw = (ctypes.c_uint8 * (count * self.itemsize)).from_address(self.address + start * self.itemsize)
+        return np.frombuffer(raw, self.dtype)
+
+    def __len__(self) -> int:
+        return _FAR
+
+    def __getitem__(self, key):
+        if isinstance(key, slice):
+            return self._view(key.start, key.stop - key.start)
+        return self._view(int(key), 1)[0]
+
+    def __setitem__(self, index, value) -> None:
+        self._view(int(index), 1)[0] = value
+
+    @property
+    def ctypes(self):
+        return _Address(self.address)
+
+
+class _Address:
+    __slots__ = ("data",)
+
+    def __init__(self, data: int) -> None:
+        self.data = data
+
+
+def _pointer_at(pointer_type, dtype):
+    """A primitive that makes a typed pointer of a 64-bit address."""
+    if SIMULATOR:
+        return lambda address: _Unbounded(address, np.dtype(dtype))
+    from numba.cuda.extending import intrinsic
+
+    def typing(_context, _address):
+        def generate(context, builder, signature, arguments):
+            return builder.inttoptr(arguments[0], context.get_value_type(pointer_type))
+
+        return pointer_type(types.int64), generate
+
+    return intrinsic(typing)
+
+
+u16_at = _pointer_at(u16p, np.uint16)
+f32_at = _pointer_at(f32p, np.float32)
+i32_at = _pointer_at(i32p, np.int32)
+i64_at = _pointer_at(i64p, np.int64)

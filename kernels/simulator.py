@@ -1,0 +1,173 @@
+"""
+What stands in for a GPU: blocks of greenlets, warp operations, and shared memory that starts as NaN.
+
+Numba's own simulator runs each CUDA thread as an operating-system thread and polls barriers; here each is a
+greenlet, switched only where it waits. That is deterministic and some sixty times faster where there are
+barriers.
+
+It is stricter than hardware, so that what passes here is defined there. Refused with an error: a barrier that
+some threads of a block cannot reach, threads of one warp that meet at different barriers or warp operations,
+and warp operations in a warp of fewer than 32 threads. A thread that has returned counts as arrived at block
+barriers. Shared and local memory start as NaN, and a shared array's address is a multiple of the alignment
+asked for (its element's size where none is) and of nothing larger.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import sys
+from collections.abc import Callable, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+from greenlet import getcurrent, greenlet
+from numba.cuda import types
+from numba.cuda.np import numpy_support
+
+WARP = 32
+# Blocks along x, y and z, and threads in a block, that a GPU takes.
+_LIMITS = (2**31 - 1, 65535, 65535, 1024)
+
+
+class _Thread(greenlet):
+    """One CUDA thread; `waiting` is None, "block" or "warp", and `site` the instruction it waits at."""
+
+    def __init__(self, run: Callable, block: _Block, index: int) -> None:
+        super().__init__(run)
+        self.gr_context = contextvars.copy_context()
+        self.block = block
+        self.thread_id = index
+        self.waiting: str | None = None
+        self.site: tuple | None = None
+        self.value: Any = None
+        self.result: Any = None
+        self.copies: list[tuple[np.ndarray, np.ndarray]] = []
+
+    def wait(self, scope: str, value: Any) -> Any:
+        """Stop until the block or the warp has gathered; `site` is where the primitive was called."""
+        frame = sys._getframe(3)
+        self.waiting, self.site, self.value = scope, (frame.f_code, frame.f_lasti, frame.f_lineno), value
+        self.parent.switch()
+        return self.result
+
+
+class _Block:
+    def __init__(self, name: str, run: Callable, index: tuple, threads: int, shared_bytes: int) -> None:
+        self.name, self.index, self.shared_bytes = name, index, shared_bytes
+        self.threads = [_Thread(run, self, i) for i in range(threads)]
+        self.shared: dict[tuple, np.ndarray] = {}
+
+    def run(self) -> None:
+        live = self.threads
+        while live:
+            for thread in live:
+                if thread.waiting is None:
+                    thread.switch()
+            live = [thread for thread in live if not thread.dead]
+            gathered = self._complete_warps(live)
+            if live and not gathered:
+                self._complete_block(live)
+
+    def _complete_warps(self, live: list[_Thread]) -> bool:
+        """Deal the results of the warp operations that all 32 lanes have reached."""
+        gathered = False
+        for warp in sorted({thread.thread_id // WARP for thread in live if thread.waiting == "warp"}):
+            lanes = self.threads[warp * WARP : (warp + 1) * WARP]
+            if len(lanes) < WARP:
+                raise RuntimeError(f"{self}: a warp operation in a warp of {len(lanes)} threads, wanted 32")
+            if all(lane.waiting == "warp" and not lane.dead for lane in lanes):
+                self._refuse_divergence(lanes)
+                combine = lanes[0].value[0]
+                for lane, result in zip(lanes, combine([lane.value[1] for lane in lanes]), strict=True):
+                    lane.result, lane.waiting = result, None
+                gathered = True
+        return gathered
+
+    def _complete_block(self, live: list[_Thread]) -> None:
+        """Deal the result of the barrier that all live threads have reached; anything else is a deadlock."""
+        stuck = [thread.thread_id for thread in live if thread.waiting == "warp"]
+        if stuck:
+            raise RuntimeError(
+                f"{self}: deadlock: threads {stuck} wait at a warp operation for lanes that have returned "
+                f"or wait at a block barrier"
+            )
+        for first in range(0, len(self.threads), WARP):
+            self._refuse_divergence([t for t in self.threads[first : first + WARP] if not t.dead])
+        combine = live[0].value[0]
+        result = combine([thread.value[1] for thread in live])
+        for thread in live:
+            thread.result, thread.waiting = result, None
+
+    def _refuse_divergence(self, lanes: list[_Thread]) -> None:
+        sites = {lane.site for lane in lanes}
+        if len(sites) > 1:
+            where = ", ".join(sorted(f"{code.co_qualname} line {line}" for code, _, line in sites))
+            raise RuntimeError(f"{self}: threads of one warp wait at different instructions: {where}")
+
+    def __str__(self) -> str:
+        return f"{self.name} block {self.index}"
+
+
+def current_thread() -> _Thread:
+    """The CUDA thread that is running: `thread_id`, `block.index`, `copies` not yet waited for."""
+    return getcurrent()
+
+
+def collective(combine: Callable[[Sequence[Any]], Sequence[Any]], value: Any) -> Any:
+    """A warp operation: give this lane's `value`, take its element of `combine(values of all lanes)`."""
+    return current_thread().wait("warp", (combine, value))
+
+
+def block_collective(combine: Callable[[Sequence[Any]], Any], value: Any) -> Any:
+    """A block barrier that gives every thread `combine(values of all threads that have not returned)`."""
+    return current_thread().wait("block", (combine, value))
+
+
+def _poisoned(nbytes: int, alignment: int) -> np.ndarray:
+    """Bytes of NaN at an address that is a multiple of `alignment` but not of twice that."""
+    raw = np.full(nbytes + 3 * alignment, 0xFF, np.uint8)
+    start = (alignment - raw.ctypes.data) % (2 * alignment)
+    return raw[start : start + nbytes]
+
+
+def _shared_array(shape: int | tuple[int, ...], dtype: Any, alignment: int | None = None) -> np.ndarray:
+    """One array per block and allocation site; the launch's dynamic bytes where the shape is 0."""
+    dtype = _as_dtype(dtype)
+    block, alignment = current_thread().block, alignment or dtype.itemsize
+    frame = sys._getframe(1)
+    site = (frame.f_code, frame.f_lasti, shape, dtype) if shape != 0 else ("dynamic", alignment)
+    found = block.shared.get(site)
+    if found is None:
+        if shape == 0 and any(other[0] == "dynamic" for other in block.shared):
+            raise RuntimeError(f"{block}: dynamic shared arrays are one memory: give all the same alignment")
+        nbytes = int(np.prod(shape)) * dtype.itemsize if shape != 0 else block.shared_bytes
+        found = block.shared[site] = _poisoned(nbytes, alignment)
+    if shape == 0:
+        return found[: len(found) // dtype.itemsize * dtype.itemsize].view(dtype)
+    return found.view(dtype).reshape(shape)
+
+
+def _local_array(shape: int | tuple[int, ...], dtype: Any, alignment: int | None = None) -> np.ndarray:
+    dtype = _as_dtype(dtype)
+    return np.full(int(np.prod(shape)) * dtype.itemsize, 0xFF, np.uint8).view(dtype).reshape(shape)
+
+
+# All that a kernel here takes from Numba's module itself; everything else is a primitive with a twin.
+cuda = SimpleNamespace(shared=SimpleNamespace(array=_shared_array), local=SimpleNamespace(array=_local_array))
+
+
+def _as_dtype(dtype: Any) -> np.dtype:
+    return np.dtype(numpy_support.as_dtype(dtype) if isinstance(dtype, types.Type) else dtype)
+
+
+def launch(
+    function: Callable, grid: tuple[int, int, int], threads: int, shared_bytes: int, arguments: tuple
+) -> None:
+    """Run a kernel function over `grid` blocks of `threads` threads, one block after the other."""
+    name = function.__qualname__
+    if any(not 1 <= extent <= limit for extent, limit in zip((*grid, threads), _LIMITS, strict=True)):
+        raise ValueError(f"{name}: grid {grid} of {threads} threads, wanted 1 to {_LIMITS}")
+    with np.errstate(over="ignore", invalid="ignore", divide="ignore", under="ignore"):
+        for z, y, x in np.ndindex(*reversed(grid)):
+            _Block(name, lambda: function(*arguments), (x, y, z), threads, shared_bytes).run()

@@ -1,0 +1,156 @@
+"""
+Sources of a weight delta, evaluated at one element: the mathematics of the adapters in fp32.
+
+Coordinates are native: output row ``o`` of O and flat input column ``j`` of J = I * taps, as checkpoint files lay
+them out. A source is a pair of its parameter types and ``value(p, o, j, w)``, where ``w`` is the base's element;
+its scale is the last parameter.
+
+    low_rank    scale * sum_k left[o, k] right[k, j]
+    hadamard    scale * (sum_k a[o, k] b[k, j]) * (sum_k c[o, k] d[k, j])
+    kronecker   scale * w1[o // c, j // e] * w2[o % c, j % e]
+    dense       scale * diff[o, j]
+    channel     scale * m[o or j // taps] * w
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import numpy as np
+
+from kernels.elements import ELEMENTS
+from kernels.target import device, f32, i64, types
+
+Source = tuple
+
+
+def _factor_types(left: str, right: str) -> tuple:
+    return (ELEMENTS[left].pointer, ELEMENTS[right].pointer, i64, i64, i64, i64)
+
+
+@functools.cache
+def _dot(left: str, right: str, at: int) -> Callable:
+    """sum_k left[o * row_stride + k * rank_stride] * right[k * J + j], parameters starting at ``at``."""
+    load_left, load_right = ELEMENTS[left].load, ELEMENTS[right].load
+    # Numba indexes a mixed tuple only with constants, and takes captured integers, not sums of them, as such.
+    i_left, i_right, i_rank, i_row, i_step, i_next = range(at, at + 6)
+
+    @device
+    def dot(p, o, j):
+        total = np.float32(0)
+        left_at = o * p[i_row]
+        right_at = j
+        for _ in range(p[i_rank]):
+            total += load_left(p[i_left], left_at) * load_right(p[i_right], right_at)
+            left_at += p[i_step]
+            right_at += p[i_next]
+        return total
+
+    return dot
+
+
+def _low_rank(left: str, right: str) -> tuple[tuple, Callable]:
+    dot = _dot(left, right, 0)
+
+    @device
+    def value(p, o, j, w):
+        return p[6] * dot(p, o, j)
+
+    return (*_factor_types(left, right), f32), value
+
+
+def _hadamard(a: str, b: str, c: str, d: str) -> tuple[tuple, Callable]:
+    first, second = _dot(a, b, 0), _dot(c, d, 6)
+
+    @device
+    def value(p, o, j, w):
+        return p[12] * (first(p, o, j) * second(p, o, j))
+
+    return (*_factor_types(a, b), *_factor_types(c, d), f32), value
+
+
+def _kronecker(w1: str, w2: str) -> tuple[tuple, Callable]:
+    """Parameters: w1 [a, b], w2 [c, e], b, c, e, scale."""
+    load1, load2 = ELEMENTS[w1].load, ELEMENTS[w2].load
+
+    @device
+    def value(p, o, j, w):
+        row = o // p[3]
+        column = j // p[4]
+        small = load1(p[0], row * p[2] + column)
+        return (p[5] * small) * load2(p[1], (o - row * p[3]) * p[4] + (j - column * p[4]))
+
+    return (ELEMENTS[w1].pointer, ELEMENTS[w2].pointer, i64, i64, i64, f32), value
+
+
+def _dense(kind: str) -> tuple[tuple, Callable]:
+    """Parameters: diff [O, J], J, scale."""
+    load = ELEMENTS[kind].load
+
+    @device
+    def value(p, o, j, w):
+        return p[2] * load(p[0], o * p[1] + j)
+
+    return (ELEMENTS[kind].pointer, i64, f32), value
+
+
+def _channel(kind: str, axis: str) -> tuple[tuple, Callable]:
+    """Parameters: m [O] or [I], taps, scale."""
+    load = ELEMENTS[kind].load
+    if axis == "out":
+
+        @device
+        def value(p, o, j, w):
+            return (p[2] * load(p[0], o)) * w
+
+    else:
+
+        @device
+        def value(p, o, j, w):
+            return (p[2] * load(p[0], j // p[1])) * w
+
+    return (ELEMENTS[kind].pointer, i64, f32), value
+
+
+_MAKERS = {
+    "low_rank": _low_rank,
+    "hadamard": _hadamard,
+    "kronecker": _kronecker,
+    "dense": _dense,
+    "channel": _channel,
+}
+
+
+@functools.cache
+def point_source(source: Source) -> tuple[types.Tuple, Callable]:
+    """(parameter tuple type, value function) of a source given as (name, kinds...)."""
+    parameters, value = _MAKERS[source[0]](*source[1:])
+    return types.Tuple(parameters), value
+
+
+def source_parameters(source: Source) -> types.Tuple:
+    """The parameter tuple type of a source; the same for every kernel that evaluates it."""
+    return point_source(source)[0]
+
+
+@functools.cache
+def summed(sources: tuple[Source, ...]) -> Callable:
+    """``total(p, o, j, w)``: the sum over the sources, in their order."""
+
+    @device
+    def zero(p, o, j, w):
+        return np.float32(0)
+
+    total = zero
+    for position, source in enumerate(sources):
+        total = _plus(total, point_source(source)[1], position)
+    return total
+
+
+def _plus(rest: Callable, value: Callable, position: int) -> Callable:
+    @device
+    def total(p, o, j, w):
+        return rest(p, o, j, w) + value(p[position], o, j, w)
+
+    return total

@@ -1,0 +1,264 @@
+"""
+Devices, streams and memory: cuda.core on a GPU, NumPy arrays under Numba's simulator.
+
+device = Device.open("auto")
+stream = device.stream()
+weights = device.upload(array)                 # DeviceBuffer
+ref = weights.tensor(ElementKind.BF16, (3072, 3072))
+back = device.download(weights, np.float32, (3072, 3072))
+"""
+
+from __future__ import annotations
+
+import functools
+from importlib import metadata
+from typing import Any
+
+import numpy as np
+
+from kernels.target import SIMULATOR
+from plans.core.errors import Unsupported
+from plans.core.precision import ElementKind
+from plans.core.tensor import TensorMut, contiguous_strides
+
+ALIGNMENT = 256
+
+
+class DeviceBuffer:
+    """Bytes on a device, aligned to 256. Freed when closed or collected, in stream order."""
+
+    __slots__ = ("_memory", "address", "device", "nbytes")
+
+    def __init__(self, device: Device, memory: Any, address: int, nbytes: int) -> None:
+        self.device, self._memory, self.address, self.nbytes = device, memory, address, nbytes
+
+    def pointer(self, dtype: np.dtype | type = np.uint8, byte_offset: int = 0) -> Any:
+        """The buffer as a kernel argument: an address, or in the simulator a flat array of ``dtype``."""
+        if not SIMULATOR:
+            return self.address + byte_offset
+        tail = self._memory[byte_offset : self.nbytes]
+        size = np.dtype(dtype).itemsize
+        return tail[: len(tail) // size * size].view(dtype)
+
+    def tensor(self, element: ElementKind, shape: tuple[int, ...], byte_offset: int = 0) -> TensorMut:
+        """A contiguous view of ``shape`` at ``byte_offset``."""
+        return TensorMut(
+            self.pointer(element.storage, byte_offset),
+            tuple(shape),
+            contiguous_strides(tuple(shape)),
+            element,
+            max(0, self.nbytes - byte_offset) // element.itemsize,
+            self.device.ordinal,
+            self,
+        )
+
+    def close(self, stream: Any = None) -> None:
+        """Give the memory back, after the work already on ``stream``."""
+        if not SIMULATOR and self._memory is not None:
+            self._memory.close(stream)
+        self._memory = None
+
+
+class HostBuffer:
+    """Page-locked host memory; ``array`` is its bytes."""
+
+    __slots__ = ("_memory", "array")
+
+    def __init__(self, memory: Any, array: np.ndarray) -> None:
+        self._memory, self.array = memory, array
+
+    def close(self) -> None:
+        """Give the memory back; nothing may be in flight."""
+        self.array = None
+        if self._memory is not None:
+            self._memory.close()
+            self._memory = None
+
+
+def _check(status: Any) -> None:
+    if int(status) != 0:
+        raise Unsupported(f"the CUDA driver answered {status!r}")
+
+
+class Device:
+    """One GPU, or the simulator. Open it with :meth:`open`."""
+
+    def __init__(self, ordinal: int) -> None:
+        self.ordinal = ordinal
+        self.is_simulator = SIMULATOR
+        if SIMULATOR:
+            self.name, self.arch, self._core = "Numba CUDA simulator", (8, 0), None
+        else:
+            from cuda.core import Device as CoreDevice
+
+            self._core = CoreDevice(ordinal)
+            self._core.set_current()
+            self.name, self.arch = self._core.name, tuple(self._core.compute_capability)
+
+    @staticmethod
+    def open(which: str = "auto") -> Device:
+        """
+        ``auto``: the first GPU, or the simulator where there is none; ``cuda:N``; ``simulator``.
+
+        Raises :class:`Unsupported` where the device is not there, saying what is.
+        """
+        return _open(which)
+
+    @property
+    def multiprocessors(self) -> int:
+        """How many streaming multiprocessors the device has."""
+        return 4 if SIMULATOR else self._core.properties.multiprocessor_count
+
+    @property
+    def total_memory(self) -> int:
+        """Device memory in bytes."""
+        if SIMULATOR:
+            import os
+
+            return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        from cuda.bindings import driver
+
+        status, total = driver.cuDeviceTotalMem(self.ordinal)
+        _check(status)
+        return total
+
+    def make_current(self) -> None:
+        """Bind the device to the calling thread."""
+        if not SIMULATOR:
+            self._core.set_current()
+
+    def stream(self) -> Any:
+        """A new stream; None in the simulator, where everything is done when the call returns."""
+        return None if SIMULATOR else self._core.create_stream()
+
+    def allocate(self, nbytes: int, stream: Any = None) -> DeviceBuffer:
+        """Memory from the stream-ordered pool, with undefined contents."""
+        if SIMULATOR:
+            raw = np.empty(nbytes + ALIGNMENT, np.uint8)
+            start = -raw.ctypes.data % ALIGNMENT
+            memory = raw[start : start + nbytes]
+            return DeviceBuffer(self, memory, memory.ctypes.data, nbytes)
+        memory = self._core.allocate(max(nbytes, 1), stream=stream or self._core.default_stream)
+        return DeviceBuffer(self, memory, int(memory.handle), nbytes)
+
+    def pinned(self, nbytes: int) -> HostBuffer:
+        """Page-locked host memory for asynchronous copies."""
+        if SIMULATOR:
+            return HostBuffer(None, np.empty(nbytes, np.uint8))
+        from cuda.core import LegacyPinnedMemoryResource
+
+        memory = LegacyPinnedMemoryResource().allocate(nbytes)
+        import ctypes
+
+        raw = (ctypes.c_uint8 * nbytes).from_address(int(memory.handle))
+        return HostBuffer(memory, np.frombuffer(raw, np.uint8))
+
+    def copy_in(self, target: DeviceBuffer, offset: int, source: np.ndarray, stream: Any) -> None:
+        """Host to device, asynchronously where ``source`` is page-locked; ``source`` is contiguous."""
+        if SIMULATOR:
+            target._memory[offset : offset + source.nbytes] = source.reshape(-1).view(np.uint8)
+            return
+        from cuda.bindings import driver
+
+        (status,) = driver.cuMemcpyHtoDAsync(
+            target.address + offset, source.ctypes.data, source.nbytes, int(stream.handle)
+        )
+        _check(status)
+
+    def copy_out(self, target: np.ndarray, source: DeviceBuffer, offset: int, stream: Any) -> None:
+        """Device to host, asynchronously where ``target`` is page-locked; ``target`` is contiguous."""
+        if SIMULATOR:
+            target.reshape(-1).view(np.uint8)[:] = source._memory[offset : offset + target.nbytes]
+            return
+        from cuda.bindings import driver
+
+        (status,) = driver.cuMemcpyDtoHAsync(
+            target.ctypes.data, source.address + offset, target.nbytes, int(stream.handle)
+        )
+        _check(status)
+
+    def fill(self, target: DeviceBuffer, byte: int, stream: Any) -> None:
+        """Set every byte."""
+        if SIMULATOR:
+            target._memory[:] = byte
+            return
+        from cuda.bindings import driver
+
+        (status,) = driver.cuMemsetD8Async(target.address, byte, target.nbytes, int(stream.handle))
+        _check(status)
+
+    def synchronize(self, stream: Any) -> None:
+        """Wait for a stream."""
+        if not SIMULATOR:
+            stream.sync()
+
+    def upload(self, array: np.ndarray, stream: Any = None) -> DeviceBuffer:
+        """A new buffer with the array's bytes; returns when they are there."""
+        array = np.ascontiguousarray(array)
+        stream = stream or self._own_stream
+        buffer = self.allocate(array.nbytes, stream)
+        if array.nbytes:
+            self.copy_in(
+                buffer, 0, array.view(np.uint8) if array.ndim else array.reshape(1).view(np.uint8), stream
+            )
+            self.synchronize(stream)
+        return buffer
+
+    def download(
+        self, buffer: DeviceBuffer, dtype: np.dtype | type, shape: tuple[int, ...], stream: Any = None
+    ) -> np.ndarray:
+        """The buffer's contents as a new array; returns when the work before it on ``stream`` is done."""
+        stream = stream or self._own_stream
+        array = np.empty(shape, dtype)
+        if array.nbytes:
+            self.copy_out(array.reshape(-1).view(np.uint8), buffer, 0, stream)
+            self.synchronize(stream)
+        return array
+
+    @functools.cached_property
+    def _own_stream(self) -> Any:
+        return self.stream()
+
+
+@functools.cache
+def _open(which: str) -> Device:
+    if which == "auto":
+        return Device(0)
+    if which == "simulator":
+        if SIMULATOR:
+            return Device(0)
+        raise Unsupported(
+            "device simulator: this process runs on a GPU; set NUMBA_ENABLE_CUDASIM=1 before it starts"
+        )
+    kind, _, number = which.partition(":")
+    if kind != "cuda" or not number.isdigit():
+        raise Unsupported(f"device {which!r}: wanted auto, cuda:N or simulator")
+    if SIMULATOR:
+        raise Unsupported(f"device {which}: no NVIDIA driver with a GPU was found; use auto or simulator")
+    from cuda.core import Device as CoreDevice
+
+    found = len(CoreDevice.get_all_devices())
+    if int(number) >= found:
+        raise Unsupported(f"device {which}: this machine has {found} GPU(s), numbered from cuda:0")
+    return Device(int(number))
+
+
+def describe() -> dict[str, Any]:
+    """The device, its driver, and the versions of the libraries, for ``lycoris info``."""
+    device = Device.open("auto")
+    names = ("numba", "numba-cuda", "cuda-core", "cuda-bindings", "numpy", "ml_dtypes", "safetensors")
+    found: dict[str, Any] = {
+        "device": device.name,
+        "simulator": device.is_simulator,
+        "compute_capability": ".".join(map(str, device.arch)),
+        "memory_bytes": device.total_memory,
+        "libraries": {name: metadata.version(name) for name in names},
+    }
+    if not device.is_simulator:
+        from cuda.bindings import driver
+
+        status, version = driver.cuDriverGetVersion()
+        _check(status)
+        found["driver"] = f"CUDA {version // 1000}.{version % 1000 // 10}"
+        found["multiprocessors"] = device.multiprocessors
+    return found

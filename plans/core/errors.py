@@ -1,0 +1,48 @@
+"""What a plan refuses, and why: every message names the operand, what was found and what was wanted."""
+
+from __future__ import annotations
+
+
+class PlanError(Exception):
+    """A plan could not be selected, or its arguments do not fit it. Nothing was launched."""
+
+
+class Unsupported(PlanError):
+    """The problem is well formed, but nothing here computes it."""
+
+
+class InvalidProblem(PlanError):
+    """A descriptor or an operand contradicts itself or the plan: a shape, a kind, a device, an overlap."""
+
+
+class MisalignedOperand(PlanError):
+    """An operand's address is not a multiple of what the plan's kernel needs."""
+
+
+class BufferTooSmall(PlanError):
+    """An operand's buffer ends before its shape does."""
+
+    def __init__(self, operand: str, needed: int, got: int) -> None:
+        super().__init__(
+            f"{operand}: the buffer holds {got} elements, wanted {needed}: pass the whole tensor"
+        )
+        self.needed, self.got = needed, got
+
+
+class WorkspaceTooSmall(PlanError):
+    """The workspace is smaller than ``plan.workspace_size()``."""
+
+    def __init__(self, plan: str, needed: int, got: int) -> None:
+        super().__init__(
+            f"{plan}: workspace of {got} bytes, wanted {needed}: allocate plan.workspace_size() bytes"
+        )
+        self.needed, self.got = needed, got
+
+
+class NoSku(PlanError):
+    """No SKU accepts the descriptor on this device under this preference; the message lists every refusal."""
+
+    def __init__(self, plan: str, descriptor: object, refusals: dict[str, str]) -> None:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in refusals.items())
+        super().__init__(f"{plan}: no SKU for {descriptor} ({reasons})")
+        self.refusals = refusals
