@@ -72,9 +72,7 @@ def _copy_async_wait_all():
     copies.clear()
 
 
-copy_async16 = instruction(
-    "cp.async.cg.shared.global.L2::128B [$0], [$1], 16;", (SHARED, GLOBAL), twin=_copy_async16
-)
+copy_async16 = instruction("cp.async.cg.shared.global.L2::128B [$0], [$1], 16;", (SHARED, GLOBAL), twin=_copy_async16)
 copy_async_commit = instruction("cp.async.commit_group;", "", twin=_copy_async_commit)
 copy_async_wait_all = instruction("cp.async.wait_all;", "", twin=_copy_async_wait_all)
 

@@ -88,9 +88,7 @@ def _code_generator(template: str, takes: tuple[str, ...], gives: str, pure: boo
         values, constraints, i = [], [f"={kind}" for kind in gives], 0
         for kind in takes:
             if kind in (GLOBAL, SHARED):
-                values.append(
-                    address(context, builder, kind, signature.args[i], arguments[i], arguments[i + 1])
-                )
+                values.append(address(context, builder, kind, signature.args[i], arguments[i], arguments[i + 1]))
                 constraints.append("l" if kind == GLOBAL else "r")
                 i += 2
             else:

@@ -161,9 +161,7 @@ def _as_dtype(dtype: Any) -> np.dtype:
     return np.dtype(numpy_support.as_dtype(dtype) if isinstance(dtype, types.Type) else dtype)
 
 
-def launch(
-    function: Callable, grid: tuple[int, int, int], threads: int, shared_bytes: int, arguments: tuple
-) -> None:
+def launch(function: Callable, grid: tuple[int, int, int], threads: int, shared_bytes: int, arguments: tuple) -> None:
     """Run a kernel function over `grid` blocks of `threads` threads, one block after the other."""
     name = function.__qualname__
     if any(not 1 <= extent <= limit for extent, limit in zip((*grid, threads), _LIMITS, strict=True)):

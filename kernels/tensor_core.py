@@ -20,9 +20,7 @@ _G, _T = _LANE >> 2, _LANE & 3
 
 def _rows_of_matrices(lanes):
     """Four 8x8 matrices of 16-bit values; lanes 8j..8j+7 give the addresses of matrix j's rows."""
-    return [
-        np.stack([_words(a, o, 4).view(np.uint16) for a, o in lanes[8 * j : 8 * j + 8]]) for j in range(4)
-    ]
+    return [np.stack([_words(a, o, 4).view(np.uint16) for a, o in lanes[8 * j : 8 * j + 8]]) for j in range(4)]
 
 
 def _deal(matrices):
@@ -82,7 +80,9 @@ def _mma(to_f32):
     return mma
 
 
-_MMA = "mma.sync.aligned.m16n8k16.row.col.f32.{0}.{0}.f32 {{$0,$1,$2,$3}},{{$4,$5,$6,$7}},{{$8,$9}},{{$10,$11,$12,$13}};"
+_MMA = (
+    "mma.sync.aligned.m16n8k16.row.col.f32.{0}.{0}.f32 {{$0,$1,$2,$3}},{{$4,$5,$6,$7}},{{$8,$9}},{{$10,$11,$12,$13}};"
+)
 
 mma_bf16 = instruction(_MMA.format("bf16"), "rrrrrrffff", "ffff", twin=_mma(_bf16_f32), pure=True)
 mma_f16 = instruction(_MMA.format("f16"), "rrrrrrffff", "ffff", twin=_mma(_f16_f32), pure=True)

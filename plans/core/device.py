@@ -198,9 +198,7 @@ class Device:
         stream = stream or self._own_stream
         buffer = self.allocate(array.nbytes, stream)
         if array.nbytes:
-            self.copy_in(
-                buffer, 0, array.view(np.uint8) if array.ndim else array.reshape(1).view(np.uint8), stream
-            )
+            self.copy_in(buffer, 0, array.view(np.uint8) if array.ndim else array.reshape(1).view(np.uint8), stream)
             self.synchronize(stream)
         return buffer
 
@@ -227,9 +225,7 @@ def _open(which: str) -> Device:
     if which == "simulator":
         if SIMULATOR:
             return Device(0)
-        raise Unsupported(
-            "device simulator: this process runs on a GPU; set NUMBA_ENABLE_CUDASIM=1 before it starts"
-        )
+        raise Unsupported("device simulator: this process runs on a GPU; set NUMBA_ENABLE_CUDASIM=1 before it starts")
     kind, _, number = which.partition(":")
     if kind != "cuda" or not number.isdigit():
         raise Unsupported(f"device {which!r}: wanted auto, cuda:N or simulator")

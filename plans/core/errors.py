@@ -23,9 +23,7 @@ class BufferTooSmall(PlanError):
     """An operand's buffer ends before its shape does."""
 
     def __init__(self, operand: str, needed: int, got: int) -> None:
-        super().__init__(
-            f"{operand}: the buffer holds {got} elements, wanted {needed}: pass the whole tensor"
-        )
+        super().__init__(f"{operand}: the buffer holds {got} elements, wanted {needed}: pass the whole tensor")
         self.needed, self.got = needed, got
 
 
@@ -33,9 +31,7 @@ class WorkspaceTooSmall(PlanError):
     """The workspace is smaller than ``plan.workspace_size()``."""
 
     def __init__(self, plan: str, needed: int, got: int) -> None:
-        super().__init__(
-            f"{plan}: workspace of {got} bytes, wanted {needed}: allocate plan.workspace_size() bytes"
-        )
+        super().__init__(f"{plan}: workspace of {got} bytes, wanted {needed}: allocate plan.workspace_size() bytes")
         self.needed, self.got = needed, got
 
 

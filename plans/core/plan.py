@@ -220,34 +220,24 @@ def check_operands(
     for operand, tensor in zip(operands, tensors, strict=True):
         where = f"{plan}: operand {operand.name}"
         if tensor is None:
-            raise InvalidProblem(
-                f"{where} is missing; wanted {operand.element.value} of shape {operand.shape}"
-            )
+            raise InvalidProblem(f"{where} is missing; wanted {operand.element.value} of shape {operand.shape}")
         if not isinstance(tensor, TensorRef):
             raise InvalidProblem(f"{where} is a {type(tensor).__name__}; wanted a TensorRef")
         if tensor.element is not operand.element:
-            raise InvalidProblem(
-                f"{where} holds {tensor.element.value}, wanted {operand.element.value}; cast it first"
-            )
+            raise InvalidProblem(f"{where} holds {tensor.element.value}, wanted {operand.element.value}; cast it first")
         if tensor.shape != operand.shape:
             raise InvalidProblem(f"{where} has shape {tensor.shape}, wanted {operand.shape}")
         if not tensor.contiguous:
             raise InvalidProblem(f"{where} has strides {tensor.stride}; wanted it contiguous, copy it first")
         if tensor.device != device.ordinal:
-            raise InvalidProblem(
-                f"{where} is on device {tensor.device}, the plan is for device {device.ordinal}"
-            )
+            raise InvalidProblem(f"{where} is on device {tensor.device}, the plan is for device {device.ordinal}")
         if tensor.available < tensor.count:
             raise BufferTooSmall(f"{plan}: {operand.name}", tensor.count, tensor.available)
         if operand.writes and not isinstance(tensor, TensorMut):
-            raise InvalidProblem(
-                f"{where} is written, but a read-only TensorRef was given; wanted a TensorMut"
-            )
+            raise InvalidProblem(f"{where} is written, but a read-only TensorRef was given; wanted a TensorMut")
         wanted = max(operand.alignment, alignment, operand.element.itemsize)
         if tensor.count and tensor.address % wanted:
-            raise MisalignedOperand(
-                f"{where} lies at address {tensor.address:#x}, wanted a multiple of {wanted} bytes"
-            )
+            raise MisalignedOperand(f"{where} lies at address {tensor.address:#x}, wanted a multiple of {wanted} bytes")
 
 
 _cache: dict[Hashable, Plan] = {}

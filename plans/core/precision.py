@@ -84,9 +84,7 @@ class PrecisionGuarantee:
         """The largest error before the final rounding, for float64 magnitudes."""
         return self.rounding_units * 2.0**-24 * magnitude
 
-    def accepts(
-        self, found: np.ndarray, exact: np.ndarray, magnitude: np.ndarray, kind: ElementKind
-    ) -> np.ndarray:
+    def accepts(self, found: np.ndarray, exact: np.ndarray, magnitude: np.ndarray, kind: ElementKind) -> np.ndarray:
         """Which elements keep the promise; ``found`` has the kind's values, the others are float64."""
         reach = self.bound(magnitude)
         low, high = (round_to(exact - reach, kind), round_to(exact + reach, kind))

@@ -50,9 +50,7 @@ class TensorRef:
     def contiguous(self) -> bool:
         """Whether the elements lie in row-major order without gaps."""
         wanted = contiguous_strides(self.shape)
-        return all(
-            s == w or extent == 1 for s, w, extent in zip(self.stride, wanted, self.shape, strict=True)
-        )
+        return all(s == w or extent == 1 for s, w, extent in zip(self.stride, wanted, self.shape, strict=True))
 
 
 @dataclass(frozen=True, slots=True, eq=False)

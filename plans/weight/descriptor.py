@@ -70,19 +70,13 @@ class WeightDescriptor:
         if not self.sources:
             raise InvalidProblem("weight: no sources given, wanted at least one")
         if (self.base is None) != (self.sink is Sink.DELTA):
-            raise InvalidProblem(
-                f"weight: sink {self.sink.value} with base {self.base}: only a delta has no base"
-            )
+            raise InvalidProblem(f"weight: sink {self.sink.value} with base {self.base}: only a delta has no base")
         if self.is_dora != (self.magnitude is not None):
-            raise InvalidProblem(
-                f"weight: sink {self.sink.value} with magnitude {self.magnitude}: DoRA alone has one"
-            )
+            raise InvalidProblem(f"weight: sink {self.sink.value} with magnitude {self.magnitude}: DoRA alone has one")
         if self.base is None and any(isinstance(s, ChannelScale) for s in self.sources):
             raise InvalidProblem("weight: a channel scale multiplies the base, so it has no delta of its own")
         if self.base is not None and self.base is not self.out:
-            raise InvalidProblem(
-                f"weight: base is {self.base.value}, out {self.out.value}; wanted the same kind"
-            )
+            raise InvalidProblem(f"weight: base is {self.base.value}, out {self.out.value}; wanted the same kind")
         self.operands()
 
     @property
@@ -157,12 +151,8 @@ class WeightDescriptor:
         w = None if base is None else self._to_matrix(np.asarray(base, np.float64))
         shape = (self.out_features, self.in_features * self.taps)
         delta, size = np.zeros(shape), np.zeros(shape)
-        for source, operands, given, scale in zip(
-            self.sources, self.source_operands, factors, scales, strict=True
-        ):
-            arrays = [
-                np.asarray(f, np.float64).reshape(o.shape) for o, f in zip(operands, given, strict=True)
-            ]
+        for source, operands, given, scale in zip(self.sources, self.source_operands, factors, scales, strict=True):
+            arrays = [np.asarray(f, np.float64).reshape(o.shape) for o, f in zip(operands, given, strict=True)]
             args = (self.out_features, self.in_features, self.taps)
             factor = w if isinstance(source, ChannelScale) else 1.0
             delta += scale * source.exact(arrays, *args) * factor

@@ -72,9 +72,7 @@ class PortableProgram:
     def __init__(self, descriptor: WeightDescriptor, device: Device) -> None:
         self.descriptor, self.device = descriptor, device
         self.resolved = resolve(descriptor)
-        self.contractions = [
-            (i, item, *prepare(item)) for i, r in enumerate(self.resolved) for item in r.contractions
-        ]
+        self.contractions = [(i, item, *prepare(item)) for i, r in enumerate(self.resolved) for item in r.contractions]
         sources = tuple(r.kernel for r in self.resolved)
         axis, layout = _AXIS.get(descriptor.sink), descriptor.layout.value
         base = None if descriptor.base is None else descriptor.base.value

@@ -99,13 +99,9 @@ class _Builder:
             numbers = (source.b, source.c, source.d * taps)
             return self._done(("kronecker", w1.kind.value, w2.kind.value), ((w1, w2),), (numbers,))
         if isinstance(source, Dense):
-            return self._done(
-                ("dense", source.element.value), ((Factor(source.element, 0),),), ((channels * taps,),)
-            )
+            return self._done(("dense", source.element.value), ((Factor(source.element, 0),),), ((channels * taps,),))
         assert isinstance(source, ChannelScale)
-        return self._done(
-            ("channel", source.element.value, source.axis), ((Factor(source.element, 0),),), ((taps,),)
-        )
+        return self._done(("channel", source.element.value, source.axis), ((Factor(source.element, 0),),), ((taps,),))
 
     def _done(self, kernel: tuple, factors: tuple, numbers: tuple) -> Resolved:
         return Resolved(kernel, factors, numbers, tuple(self.contractions), self.offset)
@@ -135,9 +131,7 @@ class _Builder:
     ) -> Factor:  # fmt: skip
         target = self.offset
         self.offset += -(-rows * columns * taps * 4 // ALIGN) * ALIGN
-        position = (
-            right if isinstance(right, int) else right.operand if right.operand >= 0 else ~right.workspace
-        )
+        position = right if isinstance(right, int) else right.operand if right.operand >= 0 else ~right.workspace
         self.contractions.append(
             Contraction(
                 core,
@@ -161,9 +155,7 @@ def prepare(item: Contraction) -> tuple[Callable, int]:
     return contract(*item.kinds).launcher((max(1, -(-elements // THREADS)), 1, 1)), elements
 
 
-def contraction_arguments(
-    item: Contraction, elements: int, operands: Sequence[TensorRef], workspace: Any
-) -> tuple:
+def contraction_arguments(item: Contraction, elements: int, operands: Sequence[TensorRef], workspace: Any) -> tuple:
     """Flat kernel arguments; a negative ``right`` is a place in the workspace."""
     if item.right >= 0:
         right = operands[item.right].data

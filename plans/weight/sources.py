@@ -175,9 +175,7 @@ class ChannelScale:
 Source = LowRank | Hadamard | Kronecker | Dense | ChannelScale
 
 
-def _half(
-    prefix: str, half: ElementKind | LowRank, rows: int, channels: int, taps: int
-) -> tuple[Operand, ...]:
+def _half(prefix: str, half: ElementKind | LowRank, rows: int, channels: int, taps: int) -> tuple[Operand, ...]:
     if isinstance(half, ElementKind):
         return (Operand(prefix, half, (rows, channels * taps)),)
     return half.operands(prefix, rows, channels, taps)
