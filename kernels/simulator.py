@@ -9,7 +9,8 @@ It is stricter than hardware, so that what passes here is defined there. Refused
 some threads of a block cannot reach, threads of one warp that meet at different barriers or warp operations,
 and warp operations in a warp of fewer than 32 threads. A thread that has returned counts as arrived at block
 barriers. Shared and local memory start as NaN, and a shared array's address is a multiple of the alignment
-asked for (its element's size where none is) and of nothing larger.
+asked for (its element's size where none is) and of nothing larger. Every other block runs its threads backwards,
+so that a missing barrier shows in one order if not in the other.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ class _Block:
         self.shared: dict[tuple, np.ndarray] = {}
 
     def run(self) -> None:
-        live = self.threads
+        live = self.threads[:: -1 if sum(self.index) % 2 else 1]
         while live:
             for thread in live:
                 if thread.waiting is None:
@@ -94,7 +95,9 @@ class _Block:
             )
         for first in range(0, len(self.threads), WARP):
             self._refuse_divergence([t for t in self.threads[first : first + WARP] if not t.dead])
-        combine = live[0].value[0]
+        combine, *others = {thread.value[0] for thread in live}
+        if others:
+            raise RuntimeError(f"{self}: some warps wait at a barrier, others at a vote")
         result = combine([thread.value[1] for thread in live])
         for thread in live:
             thread.result, thread.waiting = result, None

@@ -75,8 +75,6 @@ class WeightDescriptor:
             raise InvalidProblem(f"weight: sink {self.sink.value} with magnitude {self.magnitude}: DoRA alone has one")
         if self.base is None and any(isinstance(s, ChannelScale) for s in self.sources):
             raise InvalidProblem("weight: a channel scale multiplies the base, so it has no delta of its own")
-        if self.base is not None and self.base is not self.out:
-            raise InvalidProblem(f"weight: base is {self.base.value}, out {self.out.value}; wanted the same kind")
         self.operands()
 
     @property

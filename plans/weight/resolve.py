@@ -7,6 +7,7 @@ factors, so that the weight kernels know five simple sources.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -62,11 +63,16 @@ class Resolved:
     workspace: int
 
 
-def resolve(descriptor: WeightDescriptor) -> list[Resolved]:
-    """Resolve every source; workspace offsets do not overlap."""
+@functools.cache
+def resolve(descriptor: WeightDescriptor, fused_second_half: bool = False) -> list[Resolved]:
+    """Resolve every source; workspace offsets do not overlap.
+
+    With ``fused_second_half`` a factored w2 of a Kronecker product stays two factors, for the kernel to multiply;
+    kinds and factors then name w1, ("full", kind) or ("low_rank", kinds...), and numbers are those of w2's product.
+    """
     found, offset = [], 0
     for source in descriptor.sources:
-        builder = _Builder(offset, descriptor)
+        builder = _Builder(offset, descriptor, fused_second_half)
         resolved = builder.resolve(source)
         offset = resolved.workspace
         found.append(resolved)
@@ -76,8 +82,8 @@ def resolve(descriptor: WeightDescriptor) -> list[Resolved]:
 class _Builder:
     """Resolves one source; keeps the workspace offset and the contractions on the way."""
 
-    def __init__(self, offset: int, descriptor: WeightDescriptor) -> None:
-        self.offset, self.contractions = offset, []
+    def __init__(self, offset: int, descriptor: WeightDescriptor, fused_second_half: bool) -> None:
+        self.offset, self.contractions, self.fused_second_half = offset, [], fused_second_half
         self.shape = (descriptor.out_features, descriptor.in_features, descriptor.taps)
 
     def resolve(self, source: Source) -> Resolved:
@@ -95,6 +101,8 @@ class _Builder:
         if isinstance(source, Kronecker):
             w1 = self._half(source.w1, 0, source.a, source.b, 1)
             at = 1 if isinstance(source.w1, ElementKind) else 2 if source.w1.core is None else 3
+            if self.fused_second_half:
+                return self._fused(source, w1, at, taps)
             w2 = self._half(source.w2, at, source.c, source.d, taps)
             numbers = (source.b, source.c, source.d * taps)
             return self._done(("kronecker", w1.kind.value, w2.kind.value), ((w1, w2),), (numbers,))
@@ -102,6 +110,14 @@ class _Builder:
             return self._done(("dense", source.element.value), ((Factor(source.element, 0),),), ((channels * taps,),))
         assert isinstance(source, ChannelScale)
         return self._done(("channel", source.element.value, source.axis), ((Factor(source.element, 0),),), ((taps,),))
+
+    def _fused(self, source: Kronecker, w1: Factor, at: int, taps: int) -> Resolved:
+        if isinstance(source.w2, ElementKind):
+            second = ("full", source.w2.value)
+            return self._done(("kronecker", w1.kind.value, second), ((w1, Factor(source.w2, at)),), ((),))
+        factors, (rank, row_stride, rank_stride, _) = self._product(source.w2, at, source.c, source.d, taps)
+        second = ("low_rank", *(f.kind.value for f in factors))
+        return self._done(("kronecker", w1.kind.value, second), ((w1, *factors),), ((rank, row_stride, rank_stride),))
 
     def _done(self, kernel: tuple, factors: tuple, numbers: tuple) -> Resolved:
         return Resolved(kernel, factors, numbers, tuple(self.contractions), self.offset)

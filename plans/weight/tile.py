@@ -1,0 +1,146 @@
+"""The tensor-core SKU of the weight family: tiles of any sum of sources, bf16 and fp16 mma.sync, 16-byte accesses."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import numpy as np
+
+from kernels import low_rank_tile, weight_tile
+from kernels.elements import ELEMENTS
+from kernels.target import SIMULATOR
+from plans.core.device import Device
+from plans.core.plan import Sku
+from plans.core.precision import ElementKind, MathPrecision, PrecisionGuarantee
+from plans.core.sku import ArchSku, BackendKind
+from plans.core.workspace import Workspace
+from plans.weight.descriptor import Sink, WeightArgs, WeightDescriptor, WeightLayout
+from plans.weight.program import Launches, WeightProgram, prepared_bytes
+from plans.weight.resolve import ALIGN, Resolved, resolve
+
+WARPS = 1 if SIMULATOR else 8
+MAX_GROUPS = 1 if SIMULATOR else 4
+MAX_SHARED_BYTES = 160 * 1024
+REGISTER_WORDS = 56
+_PRODUCTS = {"low_rank": 1, "hadamard": 2}
+
+
+def tile_source(resolved: Resolved) -> tuple:
+    """The tile kernel's name of a source: its kinds and, for each product, the number of 16-rank steps."""
+    if resolved.kernel[0] not in _PRODUCTS:
+        return resolved.kernel
+    return (*resolved.kernel, *(_steps(numbers[0]) for numbers in resolved.numbers))
+
+
+def _steps(rank: int) -> int:
+    """Steps of 16; above eight a power of two, so that few kernels serve all ranks."""
+    steps = max(1, -(-rank // low_rank_tile.STEP))
+    return steps if steps <= 8 else 1 << (steps - 1).bit_length()
+
+
+@functools.cache
+def tile_sources(descriptor: WeightDescriptor) -> tuple[tuple, ...]:
+    """All sources' names in the tile kernel."""
+    return tuple(tile_source(r) for r in resolve(descriptor))
+
+
+def groups_of(descriptor: WeightDescriptor) -> int:
+    """Groups of 32 columns in a tile: as many as registers and shared memory allow; 0 if not even one fits."""
+    sources = tile_sources(descriptor)
+    held = sum(words for source in sources for _, words in weight_tile._areas(source, 1))
+    base_words = ELEMENTS[descriptor.base.value].words if descriptor.base else 0
+    groups = MAX_GROUPS
+    while groups > 1 and 2 * groups * base_words + held > REGISTER_WORDS:
+        groups //= 2
+    while groups and weight_tile.shared_bytes(sources, groups) > MAX_SHARED_BYTES:
+        groups //= 2
+    return groups
+
+
+def refuses(descriptor: WeightDescriptor) -> str:
+    """Why the tile kernel cannot compute a descriptor, or ""."""
+    rows, columns = descriptor.matrix
+    if descriptor.layout is not WeightLayout.CHECKPOINT:
+        return "wants checkpoint layout [out, in, *kernel]"
+    if descriptor.sink is Sink.DORA_COLUMN:
+        return "DoRA by input channel is computed by the portable SKU"
+    if columns % 8:
+        return f"wants in_features * kernel to be a multiple of 8 (16-byte accesses), found {columns}"
+    if max(rows, columns) >= 1 << 31:
+        return f"wants fewer than 2**31 rows and columns, found {rows} x {columns}"
+    for resolved in resolve(descriptor):
+        if resolved.kernel[0] == "kronecker" and resolved.numbers[0][2] % 8:
+            return f"wants rows of w2 in multiples of 8 elements, found {resolved.numbers[0][2]}"
+    if groups_of(descriptor) == 0:
+        return f"the ranks need more than {MAX_SHARED_BYTES} bytes of shared memory"
+    return ""
+
+
+def tensor_core_guarantee(descriptor: WeightDescriptor) -> PrecisionGuarantee:
+    """Exact products of parts, summed by the tensor core."""
+    depth = sum(source.depth for source in descriptor.sources)
+    return PrecisionGuarantee(
+        math_precision=MathPrecision.BF16_TENSOR_CORE,
+        accumulator=ElementKind.F32,
+        deterministic=True,
+        bit_stable_on_same_hardware=True,
+        rounding_units=2.0 * depth + 10.0 * len(descriptor.sources) + (48.0 if descriptor.is_dora else 2.0),
+        derivation="the tensor core truncates each aligned term at fp32's last place (2 units a term); parts left "
+        "out of fp32 factors are below 2**-24 (2), scaling, combination and addition 8; DoRA's norm sums 32 squares "
+        "a lane, 4 lanes and the tiles (half of 64), division and products 16",
+    )
+
+
+class TileProgram(WeightProgram):
+    """One launch over the weight; two for DoRA, the first leaving sums of squares of each row's tiles."""
+
+    def __init__(self, descriptor: WeightDescriptor, device: Device) -> None:
+        super().__init__(descriptor, device)
+        groups, sources = groups_of(descriptor), tile_sources(descriptor)
+        rows, columns = descriptor.matrix
+        self.tiles = max(1, -(-columns // (32 * groups)))
+        grid = (self.tiles, max(1, -(-rows // (16 * WARPS))), 1)
+        base = None if descriptor.base is None else descriptor.base.value
+        out, check = descriptor.out.value, descriptor.check_finite
+        self.norm = None
+        sink = "merge"
+        if descriptor.is_dora:
+            sink = f"dora {descriptor.magnitude.value}"
+            self.norm = weight_tile.weight_tile(base, out, sources, "norm", False, WARPS, groups).launcher(grid)
+        self.merge = weight_tile.weight_tile(base, out, sources, sink, check, WARPS, groups).launcher(grid)
+
+    def weight_launches(self, args: WeightArgs, workspace: Workspace) -> Launches:
+        """The norm pass, if any, and the merge."""
+        rows, columns = self.descriptor.matrix
+        flat = self.flat_sources(args, workspace)
+        head = ((args.base or args.out).data, args.out.data, rows, columns, self.flag(args), *flat)
+        if self.norm is None:
+            return [(self.merge, head)]
+        sink: tuple[Any, ...] = (self.tiles, np.float32(args.strength))
+        partials = self.scratch(workspace)
+        return [
+            (self.norm, (*head, partials, args.out.data, *sink)),
+            (self.merge, (*head, partials, args.magnitude.data, *sink)),
+        ]
+
+
+def workspace_bytes(descriptor: WeightDescriptor) -> int:
+    """Contracted factors, then DoRA's sums of squares, one a row and tile."""
+    if not descriptor.is_dora:
+        return prepared_bytes(descriptor)
+    rows, columns = descriptor.matrix
+    tiles = -(-columns // (32 * groups_of(descriptor)))
+    return -(-prepared_bytes(descriptor) // ALIGN) * ALIGN + 4 * rows * tiles
+
+
+MMA = Sku(
+    name="mma",
+    backend=BackendKind.MMA,
+    arch=ArchSku.SM80,
+    refuses=refuses,
+    guarantee=tensor_core_guarantee,
+    build=TileProgram,
+    workspace=workspace_bytes,
+    alignment=16,
+)
