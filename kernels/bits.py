@@ -92,3 +92,14 @@ def bits_f32(u):
 def not_finite(x):
     """Whether an fp32 value is an infinity or NaN."""
     return (np.float32(x).view(np.uint32) & np.uint32(0x7F800000)) == np.uint32(0x7F800000)
+
+
+def _largest(a, b):
+    size = np.abs(np.float32(b))
+    return np.float32(np.nan) if np.isnan(a) or np.isnan(size) else max(np.float32(a), size)
+
+
+# The running largest |b|, NaN once there was one: one instruction an element.
+largest = instruction(
+    "{ .reg .f32 size; abs.f32 size, $2; max.NaN.f32 $0, $1, size; }", "ff", "f", twin=_largest, pure=True
+)

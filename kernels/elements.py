@@ -7,6 +7,8 @@ access of a 16-bit kind and two of fp32, and must be aligned to 16 bytes.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import numpy as np
@@ -17,7 +19,7 @@ from kernels.target import device, f32p, u16p
 KINDS = ("bf16", "f16", "f32")
 
 
-def _sixteen_bit(to_f32, from_f32, low, high, pack) -> SimpleNamespace:
+def _sixteen_bit(to_f32, from_f32, low, high, pack, overflow: float) -> SimpleNamespace:
     @device
     def load(pointer, index):
         return to_f32(pointer[index])
@@ -65,7 +67,7 @@ def _sixteen_bit(to_f32, from_f32, low, high, pack) -> SimpleNamespace:
 
     return SimpleNamespace(
         pointer=u16p, words=4, load=load, store=store, fetch8=fetch8, fetch8_cached=fetch8_cached,
-        unpack8=unpack8, store8=store8, rounded=rounded,
+        unpack8=unpack8, store8=store8, rounded=rounded, overflow=np.float32(overflow),
     )  # fmt: skip
 
 
@@ -119,12 +121,38 @@ def _thirty_two_bit() -> SimpleNamespace:
 
     return SimpleNamespace(
         pointer=f32p, words=8, load=load, store=store, fetch8=fetch8, fetch8_cached=fetch8_cached,
-        unpack8=unpack8, store8=store8, rounded=rounded,
+        unpack8=unpack8, store8=store8, rounded=rounded, overflow=np.float32(np.inf),
     )  # fmt: skip
 
 
+# Half a unit in the last place above the largest finite value: from there on rounding gives infinity.
+_BF16_OVERFLOW, _F16_OVERFLOW = np.uint32(0x7F7F8000).view(np.float32), 65520.0
+
 ELEMENTS = {
-    "bf16": _sixteen_bit(bits.bf16_to_f32, bits.f32_to_bf16, bits.low_bf16, bits.high_bf16, bits.pack_bf16),
-    "f16": _sixteen_bit(bits.f16_to_f32, bits.f32_to_f16, bits.low_f16, bits.high_f16, bits.pack_f16),
+    "bf16": _sixteen_bit(
+        bits.bf16_to_f32, bits.f32_to_bf16, bits.low_bf16, bits.high_bf16, bits.pack_bf16, _BF16_OVERFLOW
+    ),
+    "f16": _sixteen_bit(
+        bits.f16_to_f32, bits.f32_to_f16, bits.low_f16, bits.high_f16, bits.pack_f16, _F16_OVERFLOW
+    ),
     "f32": _thirty_two_bit(),
 }
+
+
+@functools.cache
+def finite_check(kind: str) -> Callable:
+    """``check(values, at, w, from_w, flag)`` for eight results: raise the flag where one is not finite as ``kind``,
+    though its base is. One instruction an element until then."""
+    overflow, rounded = ELEMENTS[kind].overflow, ELEMENTS[kind].rounded
+
+    @device
+    def check(values, at, w, from_w, flag):
+        size = np.float32(0)
+        for i in range(8):
+            size = bits.largest(size, values[at + i])
+        if not (size < overflow):
+            for i in range(8):
+                if bits.not_finite(rounded(values[at + i])) and not bits.not_finite(w[from_w + i]):
+                    flag[0] = np.int32(1)
+
+    return check

@@ -13,8 +13,7 @@ from collections.abc import Callable
 import numpy as np
 
 from kernels import warp
-from kernels.bits import not_finite
-from kernels.elements import ELEMENTS
+from kernels.elements import ELEMENTS, finite_check
 from kernels.parameters import flat_length, table_reader
 from kernels.target import SIMULATOR, cuda, device, f32, i32p, i64, i64p, kernel_factory, types
 
@@ -66,62 +65,77 @@ def _second_half(second: tuple) -> tuple[tuple, Callable]:
 
 
 @functools.cache
-def _body(base, out, first, second, check) -> tuple[tuple, Callable]:
+def _body(base, out, first, second, check, ragged) -> tuple[tuple, Callable]:
     has_base = base is not None
     base_element, out_element = ELEMENTS[base or out], ELEMENTS[out]
     fetch8, unpack8, base_words = base_element.fetch8, base_element.unpack8, base_element.words
-    store8, rounded, load1 = out_element.store8, out_element.rounded, ELEMENTS[first].load
+    store8, check_finite, load1 = out_element.store8, finite_check(out), ELEMENTS[first].load
     second_types, second_run = _second_half(second)
     raw_words, values_held = UNROLL * RUNS * base_words, 8 * RUNS
 
     @device
+    def run_of(first_run, all_runs, r):
+        flat = np.uint32(first_run + np.uint32(r * THREADS))
+        if ragged:
+            flat = min(flat, np.uint32(all_runs - np.uint32(1)))
+        return np.uint32(flat)
+
+    @device
+    def fetch_batch(base_pointer, raw, at, block, last_block, stride):
+        for u in range(UNROLL):
+            inside = block + u
+            if ragged:
+                inside = min(inside, last_block - np.int64(1))
+            offset = inside * stride
+            for r in range(RUNS):
+                fetch8(base_pointer, at[r] + offset, raw, (u * RUNS + r) * base_words)
+
+    @device
     def body(tile, block_row, chunk, base_pointer, out_pointer, w1, blocks, chunk_blocks, height, runs, scale, flag, p):
-        """``blocks`` are b, ``height`` c, ``runs`` e / 8; ``chunk_blocks`` of the b blocks are this block's."""
+        """``blocks`` are b, ``height`` c, ``runs`` e / 8; ``chunk_blocks`` of the b blocks are this block's.
+
+        Where they do not come out even, runs beyond w2 and blocks beyond the chunk read the last one inside, and
+        their stores are left out.
+        """
         values = cuda.local.array(values_held, np.float32)
         raw = cuda.local.array(raw_words, np.uint32)
         result = cuda.local.array(8, np.float32)
         w = cuda.local.array(8, np.float32)
         at = cuda.local.array(RUNS, np.int64)
-        first_block = chunk * chunk_blocks
-        last_block = min(first_block + chunk_blocks, blocks)
+        first_run = np.uint32(np.uint32(tile) * np.uint32(RUNS_IN_TILE) + warp.thread_index())
+        all_runs = np.uint32(np.uint32(height) * np.uint32(runs))
+        block = chunk * chunk_blocks
+        last_block = min(block + chunk_blocks, blocks)
         stride = runs * np.int64(8)
         for r in range(RUNS):
-            flat = np.uint32(tile) * np.uint32(RUNS_IN_TILE) + np.uint32(r * THREADS) + warp.thread_index()
-            i = np.int64(np.uint32(flat) // np.uint32(runs))
-            run = np.int64(np.uint32(flat)) - i * runs
-            at[r] = np.int64(-1)
-            for x in range(8):
-                values[8 * r + x] = np.float32(0)
-            if i < height:
-                at[r] = ((block_row * height + i) * blocks * runs + run) * np.int64(8)
-                second_run(p, i, run, runs, values, 8 * r)
-        block = first_block
+            flat = run_of(first_run, all_runs, r)
+            i = np.uint32(flat // np.uint32(runs))
+            in_row = np.int64(np.uint32(flat - i * np.uint32(runs)))
+            at[r] = ((block_row * height + np.int64(i)) * blocks * runs + in_row) * np.int64(8)
+        if has_base:
+            fetch_batch(base_pointer, raw, at, block, last_block, stride)
+        for r in range(RUNS):
+            flat = run_of(first_run, all_runs, r)
+            i = np.uint32(flat // np.uint32(runs))
+            second_run(p, np.int64(i), np.int64(np.uint32(flat - i * np.uint32(runs))), runs, values, 8 * r)
         while block < last_block:
-            if has_base:
-                for u in range(UNROLL):
-                    for r in range(RUNS):
-                        if at[r] >= 0 and block + u < last_block:
-                            fetch8(base_pointer, at[r] + (block + u) * stride, raw, (u * RUNS + r) * base_words)
             for u in range(UNROLL):
-                if block + u < last_block:
+                if not ragged or block + u < last_block:
                     weight = scale * load1(w1, block_row * blocks + block + u)
+                    offset = (block + u) * stride
                     for r in range(RUNS):
-                        if at[r] >= 0:
-                            for x in range(8):
-                                w[x] = np.float32(0)
-                            if has_base:
-                                unpack8(raw, (u * RUNS + r) * base_words, w, 0)
-                            for x in range(8):
-                                result[x] = w[x] + weight * values[8 * r + x]
+                        if has_base:
+                            unpack8(raw, (u * RUNS + r) * base_words, w, 0)
+                        for x in range(8):
+                            product = weight * values[8 * r + x]
+                            result[x] = w[x] + product if has_base else product
+                        if not ragged or np.uint32(first_run + np.uint32(r * THREADS)) < all_runs:
                             if check:
-                                bad = False
-                                for x in range(8):
-                                    if not_finite(rounded(result[x])) and not not_finite(w[x]):
-                                        bad = True
-                                if bad:
-                                    flag[0] = np.int32(1)
-                            store8(out_pointer, at[r] + (block + u) * stride, result, 0)
+                                check_finite(result, 0, w, 0, flag)
+                            store8(out_pointer, at[r] + offset, result, 0)
             block += np.int64(UNROLL)
+            if has_base and block < last_block:
+                fetch_batch(base_pointer, raw, at, block, last_block, stride)
 
     parameters = (
         base_element.pointer, out_element.pointer, ELEMENTS[first].pointer, i64, i64, i64, i64, f32, i32p,
@@ -130,32 +144,37 @@ def _body(base, out, first, second, check) -> tuple[tuple, Callable]:
     return parameters, body
 
 
+def _min_blocks(base: str | None, out: str) -> int:
+    """Blocks on a multiprocessor that the register allocation must allow for."""
+    return 2 if "f32" in (base, out) else 3
+
+
 _FULL = ("full", "bf16")
 
 
 @kernel_factory(
-    ("bf16", "bf16", "bf16", _FULL, True),
-    ("bf16", "bf16", "bf16", ("low_rank", "bf16", "bf16"), True),
-    (None, "bf16", "bf16", _FULL, False),
-    ("f32", "f32", "f32", ("low_rank", "f16", "f32"), True),
+    ("bf16", "bf16", "bf16", _FULL, True, False),
+    ("bf16", "bf16", "bf16", ("low_rank", "bf16", "bf16"), True, True),
+    (None, "bf16", "bf16", _FULL, False, False),
+    ("f32", "f32", "f32", ("low_rank", "f16", "f32"), True, True),
 )
-def kronecker_merge(base, out, first, second, check):
+def kronecker_merge(base, out, first, second, check, ragged):
     """One weight. Parameters: base, out, w1, b, blocks of a chunk, c, e / 8, scale, flag, w2; grid (tiles of w2,
     a, chunks of b)."""
-    parameters, body = _body(base, out, first, second, check)
+    parameters, body = _body(base, out, first, second, check, ragged)
 
     def kernel(base_pointer, out_pointer, w1, blocks, chunk_blocks, height, runs, scale, flag, p):
         body(warp.block_x(), warp.block_y(), warp.block_z(), base_pointer, out_pointer, w1, blocks, chunk_blocks,
              height, runs, scale, flag, p)  # fmt: skip
 
-    return kernel, parameters, {"threads": THREADS}
+    return kernel, parameters, {"threads": THREADS, "min_blocks": _min_blocks(base, out)}
 
 
-@kernel_factory(("bf16", "bf16", "bf16", _FULL, True))
-def kronecker_merge_grouped(base, out, first, second, check):
+@kernel_factory(("bf16", "bf16", "bf16", _FULL, True, True))
+def kronecker_merge_grouped(base, out, first, second, check, ragged):
     """Many weights. Parameters: a table with a row of the single kernel's parameters for each weight, and four words a
     block: the weight's row in the table and the block's three coordinates."""
-    parameters, body = _body(base, out, first, second, check)
+    parameters, body = _body(base, out, first, second, check, ragged)
     parameters = types.Tuple(parameters)
     read, width = table_reader(parameters), flat_length(parameters)
 
@@ -165,4 +184,4 @@ def kronecker_merge_grouped(base, out, first, second, check):
         body(np.int64(blocks[at + 1]), np.int64(blocks[at + 2]), np.int64(blocks[at + 3]),
              q[0], q[1], q[2], q[3], q[4], q[5], q[6], q[7], q[8], q[9])  # fmt: skip
 
-    return kernel, (i64p, i32p), {"threads": THREADS}
+    return kernel, (i64p, i32p), {"threads": THREADS, "min_blocks": _min_blocks(base, out)}

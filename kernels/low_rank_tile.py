@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import dataclass
 from types import SimpleNamespace
 
 import numpy as np
@@ -48,23 +49,36 @@ def part_pairs(left: str, right: str) -> tuple[tuple[int, int], ...]:
     return tuple(sorted(pairs, key=lambda pair: -sum(pair)))
 
 
+Product = tuple
+"""(left kind, right kind, steps of 16 ranks, left is [rows, rank] with an even rank, the rank fills its steps)."""
+
+
+@dataclass(frozen=True)
+class Tile:
+    """16 * warps rows by 32 * groups columns; ``ragged`` where weights are not whole tiles."""
+
+    warps: int
+    groups: int
+    ragged: bool
+
+
 @functools.cache
-def product(
-    left: str, right: str, steps: int, warps: int, groups: int, shared_at: int, held_at: int, at: int
-) -> SimpleNamespace:
-    """Device functions of one product whose parameters start at ``at``: left, right, rank, strides of row, rank, and
-    of right's rank.
+def product(spec: Product, tile: Tile, shared_at: int, held_at: int, at: int) -> SimpleNamespace:
+    """Device functions of one product whose parameters start at ``at``: left, right, rank, strides of left's row and
+    rank and of right's rank.
 
     ``stage(p, shared, column0, columns, thread)`` brings the right factor to shared memory.
     ``hold(p, held, row, rows, lane)`` brings the left factor of the lane's rows to registers.
     ``multiply(p, shared, held, result, group, row, rows, lane)`` writes the lane's 16 results of a group: 8 of ``row``,
     8 of ``row + 8``.
     """
+    left, right, steps, paired, full = spec
+    groups = tile.groups
     native_f16 = left == right == "f16"
     pack = bits.pack_f16 if native_f16 else bits.pack_bf16
     left_parts, right_parts = parts_of(left, right)
     i_left, i_right, i_rank, i_row, i_step, i_next = range(at, at + 6)
-    fragment = _left_fragment(left, pack, left_parts, (i_left, i_rank, i_row, i_step))
+    fragment = _left_fragment(left, pack, left_parts, paired, full, tile.ragged, (i_left, i_rank, i_row, i_step))
     columns_of_tile = 32 * groups
     swizzle = np.uint32(min(columns_of_tile // 8, 8) - 1)
     plane = steps * STEP * columns_of_tile
@@ -103,7 +117,7 @@ def product(
                 shared_row = np.uint32(k * np.uint32(columns_of_tile) + (unit ^ (k & swizzle)) * np.uint32(8))
                 multiply_parts(shared, np.int64(shared_row), words, words_at, result, pair)
 
-    stage = _stage(right, right_parts, pack, steps, warps, groups, shared_at, (i_right, i_rank, i_next))
+    stage = _stage(right, right_parts, pack, steps, full, tile, shared_at, (i_right, i_rank, i_next))
     return SimpleNamespace(stage=stage, hold=hold, multiply=multiply)
 
 
@@ -134,56 +148,97 @@ def _multiply_part(rest: Callable, mma: Callable, left_at: int, right_at: int) -
     return multiply
 
 
-def _left_fragment(kind: str, pack: Callable, parts: int, positions: tuple[int, ...]) -> Callable:
-    """The lane's part of 16 rows by 16 ranks, split and packed; what lies outside the factor is zero."""
+def _left_fragment(
+    kind: str, pack: Callable, parts: int, paired: bool, full: bool, ragged: bool, positions: tuple[int, ...]
+) -> Callable:
+    """The lane's part of 16 rows by 16 ranks, split and packed.
+
+    Rows and ranks outside the factor read the last one inside instead: those rows are never stored, and right's rows
+    beyond the rank are zero.
+    """
     i_left, i_rank, i_row, i_step = positions
-    load = ELEMENTS[kind].load
+    element = ELEMENTS[kind]
+    load, is_packed = element.load, element.words == 4 and parts == 1
+    width = 2 if paired else 1
 
     @device
-    def element(p, o, k, rows):
-        value = np.float32(0)
-        if o < rows and k < p[i_rank]:
-            value = load(p[i_left], o * p[i_row] + k * p[i_step])
-        return value
+    def inside(k, p):
+        return k if full else min(k, p[i_rank] - np.int64(width))
 
     @device
     def fragment(p, words, at, row, rows, lane, step):
         first_k = np.int64(step * STEP) + np.int64((lane & np.uint32(3)) * np.uint32(2))
-        for register in range(4):
-            o = row + np.int64(8 * (register & 1))
-            k = first_k + np.int64(8 * (register >> 1))
-            low = element(p, o, k, rows)
-            high = element(p, o, k + np.int64(1), rows)
-            for part in range(parts):
-                words[at + 4 * part + register] = pack(low, high)
-                if part + 1 < parts:
-                    low = low - bits.bf16_to_f32(bits.f32_to_bf16(low))
-                    high = high - bits.bf16_to_f32(bits.f32_to_bf16(high))
+        for half in range(2):
+            o = row + np.int64(8 * half)
+            if ragged:
+                o = min(o, rows - np.int64(1))
+            row_at = o * p[i_row]
+            for side in range(2):
+                register = half + 2 * side
+                k = first_k + np.int64(8 * side)
+                if paired:
+                    index = row_at + inside(k, p)
+                    next_index = index + np.int64(1)
+                else:
+                    index = row_at + inside(k, p) * p[i_step]
+                    next_index = row_at + inside(k + np.int64(1), p) * p[i_step]
+                if paired and is_packed:
+                    words[at + register] = memory.load32(p[i_left], index)
+                else:
+                    low = load(p[i_left], index)
+                    high = load(p[i_left], next_index)
+                    for part in range(parts):
+                        words[at + 4 * part + register] = pack(low, high)
+                        if part + 1 < parts:
+                            low = low - bits.bf16_to_f32(bits.f32_to_bf16(low))
+                            high = high - bits.bf16_to_f32(bits.f32_to_bf16(high))
 
     return fragment
 
 
 def _stage(
-    kind: str,
-    parts: int,
-    pack: Callable,
-    steps: int,
-    warps: int,
-    groups: int,
-    shared_at: int,
-    positions: tuple[int, ...],
+    kind: str, parts: int, pack: Callable, steps: int, full: bool, tile: Tile, shared_at: int, positions: tuple[int, ...]
 ) -> Callable:
-    """Copy the right factor's columns of a tile to shared memory: permuted, split into parts, zero outside."""
+    """Copy the right factor's columns of a tile to shared memory: permuted, split into parts, zero beyond the rank."""
     i_right, i_rank, i_next = positions
     element = ELEMENTS[kind]
     fetch8, unpack8, words_of_8 = element.fetch8_cached, element.unpack8, element.words
-    columns_of_tile, threads = 32 * groups, 32 * warps
+    columns_of_tile, threads, ragged = 32 * tile.groups, 32 * tile.warps, tile.ragged
     chunks_in_row = columns_of_tile // 8
     swizzle = np.uint32(min(chunks_in_row, 8) - 1)
     chunks = steps * STEP * chunks_in_row
     rounds = -(-chunks // threads)
+    even = chunks % threads == 0
     plane = steps * STEP * columns_of_tile
     as_stored = parts == 1
+
+    @device
+    def stage_chunk(p, shared, column0, columns, chunk, words, values):
+        k = np.uint32(chunk // np.uint32(chunks_in_row))
+        place = np.uint32(chunk % np.uint32(chunks_in_row))
+        column = column0 + np.int64(place * np.uint32(8))
+        if ragged:
+            column = min(column, columns - np.int64(8))
+        row = np.int64(k) if full else min(np.int64(k), p[i_rank] - np.int64(1))
+        fetch8(p[i_right], row * p[i_next] + column, words, 0)
+        if not full and np.int64(k) >= p[i_rank]:
+            for i in range(words_of_8):
+                words[i] = np.uint32(0)
+        if not as_stored:
+            unpack8(words, 0, values, 0)
+        base = np.uint32(k * np.uint32(columns_of_tile) + (place & np.uint32(3)) * np.uint32(2))
+        first_unit = np.uint32((place >> np.uint32(2)) * np.uint32(4))
+        for part in range(parts):
+            for j in range(4):
+                unit = np.uint32((first_unit + np.uint32(j)) ^ (k & swizzle))
+                index = shared_at + part * plane + np.int64(np.uint32(base + unit * np.uint32(8)))
+                if as_stored:
+                    memory.shared_store32(shared, index, words[j])
+                else:
+                    low, high = values[2 * j], values[2 * j + 1]
+                    memory.shared_store32(shared, index, pack(low, high))
+                    values[2 * j] = low - bits.bf16_to_f32(bits.f32_to_bf16(low))
+                    values[2 * j + 1] = high - bits.bf16_to_f32(bits.f32_to_bf16(high))
 
     @device
     def stage(p, shared, column0, columns, thread):
@@ -191,28 +246,7 @@ def _stage(
         values = cuda.local.array(8, np.float32)
         for turn in range(rounds):
             chunk = np.uint32(thread + np.uint32(turn * threads))
-            if chunk < np.uint32(chunks):
-                k = np.uint32(chunk // np.uint32(chunks_in_row))
-                place = np.uint32(chunk % np.uint32(chunks_in_row))
-                column = column0 + np.int64(place * np.uint32(8))
-                for i in range(words_of_8):
-                    words[i] = np.uint32(0)
-                if np.int64(k) < p[i_rank] and column < columns:
-                    fetch8(p[i_right], np.int64(k) * p[i_next] + column, words, 0)
-                base = np.uint32(k * np.uint32(columns_of_tile) + (place & np.uint32(3)) * np.uint32(2))
-                first_unit = np.uint32((place >> np.uint32(2)) * np.uint32(4))
-                if not as_stored:
-                    unpack8(words, 0, values, 0)
-                for part in range(parts):
-                    for j in range(4):
-                        unit = np.uint32((first_unit + np.uint32(j)) ^ (k & swizzle))
-                        index = shared_at + part * plane + np.int64(base + unit * np.uint32(8))
-                        if as_stored:
-                            memory.shared_store32(shared, index, words[j])
-                        else:
-                            low, high = values[2 * j], values[2 * j + 1]
-                            memory.shared_store32(shared, index, pack(low, high))
-                            values[2 * j] = low - bits.bf16_to_f32(bits.f32_to_bf16(low))
-                            values[2 * j + 1] = high - bits.bf16_to_f32(bits.f32_to_bf16(high))
+            if even or chunk < np.uint32(chunks):
+                stage_chunk(p, shared, column0, columns, chunk, words, values)
 
     return stage

@@ -1,10 +1,10 @@
 """The weight kernel on tensor cores: a tile of the delta in registers, its base beside it, one rounding, one store.
 
-A block of ``warps`` warps makes a tile of 16 * warps rows and 32 * groups columns. Base and result move in 16-byte
+A block makes one tile. Base and result move in 16-byte
 accesses; the base is requested before anything else, so that the product hides behind it. Lane 4 g + t holds rows g
 and g + 8, columns 8 t to 8 t + 7 of each group of 32: ``delta[0:8]`` and ``delta[8:16]``.
 
-Sinks: "merge" (and the bare delta, without a base), and DoRA by row in two launches: "norm" leaves each row's sum of
+Sinks: "delta", "merge", and DoRA by row in two launches: "norm" leaves each row's sum of
 squares over each tile, "dora" adds those up and applies the gain.
 """
 
@@ -18,15 +18,23 @@ from types import SimpleNamespace
 import numpy as np
 
 from kernels import low_rank_tile, warp
-from kernels.bits import not_finite
-from kernels.elements import ELEMENTS
+from kernels.elements import ELEMENTS, finite_check
+from kernels.low_rank_tile import Tile
 from kernels.parameters import flat_length, table_reader
 from kernels.target import cuda, device, f32, f32p, i32p, i64, i64p, kernel_factory, types
 from kernels.weight_portable import DORA_EPS
 from kernels.weight_sources import source_parameters
 
 Source = tuple
-"""(name, kinds...) as in weight_sources; low-rank names end with their number of 16-rank steps."""
+"""(name, kinds...) as in weight_sources, followed by the (steps, paired, full) of each product that it has."""
+
+_PRODUCTS = {"low_rank": 1, "hadamard": 2}
+
+
+def products(source: Source) -> list[low_rank_tile.Product]:
+    """The low-rank products of a source."""
+    count = _PRODUCTS.get(source[0], 0)
+    return [(*source[1 + 2 * i : 3 + 2 * i], *source[1 + 2 * count + i]) for i in range(count)]
 
 
 def _point_name(source: Source) -> Source:
@@ -35,22 +43,12 @@ def _point_name(source: Source) -> Source:
 
 def shared_bytes(sources: tuple[Source, ...], groups: int) -> int:
     """Dynamic shared memory of a tile: the right factors of every product."""
-    return sum(2 * sum(elements for elements, _ in _areas(source, groups)) for source in sources)
+    return sum(2 * low_rank_tile.shared_elements(*p[:3], 32 * groups) for s in sources for p in products(s))
 
 
-def _areas(source: Source, groups: int) -> list[tuple[int, int]]:
-    """(shared elements, held words) of each low-rank product of a source."""
-    columns = 32 * groups
-    if source[0] == "low_rank":
-        pairs = [(*source[1:3], source[3])]
-    elif source[0] == "hadamard":
-        pairs = [(*source[1:3], source[5]), (*source[3:5], source[6])]
-    else:
-        pairs = []
-    return [
-        (low_rank_tile.shared_elements(left, right, steps, columns), low_rank_tile.held_words(left, right, steps))
-        for left, right, steps in pairs
-    ]
+def held_words(sources: tuple[Source, ...]) -> int:
+    """Registers that hold left factors."""
+    return sum(low_rank_tile.held_words(*p[:3]) for s in sources for p in products(s))
 
 
 @device
@@ -63,108 +61,110 @@ def _nothing_held(p, held, row, rows, lane):
     pass
 
 
-def _low_rank(source, warps, groups, areas) -> SimpleNamespace:
-    ((shared_at, held_at),) = areas
-    part = low_rank_tile.product(source[1], source[2], source[3], warps, groups, shared_at, held_at, 0)
-    multiply = part.multiply
+def _low_rank(source, parts, first) -> SimpleNamespace:
+    multiply = parts[0].multiply
 
     @device
     def add(p, shared, held, delta, w, group, row, rows, column, columns, lane):
         result = cuda.local.array(16, np.float32)
         multiply(p, shared, held, result, group, row, rows, lane)
         for i in range(16):
-            delta[i] += p[6] * result[i]
+            delta[i] = p[6] * result[i] if first else delta[i] + p[6] * result[i]
 
-    return SimpleNamespace(stage=part.stage, hold=part.hold, add=add)
+    return SimpleNamespace(stage=parts[0].stage, hold=parts[0].hold, add=add)
 
 
-def _hadamard(source, warps, groups, areas) -> SimpleNamespace:
-    first = low_rank_tile.product(source[1], source[2], source[5], warps, groups, *areas[0], 0)
-    second = low_rank_tile.product(source[3], source[4], source[6], warps, groups, *areas[1], 6)
-    stage_first, hold_first, multiply_first = first.stage, first.hold, first.multiply
-    stage_second, hold_second, multiply_second = second.stage, second.hold, second.multiply
+def _hadamard(source, parts, first) -> SimpleNamespace:
+    stage_a, hold_a, multiply_a = parts[0].stage, parts[0].hold, parts[0].multiply
+    stage_b, hold_b, multiply_b = parts[1].stage, parts[1].hold, parts[1].multiply
 
     @device
     def stage(p, shared, column0, columns, thread):
-        stage_first(p, shared, column0, columns, thread)
-        stage_second(p, shared, column0, columns, thread)
+        stage_a(p, shared, column0, columns, thread)
+        stage_b(p, shared, column0, columns, thread)
 
     @device
     def hold(p, held, row, rows, lane):
-        hold_first(p, held, row, rows, lane)
-        hold_second(p, held, row, rows, lane)
+        hold_a(p, held, row, rows, lane)
+        hold_b(p, held, row, rows, lane)
 
     @device
     def add(p, shared, held, delta, w, group, row, rows, column, columns, lane):
         a = cuda.local.array(16, np.float32)
         b = cuda.local.array(16, np.float32)
-        multiply_first(p, shared, held, a, group, row, rows, lane)
-        multiply_second(p, shared, held, b, group, row, rows, lane)
+        multiply_a(p, shared, held, a, group, row, rows, lane)
+        multiply_b(p, shared, held, b, group, row, rows, lane)
         for i in range(16):
-            delta[i] += p[12] * (a[i] * b[i])
+            value = (p[12] * a[i]) * b[i]
+            delta[i] = value if first else delta[i] + value
 
     return SimpleNamespace(stage=stage, hold=hold, add=add)
 
 
-def _kronecker(source, warps, groups, areas) -> SimpleNamespace:
+def _pointwise(prepare: Callable, first: bool) -> SimpleNamespace:
+    """A source without products: ``prepare(p, values, w, o, column, half)`` gives eight values of a row."""
+
+    @device
+    def add(p, shared, held, delta, w, group, row, rows, column, columns, lane):
+        values = cuda.local.array(8, np.float32)
+        inside = min(column, columns - np.int64(8))
+        for half in range(2):
+            prepare(p, values, w, min(row + np.int64(8 * half), rows - np.int64(1)), inside, half)
+            for x in range(8):
+                at = 8 * half + x
+                delta[at] = values[x] if first else delta[at] + values[x]
+
+    return SimpleNamespace(stage=_nothing_staged, hold=_nothing_held, add=add)
+
+
+def _kronecker(source, parts, first) -> SimpleNamespace:
     load1, second = ELEMENTS[source[1]].load, ELEMENTS[source[2]]
     fetch8, unpack8, words_of_8 = second.fetch8_cached, second.unpack8, second.words
 
     @device
-    def add(p, shared, held, delta, w, group, row, rows, column, columns, lane):
+    def gather(p, values, w, o, column, half):
         words = cuda.local.array(words_of_8, np.uint32)
-        values = cuda.local.array(8, np.float32)
         block_column = np.uint32(column) // np.uint32(p[4])
         j = np.int64(np.uint32(column) - np.uint32(block_column * np.uint32(p[4])))
-        for half in range(2):
-            o = row + np.int64(8 * half)
-            if o < rows and column < columns:
-                block_row = np.uint32(o) // np.uint32(p[3])
-                i = np.int64(np.uint32(o) - np.uint32(block_row * np.uint32(p[3])))
-                small = p[5] * load1(p[0], np.int64(block_row) * p[2] + np.int64(block_column))
-                fetch8(p[1], i * p[4] + j, words, 0)
-                unpack8(words, 0, values, 0)
-                for x in range(8):
-                    delta[8 * half + x] += small * values[x]
+        block_row = np.uint32(o) // np.uint32(p[3])
+        i = np.int64(np.uint32(o) - np.uint32(block_row * np.uint32(p[3])))
+        small = p[5] * load1(p[0], np.int64(block_row) * p[2] + np.int64(block_column))
+        fetch8(p[1], i * p[4] + j, words, 0)
+        unpack8(words, 0, values, 0)
+        for x in range(8):
+            values[x] = small * values[x]
 
-    return SimpleNamespace(stage=_nothing_staged, hold=_nothing_held, add=add)
+    return _pointwise(gather, first)
 
 
-def _dense(source, warps, groups, areas) -> SimpleNamespace:
+def _dense(source, parts, first) -> SimpleNamespace:
     kind = ELEMENTS[source[1]]
     fetch8, unpack8, words_of_8 = kind.fetch8, kind.unpack8, kind.words
 
     @device
-    def add(p, shared, held, delta, w, group, row, rows, column, columns, lane):
+    def scaled(p, values, w, o, column, half):
         words = cuda.local.array(words_of_8, np.uint32)
-        values = cuda.local.array(8, np.float32)
-        for half in range(2):
-            o = row + np.int64(8 * half)
-            if o < rows and column < columns:
-                fetch8(p[0], o * p[1] + column, words, 0)
-                unpack8(words, 0, values, 0)
-                for x in range(8):
-                    delta[8 * half + x] += p[2] * values[x]
+        fetch8(p[0], o * p[1] + column, words, 0)
+        unpack8(words, 0, values, 0)
+        for x in range(8):
+            values[x] = p[2] * values[x]
 
-    return SimpleNamespace(stage=_nothing_staged, hold=_nothing_held, add=add)
+    return _pointwise(scaled, first)
 
 
-def _channel(source, warps, groups, areas) -> SimpleNamespace:
+def _channel(source, parts, first) -> SimpleNamespace:
     load, per_row = ELEMENTS[source[1]].load, source[2] == "out"
 
     @device
-    def add(p, shared, held, delta, w, group, row, rows, column, columns, lane):
-        for half in range(2):
-            o = row + np.int64(8 * half)
-            if o < rows and column < columns:
-                for x in range(8):
-                    if per_row:
-                        m = load(p[0], o)
-                    else:
-                        m = load(p[0], np.int64(np.uint32(column + x) // np.uint32(p[1])))
-                    delta[8 * half + x] += (p[2] * m) * w[8 * half + x]
+    def scaled_base(p, values, w, o, column, half):
+        for x in range(8):
+            if per_row:
+                m = load(p[0], o)
+            else:
+                m = load(p[0], np.int64(np.uint32(column + x) // np.uint32(p[1])))
+            values[x] = (p[2] * m) * w[8 * half + x]
 
-    return SimpleNamespace(stage=_nothing_staged, hold=_nothing_held, add=add)
+    return _pointwise(scaled_base, first)
 
 
 _MAKERS = {
@@ -177,27 +177,31 @@ _MAKERS = {
 
 
 @functools.cache
-def _all_sources(sources: tuple[Source, ...], warps: int, groups: int) -> SimpleNamespace:
+def _all_sources(sources: tuple[Source, ...], tile: Tile) -> SimpleNamespace:
     """stage, hold and add of a sum of sources, each with its own parameters, shared area and registers."""
     shared_at, held_at = 0, 0
-
-    @device
-    def no_add(p, shared, held, delta, w, group, row, rows, column, columns, lane):
-        pass
-
-    every = SimpleNamespace(stage=_nothing_staged, hold=_nothing_held, add=no_add)
+    every = None
     for position, source in enumerate(sources):
-        areas = []
-        for elements, words in _areas(source, groups):
-            areas.append((shared_at, held_at))
-            shared_at += elements
-            held_at += words
-        every = _then(every, _MAKERS[source[0]](source, warps, groups, areas), position)
-    every.held_words = max(1, held_at)
+        parts, at = [], 0
+        for spec in products(source):
+            parts.append(low_rank_tile.product(spec, tile, shared_at, held_at, at))
+            shared_at += low_rank_tile.shared_elements(*spec[:3], 32 * tile.groups)
+            held_at += low_rank_tile.held_words(*spec[:3])
+            at += 6
+        every = _then(every, _MAKERS[source[0]](source, parts, first=position == 0), position)
     return every
 
 
-def _then(rest: SimpleNamespace, one: SimpleNamespace, position: int) -> SimpleNamespace:
+@device
+def _no_add(p, shared, held, delta, w, group, row, rows, column, columns, lane):
+    pass
+
+
+_NOTHING = SimpleNamespace(stage=_nothing_staged, hold=_nothing_held, add=_no_add)
+
+
+def _then(rest: SimpleNamespace | None, one: SimpleNamespace, position: int) -> SimpleNamespace:
+    rest = rest or _NOTHING
     stage_rest, hold_rest, add_rest = rest.stage, rest.hold, rest.add
     stage_one, hold_one, add_one = one.stage, one.hold, one.add
 
@@ -220,54 +224,62 @@ def _then(rest: SimpleNamespace, one: SimpleNamespace, position: int) -> SimpleN
 
 
 @functools.cache
-def _tile_body(base, out, sources, sink, check, warps, groups) -> Callable:
-    """The tile's device function; ``sink_p`` is (partials, magnitude, tiles in a row, strength) for DoRA."""
-    every = _all_sources(sources, warps, groups)
-    stage, hold, add, held_words = every.stage, every.hold, every.add, every.held_words
+def _tile_body(base, out, sources, sink, check, tile) -> Callable:
+    """The tile's device function; ``sink_p`` is (partials, magnitude, tiles in a row, strength) for DoRA.
+
+    In a ragged weight, addresses outside are moved inside, so that loads need no branches, and stores are guarded.
+    """
+    warps, groups, ragged = tile.warps, tile.groups, tile.ragged
+    every = _all_sources(sources, tile)
+    stage, hold, add = every.stage, every.hold, every.add
+    words_held = max(1, held_words(sources))
     has_base = base is not None
     base_element, out_element = ELEMENTS[base or out], ELEMENTS[out]
     fetch8, unpack8, base_words = base_element.fetch8, base_element.unpack8, base_element.words
     raw_words = 2 * groups * base_words
-    finish = _SINKS[sink](out_element, check)
+    finish = _SINKS[sink](out, out_element, check)
     begin, accumulate, end = finish.begin, finish.accumulate, finish.end
 
     @device
     def body(shared, tile_row, tile_column, base_pointer, out_pointer, rows, columns, flag, p, sink_p):
         thread = warp.thread_index()
         lane = np.uint32(thread & np.uint32(31))
-        row = tile_row * np.int64(16 * warps) + np.int64(
-            (thread >> np.uint32(5)) * np.uint32(16) + (lane >> np.uint32(2))
-        )
+        row_in_tile = (thread >> np.uint32(5)) * np.uint32(16) + (lane >> np.uint32(2))
+        row = tile_row * np.int64(16 * warps) + np.int64(row_in_tile)
         column0 = tile_column * np.int64(32 * groups)
         lane_column = column0 + np.int64((lane & np.uint32(3)) * np.uint32(8))
         raw = cuda.local.array(raw_words, np.uint32)
-        held = cuda.local.array(held_words, np.uint32)
+        held = cuda.local.array(words_held, np.uint32)
         delta = cuda.local.array(16, np.float32)
         w = cuda.local.array(16, np.float32)
         state = cuda.local.array(2, np.float32)
         if has_base:
-            for group in range(groups):
-                column = lane_column + np.int64(32 * group)
-                for half in range(2):
-                    o = row + np.int64(8 * half)
-                    if o < rows and column < columns:
-                        fetch8(base_pointer, o * columns + column, raw, (2 * group + half) * base_words)
+            for half in range(2):
+                o = row + np.int64(8 * half)
+                if ragged:
+                    o = min(o, rows - np.int64(1))
+                row_at = o * columns
+                for group in range(groups):
+                    column = lane_column + np.int64(32 * group)
+                    if ragged:
+                        column = min(column, columns - np.int64(8))
+                    fetch8(base_pointer, row_at + column, raw, (2 * group + half) * base_words)
         stage(p, shared, column0, columns, thread)
         hold(p, held, row, rows, lane)
         begin(state, row, rows, lane, sink_p)
         warp.block_barrier()
         for group in range(groups):
             column = lane_column + np.int64(32 * group)
-            for i in range(16):
-                delta[i] = np.float32(0)
-                w[i] = np.float32(0)
-            if has_base:
-                for half in range(2):
+            for half in range(2):
+                if has_base:
                     unpack8(raw, (2 * group + half) * base_words, w, 8 * half)
+                else:
+                    for i in range(8):
+                        w[8 * half + i] = np.float32(0)
             add(p, shared, held, delta, w, group, row, rows, column, columns, lane)
             for half in range(2):
                 o = row + np.int64(8 * half)
-                if o < rows and column < columns:
+                if not ragged or (o < rows and column < columns):
                     accumulate(state, half, out_pointer, o * columns + column, delta, w, flag, sink_p)
         end(state, tile_column, row, rows, lane, sink_p)
 
@@ -284,8 +296,8 @@ def _end_nothing(state, tile_column, row, rows, lane, p):
     pass
 
 
-def _store_sink(out_element: SimpleNamespace, check: bool, combine: Callable, begin: Callable) -> SimpleNamespace:
-    rounded, store8 = out_element.rounded, out_element.store8
+def _store_sink(out: str, out_element, check: bool, combine: Callable, begin: Callable) -> SimpleNamespace:
+    store8, check_finite = out_element.store8, finite_check(out)
 
     @device
     def accumulate(state, half, out_pointer, index, delta, w, flag, p):
@@ -293,26 +305,24 @@ def _store_sink(out_element: SimpleNamespace, check: bool, combine: Callable, be
         for i in range(8):
             delta[at + i] = combine(state, half, delta[at + i], w[at + i], p)
         if check:
-            bad = False
-            for i in range(8):
-                if not_finite(rounded(delta[at + i])) and not not_finite(w[at + i]):
-                    bad = True
-            if bad:
-                flag[0] = np.int32(1)
+            check_finite(delta, at, w, at, flag)
         store8(out_pointer, index, delta, at)
 
     return SimpleNamespace(begin=begin, accumulate=accumulate, end=_end_nothing)
 
 
-def _merge_sink(out_element: SimpleNamespace, check: bool) -> SimpleNamespace:
-    @device
-    def add_base(state, half, delta, w, p):
-        return w + delta
+def _merge_sink(has_base: bool) -> Callable:
+    def make(out: str, out_element, check: bool) -> SimpleNamespace:
+        @device
+        def add_base(state, half, delta, w, p):
+            return w + delta if has_base else delta
 
-    return _store_sink(out_element, check, add_base, _begin_nothing)
+        return _store_sink(out, out_element, check, add_base, _begin_nothing)
+
+    return make
 
 
-def _norm_sink(out_element: SimpleNamespace, check: bool) -> SimpleNamespace:
+def _norm_sink(out: str, out_element, check: bool) -> SimpleNamespace:
     @device
     def begin(state, row, rows, lane, p):
         state[0] = np.float32(0)
@@ -338,7 +348,7 @@ def _norm_sink(out_element: SimpleNamespace, check: bool) -> SimpleNamespace:
 def _dora_sink(magnitude: str) -> Callable:
     load_magnitude = ELEMENTS[magnitude].load
 
-    def make(out_element: SimpleNamespace, check: bool) -> SimpleNamespace:
+    def make(out: str, out_element, check: bool) -> SimpleNamespace:
         @device
         def begin(state, row, rows, lane, p):
             for half in range(2):
@@ -358,12 +368,14 @@ def _dora_sink(magnitude: str) -> Callable:
         def decompose(state, half, delta, w, p):
             return w + p[3] * (state[half] * (w + delta) - w)
 
-        return _store_sink(out_element, check, decompose, begin)
+        return _store_sink(out, out_element, check, decompose, begin)
 
     return make
 
 
-_SINKS = {"merge": _merge_sink, "norm": _norm_sink} | {f"dora {m}": _dora_sink(m) for m in ELEMENTS}
+_SINKS = {"delta": _merge_sink(False), "merge": _merge_sink(True), "norm": _norm_sink} | {
+    f"dora {m}": _dora_sink(m) for m in ELEMENTS
+}
 
 
 def _parameters(base, out, sources, sink) -> tuple:
@@ -377,38 +389,56 @@ def _parameters(base, out, sources, sink) -> tuple:
     )  # fmt: skip
 
 
-_OI = ("low_rank", "bf16", "bf16", 1)
+_OI = ("low_rank", "bf16", "bf16", (1, True, True))
+_WHOLE, _RAGGED, _NARROW = Tile(8, 4, False), Tile(8, 4, True), Tile(8, 2, True)
 _EXAMPLES = (
-    ("bf16", "bf16", (_OI,), "merge", True, 8, 4),
-    ("bf16", "bf16", (("low_rank", "f32", "f32", 1),), "merge", True, 8, 4),
-    ("bf16", "bf16", (("low_rank", "f16", "f16", 4),), "merge", True, 8, 4),
-    ("bf16", "bf16", (("hadamard", "bf16", "bf16", "bf16", "bf16", 4, 4),), "merge", True, 8, 4),
-    ("bf16", "bf16", (_OI, _OI), "merge", True, 8, 4),
-    ("bf16", "bf16", (_OI,), "norm", True, 8, 4),
-    ("bf16", "bf16", (_OI,), "dora f32", True, 8, 4),
-    (None, "bf16", (_OI,), "merge", False, 8, 4),
-    ("f32", "f16", (("kronecker", "bf16", "f32"), ("dense", "f16"), ("channel", "bf16", "in")), "merge", True, 8, 4),
+    ("bf16", "bf16", (_OI,), "merge", True, _WHOLE),
+    ("bf16", "bf16", (("low_rank", "bf16", "f16", (1, False, False)),), "merge", True, _RAGGED),
+    ("bf16", "bf16", (("low_rank", "f32", "f32", (1, True, True)),), "merge", True, _WHOLE),
+    ("bf16", "bf16", (("low_rank", "f16", "f16", (4, True, True)),), "merge", True, _WHOLE),
+    ("bf16", "bf16", (("hadamard", *["bf16"] * 4, (4, True, True), (4, True, True)),), "merge", True, _NARROW),
+    ("bf16", "bf16", (_OI, _OI), "merge", True, _WHOLE),
+    ("bf16", "bf16", (_OI,), "norm", True, _WHOLE),
+    ("bf16", "bf16", (_OI,), "dora f32", True, _WHOLE),
+    (None, "bf16", (_OI,), "delta", False, _WHOLE),
+    ("f32", "f16", (("kronecker", "bf16", "f32"), ("dense", "f16"), ("channel", "bf16", "in")), "merge", True, _NARROW),
 )
 
 
+def _options(base: str | None, sources: tuple[Source, ...], check: bool, tile: Tile) -> dict:
+    """Launch bounds: three blocks of eight warps where base and left factors leave the registers for it.
+
+    Without the finite check's branches between them, ptxas computes all groups at once and needs more registers.
+    """
+    base_words = 2 * tile.groups * ELEMENTS[base].words if base else 0
+    return {
+        "threads": 32 * tile.warps,
+        "min_blocks": 3 if base_words + held_words(sources) <= (40 if check else 8) else 2,
+        "shared_bytes": shared_bytes(sources, tile.groups),
+        "architectures": (8, 0),
+    }
+
+
 @kernel_factory(*_EXAMPLES)
-def weight_tile(base, out, sources, sink, check, warps, groups):
+def weight_tile(base, out, sources, sink, check, tile):
     """One weight. Parameters: base, out, rows, columns, flag, sources, sink; grid (column tiles, row tiles)."""
-    body = _tile_body(base, out, sources, sink, check, warps, groups)
+    body = _tile_body(base, out, sources, sink, check, tile)
 
     def kernel(base_pointer, out_pointer, rows, columns, flag, p, sink_p):
         shared = cuda.shared.array(0, np.uint16, alignment=128)
         body(shared, warp.block_y(), warp.block_x(), base_pointer, out_pointer, rows, columns, flag, p, sink_p)
 
-    options = {"threads": 32 * warps, "shared_bytes": shared_bytes(sources, groups), "architectures": (8, 0)}
-    return kernel, _parameters(base, out, sources, sink), options
+    return kernel, _parameters(base, out, sources, sink), _options(base, sources, check, tile)
 
 
-@kernel_factory(("bf16", "bf16", (_OI,), "merge", True, 8, 4))
-def weight_tile_grouped(base, out, sources, sink, check, warps, groups):
-    """Many weights. Parameters: a table with a row of the single kernel's parameters for each weight, and three words
-    a block: the weight's row in the table, its tile row and tile column."""
-    body = _tile_body(base, out, sources, sink, check, warps, groups)
+@kernel_factory(("bf16", "bf16", (_OI,), "merge", True, _WHOLE))
+def weight_tile_grouped(base, out, sources, sink, check, tile):
+    """Many weights in one launch.
+
+    Parameters: a table with a row of the single kernel's parameters for each weight, and three words a block: the
+    weight's row in the table, its tile row and tile column.
+    """
+    body = _tile_body(base, out, sources, sink, check, tile)
     parameters = types.Tuple(_parameters(base, out, sources, sink))
     read, width = table_reader(parameters), flat_length(parameters)
 
@@ -418,5 +448,4 @@ def weight_tile_grouped(base, out, sources, sink, check, warps, groups):
         q = read(table, np.int64(blocks[at]) * np.int64(width))
         body(shared, np.int64(blocks[at + 1]), np.int64(blocks[at + 2]), q[0], q[1], q[2], q[3], q[4], q[5], q[6])
 
-    options = {"threads": 32 * warps, "shared_bytes": shared_bytes(sources, groups), "architectures": (8, 0)}
-    return kernel, (i64p, i32p), options
+    return kernel, (i64p, i32p), _options(base, sources, check, tile)

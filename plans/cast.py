@@ -82,7 +82,7 @@ def _refuses(descriptor: CastDescriptor) -> str:
     return ""
 
 
-class _VectorProgram:
+class _PortableProgram:
     """One launch; a thread converts eight elements."""
 
     def __init__(self, descriptor: CastDescriptor, device: Device) -> None:
@@ -111,12 +111,12 @@ class CastPlan(Plan):
     name = "cast"
     skus = (
         Sku(
-            name="vector",
+            name="portable",
             backend=BackendKind.PORTABLE,
             arch=ArchSku.ANY,
             refuses=_refuses,
             guarantee=lambda descriptor: _ROUNDED_ONCE,
-            build=_VectorProgram,
+            build=_PortableProgram,
             alignment=_VECTOR_BYTES,
         ),
     )

@@ -47,7 +47,8 @@ class KroneckerProgram(WeightProgram):
         self.chunk = self._chunk(device)
         self.chunks = max(1, -(-source.b // self.chunk))
         base = None if descriptor.base is None else descriptor.base.value
-        self.kinds = (base, descriptor.out.value, *self.resolved[0].kernel[1:], descriptor.check_finite)
+        ragged = source.b % kernel.UNROLL != 0 or source.c * self.runs % kernel.RUNS_IN_TILE != 0
+        self.kinds = (base, descriptor.out.value, *self.resolved[0].kernel[1:], descriptor.check_finite, ragged)
         grid = (self.tiles, max(1, source.a), self.chunks)
         self.merge = kernel.kronecker_merge(*self.kinds).launcher(grid)
 

@@ -9,6 +9,7 @@ import numpy as np
 
 from kernels import low_rank_tile, weight_tile
 from kernels.elements import ELEMENTS
+from kernels.low_rank_tile import Tile
 from kernels.target import SIMULATOR
 from plans.core.device import Device
 from plans.core.plan import Sku
@@ -27,10 +28,16 @@ _PRODUCTS = {"low_rank": 1, "hadamard": 2}
 
 
 def tile_source(resolved: Resolved) -> tuple:
-    """The tile kernel's name of a source: its kinds and, for each product, the number of 16-rank steps."""
+    """The tile kernel's name of a source: its kinds and, for each product, (steps, paired, full)."""
     if resolved.kernel[0] not in _PRODUCTS:
         return resolved.kernel
-    return (*resolved.kernel, *(_steps(numbers[0]) for numbers in resolved.numbers))
+    return (*resolved.kernel, *(_product(*numbers[:3]) for numbers in resolved.numbers))
+
+
+def _product(rank: int, row_stride: int, rank_stride: int) -> tuple[int, bool, bool]:
+    """Steps, whether two neighbouring ranks of the left factor are one aligned word, and whether the rank fills them."""
+    steps = _steps(rank)
+    return steps, rank_stride == 1 and row_stride == rank and rank % 2 == 0, rank == steps * low_rank_tile.STEP
 
 
 def _steps(rank: int) -> int:
@@ -48,7 +55,7 @@ def tile_sources(descriptor: WeightDescriptor) -> tuple[tuple, ...]:
 def groups_of(descriptor: WeightDescriptor) -> int:
     """Groups of 32 columns in a tile: as many as registers and shared memory allow; 0 if not even one fits."""
     sources = tile_sources(descriptor)
-    held = sum(words for source in sources for _, words in weight_tile._areas(source, 1))
+    held = weight_tile.held_words(sources)
     base_words = ELEMENTS[descriptor.base.value].words if descriptor.base else 0
     groups = MAX_GROUPS
     while groups > 1 and 2 * groups * base_words + held > REGISTER_WORDS:
@@ -56,6 +63,13 @@ def groups_of(descriptor: WeightDescriptor) -> int:
     while groups and weight_tile.shared_bytes(sources, groups) > MAX_SHARED_BYTES:
         groups //= 2
     return groups
+
+
+def tile_of(descriptor: WeightDescriptor) -> Tile:
+    """The tile, and whether the weight is not whole tiles."""
+    groups = groups_of(descriptor)
+    rows, columns = descriptor.matrix
+    return Tile(WARPS, groups, rows % (16 * WARPS) != 0 or columns % (32 * groups) != 0)
 
 
 def refuses(descriptor: WeightDescriptor) -> str:
@@ -70,6 +84,8 @@ def refuses(descriptor: WeightDescriptor) -> str:
     if max(rows, columns) >= 1 << 31:
         return f"wants fewer than 2**31 rows and columns, found {rows} x {columns}"
     for resolved in resolve(descriptor):
+        if resolved.kernel[0] in _PRODUCTS and min(numbers[0] for numbers in resolved.numbers) == 0:
+            return "a product of rank 0 is computed by the portable SKU"
         if resolved.kernel[0] == "kronecker" and resolved.numbers[0][2] % 8:
             return f"wants rows of w2 in multiples of 8 elements, found {resolved.numbers[0][2]}"
     if groups_of(descriptor) == 0:
@@ -97,18 +113,18 @@ class TileProgram(WeightProgram):
 
     def __init__(self, descriptor: WeightDescriptor, device: Device) -> None:
         super().__init__(descriptor, device)
-        groups, sources = groups_of(descriptor), tile_sources(descriptor)
+        tile, sources = tile_of(descriptor), tile_sources(descriptor)
         rows, columns = descriptor.matrix
-        self.tiles = max(1, -(-columns // (32 * groups)))
+        self.tiles = max(1, -(-columns // (32 * tile.groups)))
         grid = (self.tiles, max(1, -(-rows // (16 * WARPS))), 1)
         base = None if descriptor.base is None else descriptor.base.value
         out, check = descriptor.out.value, descriptor.check_finite
         self.norm = None
-        sink = "merge"
+        sink = "delta" if base is None else "merge"
         if descriptor.is_dora:
             sink = f"dora {descriptor.magnitude.value}"
-            self.norm = weight_tile.weight_tile(base, out, sources, "norm", False, WARPS, groups).launcher(grid)
-        self.merge = weight_tile.weight_tile(base, out, sources, sink, check, WARPS, groups).launcher(grid)
+            self.norm = weight_tile.weight_tile(base, out, sources, "norm", False, tile).launcher(grid)
+        self.merge = weight_tile.weight_tile(base, out, sources, sink, check, tile).launcher(grid)
 
     def weight_launches(self, args: WeightArgs, workspace: Workspace) -> Launches:
         """The norm pass, if any, and the merge."""
