@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import numpy as np
 
 from kernels import bits, memory
-from kernels.target import device, f32p, u16p
+from kernels.target import cuda, device, f32p, u16p
 
 KINDS = ("bf16", "f16", "f32")
 
@@ -132,27 +132,50 @@ ELEMENTS = {
     "bf16": _sixteen_bit(
         bits.bf16_to_f32, bits.f32_to_bf16, bits.low_bf16, bits.high_bf16, bits.pack_bf16, _BF16_OVERFLOW
     ),
-    "f16": _sixteen_bit(
-        bits.f16_to_f32, bits.f32_to_f16, bits.low_f16, bits.high_f16, bits.pack_f16, _F16_OVERFLOW
-    ),
+    "f16": _sixteen_bit(bits.f16_to_f32, bits.f32_to_f16, bits.low_f16, bits.high_f16, bits.pack_f16, _F16_OVERFLOW),
     "f32": _thirty_two_bit(),
 }
 
 
 @functools.cache
-def finite_check(kind: str) -> Callable:
-    """``check(values, at, w, from_w, flag)`` for eight results: raise the flag where one is not finite as ``kind``,
-    though its base is. One instruction an element until then."""
-    overflow, rounded = ELEMENTS[kind].overflow, ELEMENTS[kind].rounded
+def parked8(kind: str, parkers: int) -> tuple[Callable, Callable]:
+    """Eight elements parked in shared memory on their way from global memory, in places of the thread's own.
+
+    ``park(shared, at, slot, thread, pointer, index)`` starts the copies; once they have arrived,
+    ``unpark(shared, at, slot, thread, values, to)`` gives the elements in fp32. No other thread reads them, so no
+    barrier is needed; ``at`` counts 16-bit elements, a slot takes ``parkers * 2 * words`` of them.
+    """
+    words, unpack8 = ELEMENTS[kind].words, ELEMENTS[kind].unpack8
+    pieces = words // 4
+    elements_in_piece = 8 // pieces
 
     @device
-    def check(values, at, w, from_w, flag):
-        size = np.float32(0)
-        for i in range(8):
-            size = bits.largest(size, values[at + i])
-        if not (size < overflow):
-            for i in range(8):
-                if bits.not_finite(rounded(values[at + i])) and not bits.not_finite(w[from_w + i]):
-                    flag[0] = np.int32(1)
+    def place(at, slot, piece, thread):
+        return at + np.int64(np.uint32(np.uint32((slot * pieces + piece) * parkers) + thread) * np.uint32(8))
 
-    return check
+    @device
+    def park(shared, at, slot, thread, pointer, index):
+        for piece in range(pieces):
+            source = index + np.int64(piece * elements_in_piece)
+            memory.copy_async16(shared, place(at, slot, piece, thread), pointer, source)
+
+    @device
+    def unpark(shared, at, slot, thread, values, to):
+        raw = cuda.local.array(words, np.uint32)
+        for piece in range(pieces):
+            a, b, c, d = memory.shared_load128(shared, place(at, slot, piece, thread))
+            raw[4 * piece] = a
+            raw[4 * piece + 1] = b
+            raw[4 * piece + 2] = c
+            raw[4 * piece + 3] = d
+        unpack8(raw, 0, values, to)
+
+    return park, unpark
+
+
+@device
+def largest8(size, values, at):
+    """The largest of ``size`` and eight absolute values; NaN once there was one."""
+    for i in range(8):
+        size = bits.largest(size, values[at + i])
+    return size

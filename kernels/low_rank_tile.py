@@ -197,7 +197,14 @@ def _left_fragment(
 
 
 def _stage(
-    kind: str, parts: int, pack: Callable, steps: int, full: bool, tile: Tile, shared_at: int, positions: tuple[int, ...]
+    kind: str,
+    parts: int,
+    pack: Callable,
+    steps: int,
+    full: bool,
+    tile: Tile,
+    shared_at: int,
+    positions: tuple[int, ...],
 ) -> Callable:
     """Copy the right factor's columns of a tile to shared memory: permuted, split into parts, zero beyond the rank."""
     i_right, i_rank, i_next = positions

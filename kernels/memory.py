@@ -8,6 +8,8 @@ the address must be a multiple of the access size.
 from __future__ import annotations
 
 import ctypes
+import functools
+from collections.abc import Callable
 
 import numpy as np
 
@@ -62,14 +64,34 @@ def _copy_async16(shared, index, pointer, source):
 
 
 def _copy_async_commit():
-    return None
+    thread = current_thread()
+    thread.copy_groups.append(thread.copies)
+    thread.copies = []
+
+
+def _arrive(groups):
+    for group in groups:
+        for destination, source in group:
+            destination[:] = source
 
 
 def _copy_async_wait_all():
-    copies = current_thread().copies
-    for destination, source in copies:
-        destination[:] = source
-    copies.clear()
+    thread = current_thread()
+    _arrive([*thread.copy_groups, thread.copies])
+    thread.copy_groups, thread.copies = [], []
+
+
+@functools.cache
+def copy_async_wait(pending: int) -> Callable:
+    """A primitive that waits until at most ``pending`` of the thread's committed groups of copies are under way."""
+
+    def _copy_async_wait():
+        thread = current_thread()
+        done = max(0, len(thread.copy_groups) - pending)
+        _arrive(thread.copy_groups[:done])
+        del thread.copy_groups[:done]
+
+    return instruction(f"cp.async.wait_group {pending};", "", twin=_copy_async_wait)
 
 
 copy_async16 = instruction("cp.async.cg.shared.global.L2::128B [$0], [$1], 16;", (SHARED, GLOBAL), twin=_copy_async16)

@@ -44,6 +44,7 @@ class _Thread(greenlet):
         self.value: Any = None
         self.result: Any = None
         self.copies: list[tuple[np.ndarray, np.ndarray]] = []
+        self.copy_groups: list[list] = []
 
     def wait(self, scope: str, value: Any) -> Any:
         """Stop until the block or the warp has gathered; `site` is where the primitive was called."""

@@ -67,20 +67,13 @@ def _base_loader(base: str | None) -> Callable:
 
 
 @functools.cache
-def _finite_check(check: bool, base: str | None, out: str) -> Callable:
-    """Raises a flag where the result is not finite though the base was."""
+def _finite_check(check: bool, out: str) -> Callable:
+    """Raises a flag where a result is not finite once rounded."""
     rounded = ELEMENTS[out].rounded
-    if not check:
-
-        @device
-        def ignore(flag, w, x):
-            pass
-
-        return ignore
 
     @device
-    def raise_flag(flag, w, x):
-        if not_finite(rounded(x)) and not not_finite(w):
+    def raise_flag(flag, x):
+        if check and not_finite(rounded(x)):
             flag[0] = np.int32(1)
 
     return raise_flag
@@ -105,7 +98,7 @@ def merge(base, out, sources, layout, gain_axis, check):
     load, store = _base_loader(base), ELEMENTS[out].store
     total = summed(sources)
     o_of, j_of = native_coordinates(layout)
-    check_finite = _finite_check(check, base, out)
+    check_finite = _finite_check(check, out)
     combine = _combine(gain_axis)
 
     def kernel(base_pointer, out_pointer, row_blocks, columns, channels, taps, flag, sources_p, sink_p):
@@ -118,7 +111,7 @@ def merge(base, out, sources, layout, gain_axis, check):
             j = j_of(row, column, channels, taps)
             w = load(base_pointer, index)
             x = combine(w, total(sources_p, o, j, w), o, j, taps, sink_p)
-            check_finite(flag, w, x)
+            check_finite(flag, x)
             store(out_pointer, index, x)
 
     parameters = (

@@ -1,7 +1,7 @@
 """The weight kernel on tensor cores: a tile of the delta in registers, its base beside it, one rounding, one store.
 
 A block makes one tile. Base and result move in 16-byte
-accesses; the base is requested before anything else, so that the product hides behind it. Lane 4 g + t holds rows g
+accesses; the base is requested before anything else and waits in shared memory, so that the product hides behind it. Lane 4 g + t holds rows g
 and g + 8, columns 8 t to 8 t + 7 of each group of 32: ``delta[0:8]`` and ``delta[8:16]``.
 
 Sinks: "delta", "merge", and DoRA by row in two launches: "norm" leaves each row's sum of
@@ -17,8 +17,8 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from kernels import low_rank_tile, warp
-from kernels.elements import ELEMENTS, finite_check
+from kernels import low_rank_tile, memory, warp
+from kernels.elements import ELEMENTS, largest8, parked8
 from kernels.low_rank_tile import Tile
 from kernels.parameters import flat_length, table_reader
 from kernels.target import cuda, device, f32, f32p, i32p, i64, i64p, kernel_factory, types
@@ -41,9 +41,14 @@ def _point_name(source: Source) -> Source:
     return tuple(part for part in source if isinstance(part, str))
 
 
-def shared_bytes(sources: tuple[Source, ...], groups: int) -> int:
-    """Dynamic shared memory of a tile: the right factors of every product."""
-    return sum(2 * low_rank_tile.shared_elements(*p[:3], 32 * groups) for s in sources for p in products(s))
+def _factor_elements(sources: tuple[Source, ...], groups: int) -> int:
+    return sum(low_rank_tile.shared_elements(*p[:3], 32 * groups) for s in sources for p in products(s))
+
+
+def shared_bytes(base: str | None, sources: tuple[Source, ...], tile: Tile) -> int:
+    """Dynamic shared memory of a tile: the right factors of every product, then the base."""
+    base_bytes = 4 * ELEMENTS[base].words * 2 * tile.groups * 32 * tile.warps if base else 0
+    return 2 * _factor_elements(sources, tile.groups) + base_bytes
 
 
 def held_words(sources: tuple[Source, ...]) -> int:
@@ -235,10 +240,11 @@ def _tile_body(base, out, sources, sink, check, tile) -> Callable:
     words_held = max(1, held_words(sources))
     has_base = base is not None
     base_element, out_element = ELEMENTS[base or out], ELEMENTS[out]
-    fetch8, unpack8, base_words = base_element.fetch8, base_element.unpack8, base_element.words
-    raw_words = 2 * groups * base_words
-    finish = _SINKS[sink](out, out_element, check)
+    park, unpark = parked8(base or out, 32 * warps)
+    base_at = _factor_elements(sources, groups)
+    finish = _SINKS[sink](out_element)
     begin, accumulate, end = finish.begin, finish.accumulate, finish.end
+    check, overflow = check and finish.stores, out_element.overflow
 
     @device
     def body(shared, tile_row, tile_column, base_pointer, out_pointer, rows, columns, flag, p, sink_p):
@@ -248,7 +254,6 @@ def _tile_body(base, out, sources, sink, check, tile) -> Callable:
         row = tile_row * np.int64(16 * warps) + np.int64(row_in_tile)
         column0 = tile_column * np.int64(32 * groups)
         lane_column = column0 + np.int64((lane & np.uint32(3)) * np.uint32(8))
-        raw = cuda.local.array(raw_words, np.uint32)
         held = cuda.local.array(words_held, np.uint32)
         delta = cuda.local.array(16, np.float32)
         w = cuda.local.array(16, np.float32)
@@ -263,16 +268,18 @@ def _tile_body(base, out, sources, sink, check, tile) -> Callable:
                     column = lane_column + np.int64(32 * group)
                     if ragged:
                         column = min(column, columns - np.int64(8))
-                    fetch8(base_pointer, row_at + column, raw, (2 * group + half) * base_words)
+                    park(shared, base_at, 2 * group + half, thread, base_pointer, row_at + column)
         stage(p, shared, column0, columns, thread)
         hold(p, held, row, rows, lane)
         begin(state, row, rows, lane, sink_p)
+        size = np.float32(0)
+        memory.copy_async_wait_all()
         warp.block_barrier()
         for group in range(groups):
             column = lane_column + np.int64(32 * group)
             for half in range(2):
                 if has_base:
-                    unpack8(raw, (2 * group + half) * base_words, w, 8 * half)
+                    unpark(shared, base_at, 2 * group + half, thread, w, 8 * half)
                 else:
                     for i in range(8):
                         w[8 * half + i] = np.float32(0)
@@ -280,7 +287,11 @@ def _tile_body(base, out, sources, sink, check, tile) -> Callable:
             for half in range(2):
                 o = row + np.int64(8 * half)
                 if not ragged or (o < rows and column < columns):
-                    accumulate(state, half, out_pointer, o * columns + column, delta, w, flag, sink_p)
+                    accumulate(state, half, out_pointer, o * columns + column, delta, w, sink_p)
+                    if check:
+                        size = largest8(size, delta, 8 * half)
+        if check and not (size < overflow):
+            flag[0] = np.int32(1)
         end(state, tile_column, row, rows, lane, sink_p)
 
     return body
@@ -296,40 +307,38 @@ def _end_nothing(state, tile_column, row, rows, lane, p):
     pass
 
 
-def _store_sink(out: str, out_element, check: bool, combine: Callable, begin: Callable) -> SimpleNamespace:
-    store8, check_finite = out_element.store8, finite_check(out)
+def _store_sink(out_element: SimpleNamespace, combine: Callable, begin: Callable) -> SimpleNamespace:
+    store8 = out_element.store8
 
     @device
-    def accumulate(state, half, out_pointer, index, delta, w, flag, p):
+    def accumulate(state, half, out_pointer, index, delta, w, p):
         at = 8 * half
         for i in range(8):
             delta[at + i] = combine(state, half, delta[at + i], w[at + i], p)
-        if check:
-            check_finite(delta, at, w, at, flag)
         store8(out_pointer, index, delta, at)
 
-    return SimpleNamespace(begin=begin, accumulate=accumulate, end=_end_nothing)
+    return SimpleNamespace(begin=begin, accumulate=accumulate, end=_end_nothing, stores=True)
 
 
 def _merge_sink(has_base: bool) -> Callable:
-    def make(out: str, out_element, check: bool) -> SimpleNamespace:
+    def make(out_element: SimpleNamespace) -> SimpleNamespace:
         @device
         def add_base(state, half, delta, w, p):
             return w + delta if has_base else delta
 
-        return _store_sink(out, out_element, check, add_base, _begin_nothing)
+        return _store_sink(out_element, add_base, _begin_nothing)
 
     return make
 
 
-def _norm_sink(out: str, out_element, check: bool) -> SimpleNamespace:
+def _norm_sink(out_element: SimpleNamespace) -> SimpleNamespace:
     @device
     def begin(state, row, rows, lane, p):
         state[0] = np.float32(0)
         state[1] = np.float32(0)
 
     @device
-    def accumulate(state, half, out_pointer, index, delta, w, flag, p):
+    def accumulate(state, half, out_pointer, index, delta, w, p):
         for i in range(8):
             v = w[8 * half + i] + delta[8 * half + i]
             state[half] += v * v
@@ -342,13 +351,13 @@ def _norm_sink(out: str, out_element, check: bool) -> SimpleNamespace:
             if (lane & np.uint32(3)) == np.uint32(0) and o < rows:
                 p[0][o * p[2] + tile_column] = total
 
-    return SimpleNamespace(begin=begin, accumulate=accumulate, end=end)
+    return SimpleNamespace(begin=begin, accumulate=accumulate, end=end, stores=False)
 
 
 def _dora_sink(magnitude: str) -> Callable:
     load_magnitude = ELEMENTS[magnitude].load
 
-    def make(out: str, out_element, check: bool) -> SimpleNamespace:
+    def make(out_element: SimpleNamespace) -> SimpleNamespace:
         @device
         def begin(state, row, rows, lane, p):
             for half in range(2):
@@ -368,7 +377,7 @@ def _dora_sink(magnitude: str) -> Callable:
         def decompose(state, half, delta, w, p):
             return w + p[3] * (state[half] * (w + delta) - w)
 
-        return _store_sink(out, out_element, check, decompose, begin)
+        return _store_sink(out_element, decompose, begin)
 
     return make
 
@@ -405,16 +414,13 @@ _EXAMPLES = (
 )
 
 
-def _options(base: str | None, sources: tuple[Source, ...], check: bool, tile: Tile) -> dict:
-    """Launch bounds: three blocks of eight warps where base and left factors leave the registers for it.
-
-    Without the finite check's branches between them, ptxas computes all groups at once and needs more registers.
-    """
-    base_words = 2 * tile.groups * ELEMENTS[base].words if base else 0
+def _options(base: str | None, sources: tuple[Source, ...], tile: Tile) -> dict:
+    """Launch bounds: as many blocks on a multiprocessor as the left factors leave registers for."""
+    held = held_words(sources)
     return {
         "threads": 32 * tile.warps,
-        "min_blocks": 3 if base_words + held_words(sources) <= (40 if check else 8) else 2,
-        "shared_bytes": shared_bytes(sources, tile.groups),
+        "min_blocks": 3 if held <= 16 else 2,
+        "shared_bytes": shared_bytes(base, sources, tile),
         "architectures": (8, 0),
     }
 
@@ -428,7 +434,7 @@ def weight_tile(base, out, sources, sink, check, tile):
         shared = cuda.shared.array(0, np.uint16, alignment=128)
         body(shared, warp.block_y(), warp.block_x(), base_pointer, out_pointer, rows, columns, flag, p, sink_p)
 
-    return kernel, _parameters(base, out, sources, sink), _options(base, sources, check, tile)
+    return kernel, _parameters(base, out, sources, sink), _options(base, sources, tile)
 
 
 @kernel_factory(("bf16", "bf16", (_OI,), "merge", True, _WHOLE))
@@ -448,4 +454,4 @@ def weight_tile_grouped(base, out, sources, sink, check, tile):
         q = read(table, np.int64(blocks[at]) * np.int64(width))
         body(shared, np.int64(blocks[at + 1]), np.int64(blocks[at + 2]), q[0], q[1], q[2], q[3], q[4], q[5], q[6])
 
-    return kernel, (i64p, i32p), _options(base, sources, check, tile)
+    return kernel, (i64p, i32p), _options(base, sources, tile)

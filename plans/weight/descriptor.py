@@ -18,6 +18,7 @@ from plans.core.tensor import TensorMut, TensorRef
 from plans.weight.sources import ChannelScale, Source
 
 DORA_EPS = 2.0**-23
+FLOATS = (ElementKind.BF16, ElementKind.F16, ElementKind.F32)
 
 
 class Sink(enum.Enum):
@@ -48,7 +49,8 @@ class WeightDescriptor:
     With delta = sum_i scale_i * source_i and V = W + delta, DoRA is
     ``W + strength * (magnitude * V / (norm(V) + 2**-23) - W)``, the norm over each output row or each input channel.
     ``base`` is the kind of W (None for the delta alone), ``out`` the kind of the result, ``magnitude`` DoRA's.
-    ``check_finite`` adds an operand that counts nothing but is set to 1 where a result is not finite though W was.
+    ``check_finite`` adds an operand, set to 1 where a result is not finite and otherwise left alone: whether W was
+    finite there is for the caller to see.
     """
 
     out_features: int
@@ -75,7 +77,10 @@ class WeightDescriptor:
             raise InvalidProblem(f"weight: sink {self.sink.value} with magnitude {self.magnitude}: DoRA alone has one")
         if self.base is None and any(isinstance(s, ChannelScale) for s in self.sources):
             raise InvalidProblem("weight: a channel scale multiplies the base, so it has no delta of its own")
-        self.operands()
+        for operand in self.operands():
+            if operand.element not in FLOATS and operand.name != "not_finite":
+                wanted = ", ".join(kind.value for kind in FLOATS)
+                raise InvalidProblem(f"weight: {operand.name} holds {operand.element.value}, wanted one of {wanted}")
 
     @property
     def taps(self) -> int:

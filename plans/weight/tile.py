@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 
 from kernels import low_rank_tile, weight_tile
-from kernels.elements import ELEMENTS
 from kernels.low_rank_tile import Tile
 from kernels.target import SIMULATOR
 from plans.core.device import Device
@@ -23,7 +22,6 @@ from plans.weight.resolve import ALIGN, Resolved, resolve
 WARPS = 1 if SIMULATOR else 8
 MAX_GROUPS = 1 if SIMULATOR else 4
 MAX_SHARED_BYTES = 160 * 1024
-REGISTER_WORDS = 56
 _PRODUCTS = {"low_rank": 1, "hadamard": 2}
 
 
@@ -53,14 +51,13 @@ def tile_sources(descriptor: WeightDescriptor) -> tuple[tuple, ...]:
 
 
 def groups_of(descriptor: WeightDescriptor) -> int:
-    """Groups of 32 columns in a tile: as many as registers and shared memory allow; 0 if not even one fits."""
-    sources = tile_sources(descriptor)
-    held = weight_tile.held_words(sources)
-    base_words = ELEMENTS[descriptor.base.value].words if descriptor.base else 0
+    """Groups of 32 columns in a tile: as many as shared memory allows; 0 if not even one fits."""
+    base = descriptor.base.value if descriptor.base else None
     groups = MAX_GROUPS
-    while groups > 1 and 2 * groups * base_words + held > REGISTER_WORDS:
-        groups //= 2
-    while groups and weight_tile.shared_bytes(sources, groups) > MAX_SHARED_BYTES:
+    while (
+        groups
+        and weight_tile.shared_bytes(base, tile_sources(descriptor), Tile(WARPS, groups, True)) > MAX_SHARED_BYTES
+    ):
         groups //= 2
     return groups
 
