@@ -24,6 +24,7 @@ from kernels.target import cuda, device
 _PARTS = {"bf16": 1, "f16": 2, "f32": 3}
 STEP = 16
 MAX_HELD_WORDS = 48
+MAX_FETCHED_WORDS = 32
 
 
 def parts_of(left: str, right: str) -> tuple[int, int]:
@@ -55,11 +56,15 @@ Product = tuple
 
 @dataclass(frozen=True)
 class Tile:
-    """16 * warps rows by 32 * groups columns; ``ragged`` where weights are not whole tiles."""
+    """16 * warps rows by 32 * groups columns; ``ragged`` where weights are not whole tiles.
+
+    ``parked``: the base waits in shared memory instead of registers.
+    """
 
     warps: int
     groups: int
     ragged: bool
+    parked: bool
 
 
 @functools.cache
@@ -215,24 +220,31 @@ def _stage(
     swizzle = np.uint32(min(chunks_in_row, 8) - 1)
     chunks = steps * STEP * chunks_in_row
     rounds = -(-chunks // threads)
-    even = chunks % threads == 0
+    even = chunks % (threads * min(rounds, MAX_FETCHED_WORDS // element.words)) == 0
     plane = steps * STEP * columns_of_tile
     as_stored = parts == 1
 
     @device
-    def stage_chunk(p, shared, column0, columns, chunk, words, values):
-        k = np.uint32(chunk // np.uint32(chunks_in_row))
-        place = np.uint32(chunk % np.uint32(chunks_in_row))
+    def locate(chunk):
+        return np.uint32(chunk // np.uint32(chunks_in_row)), np.uint32(chunk % np.uint32(chunks_in_row))
+
+    @device
+    def fetch(p, column0, columns, chunk, words, at):
+        k, place = locate(chunk)
         column = column0 + np.int64(place * np.uint32(8))
         if ragged:
             column = min(column, columns - np.int64(8))
         row = np.int64(k) if full else min(np.int64(k), p[i_rank] - np.int64(1))
-        fetch8(p[i_right], row * p[i_next] + column, words, 0)
+        fetch8(p[i_right], row * p[i_next] + column, words, at)
         if not full and np.int64(k) >= p[i_rank]:
             for i in range(words_of_8):
-                words[i] = np.uint32(0)
+                words[at + i] = np.uint32(0)
+
+    @device
+    def put(shared, chunk, words, at, values):
+        k, place = locate(chunk)
         if not as_stored:
-            unpack8(words, 0, values, 0)
+            unpack8(words, at, values, 0)
         base = np.uint32(k * np.uint32(columns_of_tile) + (place & np.uint32(3)) * np.uint32(2))
         first_unit = np.uint32((place >> np.uint32(2)) * np.uint32(4))
         for part in range(parts):
@@ -240,20 +252,28 @@ def _stage(
                 unit = np.uint32((first_unit + np.uint32(j)) ^ (k & swizzle))
                 index = shared_at + part * plane + np.int64(np.uint32(base + unit * np.uint32(8)))
                 if as_stored:
-                    memory.shared_store32(shared, index, words[j])
+                    memory.shared_store32(shared, index, words[at + j])
                 else:
                     low, high = values[2 * j], values[2 * j + 1]
                     memory.shared_store32(shared, index, pack(low, high))
                     values[2 * j] = low - bits.bf16_to_f32(bits.f32_to_bf16(low))
                     values[2 * j + 1] = high - bits.bf16_to_f32(bits.f32_to_bf16(high))
 
+    at_once = min(rounds, MAX_FETCHED_WORDS // words_of_8)
+    fetched_words = at_once * words_of_8
+
     @device
     def stage(p, shared, column0, columns, thread):
-        words = cuda.local.array(words_of_8, np.uint32)
+        words = cuda.local.array(fetched_words, np.uint32)
         values = cuda.local.array(8, np.float32)
-        for turn in range(rounds):
-            chunk = np.uint32(thread + np.uint32(turn * threads))
-            if even or chunk < np.uint32(chunks):
-                stage_chunk(p, shared, column0, columns, chunk, words, values)
+        for first in range(0, rounds, at_once):
+            for turn in range(at_once):
+                chunk = np.uint32(thread + np.uint32((first + turn) * threads))
+                if even or chunk < np.uint32(chunks):
+                    fetch(p, column0, columns, chunk, words, turn * words_of_8)
+            for turn in range(at_once):
+                chunk = np.uint32(thread + np.uint32((first + turn) * threads))
+                if even or chunk < np.uint32(chunks):
+                    put(shared, chunk, words, turn * words_of_8, values)
 
     return stage

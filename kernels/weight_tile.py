@@ -47,7 +47,7 @@ def _factor_elements(sources: tuple[Source, ...], groups: int) -> int:
 
 def shared_bytes(base: str | None, sources: tuple[Source, ...], tile: Tile) -> int:
     """Dynamic shared memory of a tile: the right factors of every product, then the base."""
-    base_bytes = 4 * ELEMENTS[base].words * 2 * tile.groups * 32 * tile.warps if base else 0
+    base_bytes = 4 * ELEMENTS[base].words * 2 * tile.groups * 32 * tile.warps if base and tile.parked else 0
     return 2 * _factor_elements(sources, tile.groups) + base_bytes
 
 
@@ -229,6 +229,36 @@ def _then(rest: SimpleNamespace | None, one: SimpleNamespace, position: int) -> 
 
 
 @functools.cache
+def _base_access(base: str | None, out: str, sources: tuple[Source, ...], tile: Tile) -> tuple[Callable, Callable, int]:
+    """``request(shared, raw, slot, thread, pointer, index)`` and ``take(shared, raw, slot, thread, w, to)`` for eight
+    elements of the base, and the words of ``raw`` that they need."""
+    element = ELEMENTS[base or out]
+    fetch8, unpack8, words = element.fetch8, element.unpack8, element.words
+    park, unpark = parked8(base or out, 32 * tile.warps)
+    at = _factor_elements(sources, tile.groups)
+    has_base, parked = base is not None, tile.parked
+
+    @device
+    def request(shared, raw, slot, thread, pointer, index):
+        if parked:
+            park(shared, at, slot, thread, pointer, index)
+        else:
+            fetch8(pointer, index, raw, slot * words)
+
+    @device
+    def take(shared, raw, slot, thread, w, to):
+        if not has_base:
+            for i in range(8):
+                w[to + i] = np.float32(0)
+        elif parked:
+            unpark(shared, at, slot, thread, w, to)
+        else:
+            unpack8(raw, slot * words, w, to)
+
+    return request, take, 2 * tile.groups * words if has_base and not parked else 1
+
+
+@functools.cache
 def _tile_body(base, out, sources, sink, check, tile) -> Callable:
     """The tile's device function; ``sink_p`` is (partials, magnitude, tiles in a row, strength) for DoRA.
 
@@ -236,15 +266,14 @@ def _tile_body(base, out, sources, sink, check, tile) -> Callable:
     """
     warps, groups, ragged = tile.warps, tile.groups, tile.ragged
     every = _all_sources(sources, tile)
-    stage, hold, add = every.stage, every.hold, every.add
+    stage, hold = every.stage, every.hold
     words_held = max(1, held_words(sources))
     has_base = base is not None
-    base_element, out_element = ELEMENTS[base or out], ELEMENTS[out]
-    park, unpark = parked8(base or out, 32 * warps)
-    base_at = _factor_elements(sources, groups)
-    finish = _SINKS[sink](out_element)
-    begin, accumulate, end = finish.begin, finish.accumulate, finish.end
-    check, overflow = check and finish.stores, out_element.overflow
+    request, _, raw_words = _base_access(base, out, sources, tile)
+    finish = _SINKS[sink](ELEMENTS[out])
+    begin, end, overflow = finish.begin, finish.end, ELEMENTS[out].overflow
+    all_groups = _group_chain(base, out, sources, sink, check, tile)
+    check = check and finish.stores
 
     @device
     def body(shared, tile_row, tile_column, base_pointer, out_pointer, rows, columns, flag, p, sink_p):
@@ -254,9 +283,8 @@ def _tile_body(base, out, sources, sink, check, tile) -> Callable:
         row = tile_row * np.int64(16 * warps) + np.int64(row_in_tile)
         column0 = tile_column * np.int64(32 * groups)
         lane_column = column0 + np.int64((lane & np.uint32(3)) * np.uint32(8))
+        raw = cuda.local.array(raw_words, np.uint32)
         held = cuda.local.array(words_held, np.uint32)
-        delta = cuda.local.array(16, np.float32)
-        w = cuda.local.array(16, np.float32)
         state = cuda.local.array(2, np.float32)
         if has_base:
             for half in range(2):
@@ -268,33 +296,62 @@ def _tile_body(base, out, sources, sink, check, tile) -> Callable:
                     column = lane_column + np.int64(32 * group)
                     if ragged:
                         column = min(column, columns - np.int64(8))
-                    park(shared, base_at, 2 * group + half, thread, base_pointer, row_at + column)
+                    request(shared, raw, 2 * group + half, thread, base_pointer, row_at + column)
         stage(p, shared, column0, columns, thread)
         hold(p, held, row, rows, lane)
         begin(state, row, rows, lane, sink_p)
-        size = np.float32(0)
         memory.copy_async_wait_all()
         warp.block_barrier()
-        for group in range(groups):
-            column = lane_column + np.int64(32 * group)
-            for half in range(2):
-                if has_base:
-                    unpark(shared, base_at, 2 * group + half, thread, w, 8 * half)
-                else:
-                    for i in range(8):
-                        w[8 * half + i] = np.float32(0)
-            add(p, shared, held, delta, w, group, row, rows, column, columns, lane)
-            for half in range(2):
-                o = row + np.int64(8 * half)
-                if not ragged or (o < rows and column < columns):
-                    accumulate(state, half, out_pointer, o * columns + column, delta, w, sink_p)
-                    if check:
-                        size = largest8(size, delta, 8 * half)
+        size = all_groups(
+            np.float32(0), shared, raw, held, state, out_pointer, row, rows, lane_column, columns, thread, lane, p, sink_p
+        )
         if check and not (size < overflow):
             flag[0] = np.int32(1)
         end(state, tile_column, row, rows, lane, sink_p)
 
     return body
+
+
+@device
+def _no_group(size, shared, raw, held, state, out_pointer, row, rows, lane_column, columns, thread, lane, p, sink_p):
+    return size
+
+
+def _group_chain(base, out, sources, sink, check, tile) -> Callable:
+    """All groups of 32 columns, one after the other; unrolled, since registers cannot be indexed by a variable."""
+    chain = _no_group
+    for group in range(tile.groups):
+        chain = _then_group(chain, base, out, sources, sink, check, tile, group)
+    return chain
+
+
+def _then_group(rest: Callable, base, out, sources, sink, check, tile, group: int) -> Callable:
+    add, ragged = _all_sources(sources, tile).add, tile.ragged
+    _, take, _ = _base_access(base, out, sources, tile)
+    finish = _SINKS[sink](ELEMENTS[out])
+    accumulate, check = finish.accumulate, check and finish.stores
+
+    @device
+    def groups(size, shared, raw, held, state, out_pointer, row, rows, lane_column, columns, thread, lane, p, sink_p):
+        size = rest(
+            size, shared, raw, held, state, out_pointer, row, rows, lane_column, columns, thread, lane, p, sink_p
+        )
+        warp.sync_warp()
+        delta = cuda.local.array(16, np.float32)
+        w = cuda.local.array(16, np.float32)
+        column = lane_column + np.int64(32 * group)
+        for half in range(2):
+            take(shared, raw, 2 * group + half, thread, w, 8 * half)
+        add(p, shared, held, delta, w, group, row, rows, column, columns, lane)
+        for half in range(2):
+            o = row + np.int64(8 * half)
+            if not ragged or (o < rows and column < columns):
+                accumulate(state, half, out_pointer, o * columns + column, delta, w, sink_p)
+                if check:
+                    size = largest8(size, delta, 8 * half)
+        return size
+
+    return groups
 
 
 @device
@@ -363,11 +420,12 @@ def _dora_sink(magnitude: str) -> Callable:
             for half in range(2):
                 o = row + np.int64(8 * half)
                 squares = np.float32(0)
-                if o < rows:
-                    tile = np.int64(lane & np.uint32(3))
-                    while tile < p[2]:
-                        squares += p[0][o * p[2] + tile]
-                        tile += np.int64(4)
+                row_at = min(o, rows - np.int64(1)) * p[2]
+                for first in range(np.int64(lane & np.uint32(3)), p[2], np.int64(32)):
+                    for u in range(8):
+                        tile = first + np.int64(4 * u)
+                        part = p[0][row_at + min(tile, p[2] - np.int64(1))]
+                        squares += part if tile < p[2] else np.float32(0)
                 squares = warp.quad_sum(squares)
                 state[half] = np.float32(0)
                 if o < rows:
@@ -399,27 +457,27 @@ def _parameters(base, out, sources, sink) -> tuple:
 
 
 _OI = ("low_rank", "bf16", "bf16", (1, True, True))
-_WHOLE, _RAGGED, _NARROW = Tile(8, 4, False), Tile(8, 4, True), Tile(8, 2, True)
+_WHOLE, _RAGGED, _PARKED = Tile(8, 4, False, False), Tile(8, 4, True, False), Tile(8, 4, True, True)
 _EXAMPLES = (
     ("bf16", "bf16", (_OI,), "merge", True, _WHOLE),
     ("bf16", "bf16", (("low_rank", "bf16", "f16", (1, False, False)),), "merge", True, _RAGGED),
     ("bf16", "bf16", (("low_rank", "f32", "f32", (1, True, True)),), "merge", True, _WHOLE),
-    ("bf16", "bf16", (("low_rank", "f16", "f16", (4, True, True)),), "merge", True, _WHOLE),
-    ("bf16", "bf16", (("hadamard", *["bf16"] * 4, (4, True, True), (4, True, True)),), "merge", True, _NARROW),
+    ("bf16", "bf16", (("low_rank", "f16", "f16", (4, True, True)),), "merge", True, Tile(8, 4, False, True)),
+    ("bf16", "bf16", (("hadamard", *["bf16"] * 4, (4, True, True), (4, True, True)),), "merge", True, _PARKED),
     ("bf16", "bf16", (_OI, _OI), "merge", True, _WHOLE),
     ("bf16", "bf16", (_OI,), "norm", True, _WHOLE),
     ("bf16", "bf16", (_OI,), "dora f32", True, _WHOLE),
     (None, "bf16", (_OI,), "delta", False, _WHOLE),
-    ("f32", "f16", (("kronecker", "bf16", "f32"), ("dense", "f16"), ("channel", "bf16", "in")), "merge", True, _NARROW),
+    ("f32", "f16", (("kronecker", "bf16", "f32"), ("dense", "f16"), ("channel", "bf16", "in")), "merge", True, _PARKED),
 )
 
 
 def _options(base: str | None, sources: tuple[Source, ...], tile: Tile) -> dict:
-    """Launch bounds: as many blocks on a multiprocessor as the left factors leave registers for."""
-    held = held_words(sources)
+    """Launch bounds: as many blocks on a multiprocessor as the left factors and the base leave registers for."""
+    held = held_words(sources) + (2 * tile.groups * ELEMENTS[base].words if base and not tile.parked else 0)
     return {
         "threads": 32 * tile.warps,
-        "min_blocks": 3 if held <= 16 else 2,
+        "min_blocks": 3 if tile.parked and held <= 16 else 2,
         "shared_bytes": shared_bytes(base, sources, tile),
         "architectures": (8, 0),
     }

@@ -115,9 +115,9 @@ class _Builder:
         if isinstance(source.w2, ElementKind):
             second = ("full", source.w2.value)
             return self._done(("kronecker", w1.kind.value, second), ((w1, Factor(source.w2, at)),), ((),))
-        factors, (rank, row_stride, rank_stride, _) = self._product(source.w2, at, source.c, source.d, taps)
+        factors, numbers = self._product(source.w2, at, source.c, source.d, taps)
         second = ("low_rank", *(f.kind.value for f in factors))
-        return self._done(("kronecker", w1.kind.value, second), ((w1, *factors),), ((rank, row_stride, rank_stride),))
+        return self._done(("kronecker", w1.kind.value, second), ((w1, *factors),), (numbers,))
 
     def _done(self, kernel: tuple, factors: tuple, numbers: tuple) -> Resolved:
         return Resolved(kernel, factors, numbers, tuple(self.contractions), self.offset)
