@@ -141,7 +141,21 @@ def _body(base, out, first, second, check, slots, ragged) -> tuple[tuple, Callab
 
     @device
     def body(
-        shared, tile, block_row, chunk, base_pointer, out_pointer, w1, blocks, span, chunk_blocks, height, runs, scale, flag, p
+        shared,
+        tile,
+        block_row,
+        chunk,
+        base_pointer,
+        out_pointer,
+        w1,
+        blocks,
+        span,
+        chunk_blocks,
+        height,
+        runs,
+        scale,
+        flag,
+        p,
     ):
         """``blocks`` are b, ``height`` c, ``runs`` e / 8; blocks are walked in steps of ``span``, ``chunk_blocks`` steps here.
 
@@ -164,7 +178,9 @@ def _body(base, out, first, second, check, slots, ragged) -> tuple[tuple, Callab
         last_block = min(block + chunk_blocks, np.int64(np.uint32(blocks) // np.uint32(span)))
         half = np.uint32(0)
         if has_base:
-            park_batch(shared, thread, base_pointer, at, row_stride, block, last_block, stride, half, rows_left, runs_left)
+            park_batch(
+                shared, thread, base_pointer, at, row_stride, block, last_block, stride, half, rows_left, runs_left
+            )
             park_batch(shared, thread, base_pointer, at, row_stride, block + np.int64(batch), last_block, stride,
                        np.uint32(1), rows_left, runs_left)  # fmt: skip
         gather(p, shared, own_row, own_run, height, runs, values, thread)

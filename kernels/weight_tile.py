@@ -303,7 +303,20 @@ def _tile_body(base, out, sources, sink, check, tile) -> Callable:
         memory.copy_async_wait_all()
         warp.block_barrier()
         size = all_groups(
-            np.float32(0), shared, raw, held, state, out_pointer, row, rows, lane_column, columns, thread, lane, p, sink_p
+            np.float32(0),
+            shared,
+            raw,
+            held,
+            state,
+            out_pointer,
+            row,
+            rows,
+            lane_column,
+            columns,
+            thread,
+            lane,
+            p,
+            sink_p,
         )
         if check and not (size < overflow):
             flag[0] = np.int32(1)

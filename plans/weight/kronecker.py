@@ -34,6 +34,8 @@ def refuses(descriptor: WeightDescriptor) -> str:
     if descriptor.layout is not WeightLayout.CHECKPOINT:
         return "wants checkpoint layout [out, in, *kernel]"
     row = source.d * descriptor.taps
+    if 0 in (source.a, source.b, source.c, row):
+        return "an empty weight is computed by the portable SKU"
     if row % 8:
         return f"wants rows of w2 in multiples of 8 elements (16-byte accesses), found {row}"
     if source.b * source.c * row // 8 >= 1 << 31 or source.a >= 1 << 16:

@@ -1,0 +1,177 @@
+"""The merge from end to end: everything is checked before the first byte is written."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+from lycoris.checkpoint import Checkpoint, CheckpointWriter, SafetensorsFile, interruptible
+from lycoris.dtype import MERGEABLE, OPTIONS
+from lycoris.errors import MergeFailed, RefusedInput
+from lycoris.formats import match, read_adapter
+from lycoris.merge.compute import Plans, count_skus, select_plans
+from lycoris.merge.crew import Crew
+from lycoris.merge.estimate import refuse_long_simulation
+from lycoris.merge.factors import Factor
+from lycoris.merge.jobs import Job, LoadedAdapter, collect_changes, make_jobs
+from lycoris.merge.options import AdapterInput, MergeOptions, MergeReport
+from lycoris.merge.pipeline import Pipeline, ProgressCallback
+from plans.core import Device, PlanError
+
+_SCANNERS = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """
+    A merge, planned.
+
+    Attributes:
+        adapters: In the order given.
+        jobs: What is computed.
+        factors: What the jobs read.
+        idle: Factors whose strength is 0: they change nothing, but have to be sound like all others.
+        changed: How many tensors an adapter changes.
+
+    """
+
+    adapters: tuple[LoadedAdapter, ...]
+    jobs: tuple[Job, ...]
+    factors: tuple[Factor, ...]
+    idle: tuple[Factor, ...]
+    changed: int
+
+
+def merge(options: MergeOptions, progress: ProgressCallback | None = None) -> MergeReport:
+    """
+    `base + sum of strength * delta -> output`: every value exact and rounded once, all others byte for byte.
+
+    The output appears whole or not at all. In the main thread, SIGINT, SIGTERM and SIGHUP unwind the merge.
+
+    Args:
+        options: What to merge into what.
+        progress: Called with bytes written and bytes in all, by one thread at a time, lastly with both equal.
+
+    Raises:
+        RefusedInput: an input, a combination of inputs or an option cannot be used.
+        MergeFailed: the disk is full, an input changed meanwhile, a signal came. No output is left behind.
+
+    """
+    started = time.perf_counter()
+    options.check()
+    with interruptible(), ExitStack() as opened:
+        # A GPU takes a third of a second to open; headers are read meanwhile.
+        opening = opened.enter_context(ThreadPoolExecutor(1)).submit(Device.open, options.device)
+        base = opened.enter_context(Checkpoint.open(options.base))
+        adapters = [_load(base, adapter, options.allow_unmatched, opened) for adapter in options.adapters]
+        work = _plan(base, adapters, options.dtype)
+        writer = _writer(base, work, options)
+        device = _opened(opening)
+        if device.is_simulator:
+            refuse_long_simulation(work.jobs)
+        plans = select_plans(work.jobs, device)
+        _scan([*work.idle, *work.factors] if options.dry_run else work.idle)
+        if not options.dry_run:
+            _write(Pipeline(device, base, writer, work.jobs, plans, progress), writer, work)
+        return _report(options, base, writer, work, plans, device, started)
+
+
+def _opened(opening: Future[Device]) -> Device:
+    try:
+        device = opening.result()
+    except PlanError as error:
+        raise RefusedInput(str(error)) from error
+    device.make_current()
+    return device
+
+
+def _load(base: Checkpoint, given: AdapterInput, allow_unmatched: bool, opened: ExitStack) -> LoadedAdapter:
+    adapter = read_adapter(given.path)
+    matching = match(adapter, base.tensors, allow_unmatched=allow_unmatched)
+    file = opened.enter_context(SafetensorsFile.open(adapter.path))
+    for row in matching.matched:
+        if any(file.entries.get(entry.name) != entry for entry in row.module.factors.values()):
+            raise MergeFailed(
+                f"{adapter.path}: changed while it was read; run it again when nothing writes to the file"
+            )
+    return LoadedAdapter(adapter.path, file, matching, given.strength)
+
+
+def _plan(base: Checkpoint, adapters: Sequence[LoadedAdapter], dtype: str) -> Work:
+    changes = collect_changes(adapters)
+    active = {name: [change for change in found if not change.is_idle] for name, found in changes.items()}
+    active = {name: found for name, found in active.items() if found}
+    jobs = make_jobs(base.tensors, active, dtype)
+    idle = [f for found in changes.values() for change in found if change.is_idle for f in change.factors.values()]
+    return Work(
+        adapters=tuple(adapters),
+        jobs=tuple(jobs),
+        factors=tuple(factor for job in jobs for factor in job.operands),
+        idle=tuple(idle),
+        changed=len({job.tensor.name for job in jobs if job.descriptor is not None}),
+    )
+
+
+def _writer(base: Checkpoint, work: Work, options: MergeOptions) -> CheckpointWriter:
+    """The output, once it has proved possible; nothing is written yet."""
+    dtypes = {}
+    if options.dtype in OPTIONS:
+        dtypes = {name: OPTIONS[options.dtype] for name, entry in base.tensors.items() if entry.dtype in MERGEABLE}
+    inputs = [*(given.path for given in options.adapters), *(adapter.path for adapter in work.adapters)]
+    writer = CheckpointWriter(base, options.output, dtypes=dtypes, overwrite=options.overwrite, inputs=inputs)
+    writer.check_space()
+    return writer
+
+
+def _scan(factors: Sequence[Factor]) -> None:
+    """Check factors that no pipeline will see."""
+    with Crew({"scanner": _SCANNERS}, lambda: None) as crew:
+        crew.finish([crew.submit("scanner", factor.scan) for factor in factors])
+
+
+def _write(pipeline: Pipeline, writer: CheckpointWriter, work: Work) -> None:
+    with writer:
+        try:
+            pipeline.run()
+        except PlanError as error:
+            raise MergeFailed(f"the device failed ({error}); free its memory or choose another one") from error
+        for adapter in work.adapters:
+            adapter.file.check_unchanged()
+        writer.commit()
+
+
+def _report(
+    options: MergeOptions,
+    base: Checkpoint,
+    writer: CheckpointWriter,
+    work: Work,
+    plans: Plans,
+    device: Device,
+    started: float,
+) -> MergeReport:
+    rows = [row for adapter in work.adapters for row in adapter.matching.matched]
+    unmatched: Counter[str] = Counter()
+    for adapter in work.adapters:
+        for component, stems in adapter.matching.absent.items():
+            unmatched[component] += len(stems)
+        for component, stems in adapter.matching.unmatched.items():
+            unmatched[f"unmatched in {component or 'the model'}"] += len(stems)
+    read = sum(factor.nbytes for factor in (*work.factors, *work.idle))
+    return MergeReport(
+        device=device.name,
+        modules=dict(Counter(row.module.algorithm for row in rows)),
+        ranks=dict(sorted(Counter(row.module.rank for row in rows if row.module.rank is not None).items())),
+        tensors=len(base.tensors),
+        tensors_changed=work.changed,
+        unmatched=dict(unmatched),
+        bytes_read=read if options.dry_run else read + base.data_bytes,
+        bytes_written=0 if options.dry_run else sum(entry.nbytes for entry in writer.tensors.values()),
+        seconds=time.perf_counter() - started,
+        output=str(options.output),
+        dry_run=options.dry_run,
+        skus=count_skus(plans),
+    )
