@@ -1,8 +1,9 @@
 """A low-rank product on tensor cores, as a part of a weight tile: left [rows, rank] @ right [rank, columns].
 
-A warp owns 16 rows and all columns of its tile, in groups of 32. The columns of ``right`` are permuted on their
-way into shared memory, so that lane 4 g + t ends up with eight neighbouring results, columns 8 t to 8 t + 7 of
-a group, for rows g and g + 8: the base then moves in 16-byte accesses without a shuffle.
+A warp owns 16 or 32 rows and all columns of its tile, in groups of 32. The columns of ``right`` are permuted on their
+way into shared memory, so that lane 4 g + t ends up with eight neighbouring results, columns 8 t to 8 t + 7 of a
+group, for rows g, g + 8 (and g + 16, g + 24): the base then moves in 16-byte accesses without a shuffle. Its ranks are
+permuted too, so that a lane's part of ``left`` is four or eight neighbouring ranks, one access.
 
 Factors of other kinds than the tensor core's are split into exact bf16 parts (bf16 1, fp16 2, fp32 3 parts of 8 bits);
 products of parts below 2**-24 of the whole are left out. A pair of fp16 factors uses the fp16 instruction.
@@ -23,40 +24,53 @@ from kernels.target import cuda, device
 
 _PARTS = {"bf16": 1, "f16": 2, "f32": 3}
 STEP = 16
-MAX_HELD_WORDS = 48
+MAX_HELD_WORDS = 64
 MAX_FETCHED_WORDS = 32
 
 
-def parts_of(left: str, right: str) -> tuple[int, int]:
-    """How many 16-bit parts each factor is split into."""
-    return (1, 1) if left == right == "f16" else (_PARTS[left], _PARTS[right])
+@dataclass(frozen=True)
+class Product:
+    """The compile-time shape of a product.
 
+    ``steps`` of 16 ranks, ``full`` if the rank fills them; ``vector``: how many neighbouring ranks of left are one
+    access, 4 or 8 of a row-major left, else 1.
+    """
 
-def shared_elements(left: str, right: str, steps: int, columns: int) -> int:
-    """16-bit elements of shared memory for a right factor of ``steps`` * 16 ranks."""
-    return parts_of(left, right)[1] * steps * STEP * columns
+    left: str
+    right: str
+    steps: int
+    vector: int
+    full: bool
 
+    @property
+    def parts(self) -> tuple[int, int]:
+        """How many 16-bit parts each factor is split into."""
+        return (1, 1) if self.native_f16 else (_PARTS[self.left], _PARTS[self.right])
 
-def held_words(left: str, right: str, steps: int) -> int:
-    """Registers for the left factor; 0 where there would be too many and each use loads it again."""
-    words = 4 * steps * parts_of(left, right)[0]
-    return words if words <= MAX_HELD_WORDS else 0
+    @property
+    def native_f16(self) -> bool:
+        """Whether the fp16 instruction multiplies the factors as they are."""
+        return self.left == self.right == "f16"
 
+    @property
+    def part_pairs(self) -> tuple[tuple[int, int], ...]:
+        """Which parts are multiplied, smallest products first."""
+        pairs = [(i, j) for i in range(self.parts[0]) for j in range(self.parts[1]) if i + j <= 2]
+        return tuple(sorted(pairs, key=lambda pair: -sum(pair)))
 
-def part_pairs(left: str, right: str) -> tuple[tuple[int, int], ...]:
-    """Which parts are multiplied, smallest products first."""
-    left_parts, right_parts = parts_of(left, right)
-    pairs = [(i, j) for i in range(left_parts) for j in range(right_parts) if i + j <= 2]
-    return tuple(sorted(pairs, key=lambda pair: -sum(pair)))
+    def shared_elements(self, tile: Tile) -> int:
+        """16-bit elements of shared memory for the right factor."""
+        return self.parts[1] * self.steps * STEP * 32 * tile.groups
 
-
-Product = tuple
-"""(left kind, right kind, steps of 16 ranks, left is [rows, rank] with an even rank, the rank fills its steps)."""
+    def held_words(self, tile: Tile) -> int:
+        """Registers for the left factor; 0 where there would be too many and each use loads it again."""
+        words = 4 * self.steps * self.parts[0] * tile.row_blocks
+        return words if words <= MAX_HELD_WORDS else 0
 
 
 @dataclass(frozen=True)
 class Tile:
-    """16 * warps rows by 32 * groups columns; ``ragged`` where weights are not whole tiles.
+    """16 * row_blocks * warps rows by 32 * groups columns; ``ragged`` where weights are not whole tiles.
 
     ``parked``: the base waits in shared memory instead of registers.
     """
@@ -65,65 +79,70 @@ class Tile:
     groups: int
     ragged: bool
     parked: bool
+    row_blocks: int = 1
+
+    @property
+    def rows(self) -> int:
+        """Rows of the tile."""
+        return 16 * self.row_blocks * self.warps
+
+    @property
+    def columns(self) -> int:
+        """Columns of the tile."""
+        return 32 * self.groups
 
 
 @functools.cache
-def product(spec: Product, tile: Tile, shared_at: int, held_at: int, at: int) -> SimpleNamespace:
+def product(
+    spec: Product, tile: Tile, shared_at: int, held_at: int, at: int, periods: tuple[int, int] | None = None
+) -> SimpleNamespace:
     """Device functions of one product whose parameters start at ``at``: left, right, rank, strides of left's row and
     rank and of right's rank.
 
     ``stage(p, shared, column0, columns, thread)`` brings the right factor to shared memory.
     ``hold(p, held, row, rows, lane)`` brings the left factor of the lane's rows to registers.
-    ``multiply(p, shared, held, result, group, row, rows, lane)`` writes the lane's 16 results of a group: 8 of ``row``,
-    8 of ``row + 8``.
+    ``multiply(p, shared, held, result, group, row, rows, lane)`` writes the lane's results of a group: eight of each of
+    the rows ``row``, ``row + 8``, and so on.
+    ``periods``: positions of two parameters by which rows and columns are reduced first, as in a Kronecker product.
     """
-    left, right, steps, paired, full = spec
-    groups = tile.groups
-    native_f16 = left == right == "f16"
-    pack = bits.pack_f16 if native_f16 else bits.pack_bf16
-    left_parts, right_parts = parts_of(left, right)
-    i_left, i_right, i_rank, i_row, i_step, i_next = range(at, at + 6)
-    fragment = _left_fragment(left, pack, left_parts, paired, full, tile.ragged, (i_left, i_rank, i_row, i_step))
-    columns_of_tile = 32 * groups
+    fragment = _left_fragment(spec, tile, at, periods)
+    left_parts, row_blocks, steps = spec.parts[0], tile.row_blocks, spec.steps
+    results = 16 * row_blocks
+    columns_of_tile = tile.columns
     swizzle = np.uint32(min(columns_of_tile // 8, 8) - 1)
-    plane = steps * STEP * columns_of_tile
     multiply_parts = _multiply_nothing
-    for left_part, right_part in part_pairs(left, right):
-        multiply_parts = _multiply_part(
-            multiply_parts,
-            tensor_core.mma_f16 if native_f16 else tensor_core.mma_bf16,
-            4 * left_part,
-            shared_at + right_part * plane,
-        )
-    holds = held_words(left, right, steps) > 0
-    step_words = 4 * left_parts
+    for left_part, right_part in spec.part_pairs:
+        plane = right_part * steps * STEP * columns_of_tile
+        multiply_parts = _multiply_part(multiply_parts, spec, tile, 4 * left_part, shared_at + plane)
+    holds = spec.held_words(tile) > 0
+    step_words = 4 * left_parts * row_blocks
+    steps_at_once = 2 if spec.vector == 8 else 1
+    loads, words_at_once = steps // steps_at_once, steps_at_once * step_words
 
     @device
     def hold(p, held, row, rows, lane):
         if holds:
-            for step in range(steps):
-                fragment(p, held, held_at + step_words * step, row, rows, lane, step)
+            for load in range(loads):
+                fragment(p, held, held_at + words_at_once * load, row, rows, lane, load)
 
     @device
     def multiply(p, shared, held, result, group, row, rows, lane):
-        for i in range(16):
+        for i in range(results):
             result[i] = np.float32(0)
         row_in_step = np.uint32((lane & np.uint32(7)) + (lane & np.uint32(8)))
-        words = held if holds else cuda.local.array(step_words, np.uint32)
-        for step in range(steps):
-            if holds:
-                words_at = held_at + step_words * step
-            else:
-                words_at = 0
-                fragment(p, words, 0, row, rows, lane, step)
-            k = np.uint32(np.uint32(step * STEP) + row_in_step)
-            for pair in range(2):
-                unit = np.uint32(np.uint32(group * 4 + 2 * pair) + (lane >> np.uint32(4)))
-                shared_row = np.uint32(k * np.uint32(columns_of_tile) + (unit ^ (k & swizzle)) * np.uint32(8))
-                multiply_parts(shared, np.int64(shared_row), words, words_at, result, pair)
+        words = held if holds else cuda.local.array(words_at_once, np.uint32)
+        for load in range(loads):
+            words_at = held_at + words_at_once * load if holds else 0
+            if not holds:
+                fragment(p, words, 0, row, rows, lane, load)
+            for sub in range(steps_at_once):
+                k = np.uint32(np.uint32((load * steps_at_once + sub) * STEP) + row_in_step)
+                for pair in range(2):
+                    unit = np.uint32(np.uint32(group * 4 + 2 * pair) + (lane >> np.uint32(4)))
+                    shared_row = np.uint32(k * np.uint32(columns_of_tile) + (unit ^ (k & swizzle)) * np.uint32(8))
+                    multiply_parts(shared, np.int64(shared_row), words, words_at + step_words * sub, result, pair)
 
-    stage = _stage(right, right_parts, pack, steps, full, tile, shared_at, (i_right, i_rank, i_next))
-    return SimpleNamespace(stage=stage, hold=hold, multiply=multiply)
+    return SimpleNamespace(stage=_stage(spec, tile, shared_at, at, periods), hold=hold, multiply=multiply)
 
 
 @device
@@ -131,120 +150,158 @@ def _multiply_nothing(shared, shared_row, words, words_at, result, pair):
     pass
 
 
-def _multiply_part(rest: Callable, mma: Callable, left_at: int, right_at: int) -> Callable:
+def _multiply_part(rest: Callable, spec: Product, tile: Tile, left_at: int, right_at: int) -> Callable:
     """``rest``, then the product of one part of each factor for two of a group's four 8-column tiles."""
+    mma = tensor_core.mma_f16 if spec.native_f16 else tensor_core.mma_bf16
+    row_blocks, block_words = tile.row_blocks, 4 * spec.parts[0]
 
     @device
     def multiply(shared, shared_row, words, words_at, result, pair):
         rest(shared, shared_row, words, words_at, result, pair)
         b = tensor_core.ldmatrix_transposed(shared, right_at + shared_row)
-        a = words_at + left_at
-        for half in range(2):
-            i = 4 * pair + 2 * half
-            c = mma(
-                words[a], words[a + 1], words[a + 2], words[a + 3], b[2 * half], b[2 * half + 1],
-                result[i], result[i + 1], result[i + 8], result[i + 9],
-            )  # fmt: skip
-            result[i] = c[0]
-            result[i + 1] = c[1]
-            result[i + 8] = c[2]
-            result[i + 9] = c[3]
+        for row_block in range(row_blocks):
+            a = words_at + row_block * block_words + left_at
+            for half in range(2):
+                i = 16 * row_block + 4 * pair + 2 * half
+                c = mma(
+                    words[a], words[a + 1], words[a + 2], words[a + 3], b[2 * half], b[2 * half + 1],
+                    result[i], result[i + 1], result[i + 8], result[i + 9],
+                )  # fmt: skip
+                result[i] = c[0]
+                result[i + 1] = c[1]
+                result[i + 8] = c[2]
+                result[i + 9] = c[3]
 
     return multiply
 
 
-def _left_fragment(
-    kind: str, pack: Callable, parts: int, paired: bool, full: bool, ragged: bool, positions: tuple[int, ...]
-) -> Callable:
-    """The lane's part of 16 rows by 16 ranks, split and packed.
+def _left_fragment(spec: Product, tile: Tile, at: int, periods: tuple[int, int] | None) -> Callable:
+    """The lane's part of the left factor for one access: 16 ranks of each of its rows, or 32.
 
-    Rows and ranks outside the factor read the last one inside instead: those rows are never stored, and right's rows
-    beyond the rank are zero.
+    Lane 4 g + t takes the neighbouring ranks 4 t to 4 t + 3 of a step, or 8 t to 8 t + 7 of two. Rows and ranks outside
+    the factor read the last inside instead: those rows are never stored, and right's rows beyond the rank are zero.
     """
-    i_left, i_rank, i_row, i_step = positions
-    element = ELEMENTS[kind]
-    load, is_packed = element.load, element.words == 4 and parts == 1
-    width = 2 if paired else 1
+    i_left, _, i_rank, i_row, i_step, _ = range(at, at + 6)
+    i_period = periods[0] if periods else 0
+    periodic, ragged, full, vector = periods is not None, tile.ragged, spec.full, spec.vector
+    element, parts, row_blocks = ELEMENTS[spec.left], spec.parts[0], tile.row_blocks
+    load, fetch8, unpack8 = element.load, element.fetch8_cached, element.unpack8
+    pack = bits.pack_f16 if spec.native_f16 else bits.pack_bf16
+    step_words, block_words = 4 * parts * row_blocks, 4 * parts
+    packed = element.words == 4 and parts == 1
+    ranks_at_once = 8 if vector == 8 else 4
+    words_of_8 = element.words
 
     @device
-    def inside(k, p):
-        return k if full else min(k, p[i_rank] - np.int64(width))
+    def split(words, low, high, to):
+        for part in range(parts):
+            words[to + 4 * part] = pack(low, high)
+            if part + 1 < parts:
+                low = low - bits.bf16_to_f32(bits.f32_to_bf16(low))
+                high = high - bits.bf16_to_f32(bits.f32_to_bf16(high))
 
     @device
-    def fragment(p, words, at, row, rows, lane, step):
-        first_k = np.int64(step * STEP) + np.int64((lane & np.uint32(3)) * np.uint32(2))
-        for half in range(2):
-            o = row + np.int64(8 * half)
+    def load_ranks(p, row_at, first, values, raw):
+        """Four or eight ranks of a row: raw words of 16-bit kinds that need no splitting, else fp32 values."""
+        if vector == 1:
+            for i in range(4):
+                k = first + np.int64(i)
+                if not full:
+                    k = min(k, p[i_rank] - np.int64(1))
+                values[i] = load(p[i_left], row_at + k * p[i_step])
+        else:
+            k = first if full else min(first, p[i_rank] - np.int64(ranks_at_once))
+            if vector == 8:
+                fetch8(p[i_left], row_at + k, raw, 0)
+            elif words_of_8 == 8:
+                raw[0], raw[1], raw[2], raw[3] = memory.load128(p[i_left], row_at + k)
+            else:
+                raw[0], raw[1] = memory.load64(p[i_left], row_at + k)
+            if not packed:
+                unpack8(raw, 0, values, 0)
+
+    @device
+    def fragment(p, words, at_word, row, rows, lane, load_index):
+        values = cuda.local.array(8, np.float32)
+        raw = cuda.local.array(8, np.uint32)
+        for i in range(8):
+            raw[i] = np.uint32(0)
+        first = np.int64(load_index * 4 * ranks_at_once) + np.int64(lane & np.uint32(3)) * np.int64(ranks_at_once)
+        for part_row in range(2 * row_blocks):
+            o = row + np.int64(8 * part_row)
             if ragged:
                 o = min(o, rows - np.int64(1))
-            row_at = o * p[i_row]
-            for side in range(2):
-                register = half + 2 * side
-                k = first_k + np.int64(8 * side)
-                if paired:
-                    index = row_at + inside(k, p)
-                    next_index = index + np.int64(1)
-                else:
-                    index = row_at + inside(k, p) * p[i_step]
-                    next_index = row_at + inside(k + np.int64(1), p) * p[i_step]
-                if paired and is_packed:
-                    words[at + register] = memory.load32(p[i_left], index)
-                else:
-                    low = load(p[i_left], index)
-                    high = load(p[i_left], next_index)
-                    for part in range(parts):
-                        words[at + 4 * part + register] = pack(low, high)
-                        if part + 1 < parts:
-                            low = low - bits.bf16_to_f32(bits.f32_to_bf16(low))
-                            high = high - bits.bf16_to_f32(bits.f32_to_bf16(high))
+            if periodic:
+                o = np.int64(np.uint32(o) % np.uint32(p[i_period]))
+            load_ranks(p, o * p[i_row], first, values, raw)
+            to = at_word + (part_row >> 1) * block_words + (part_row & 1)
+            for sub in range(ranks_at_once // 4):
+                for side in range(2):
+                    if packed and vector > 1:
+                        words[to + step_words * sub + 2 * side] = raw[2 * sub + side]
+                    else:
+                        pair = 4 * sub + 2 * side
+                        split(words, values[pair], values[pair + 1], to + step_words * sub + 2 * side)
 
     return fragment
 
 
-def _stage(
-    kind: str,
-    parts: int,
-    pack: Callable,
-    steps: int,
-    full: bool,
-    tile: Tile,
-    shared_at: int,
-    positions: tuple[int, ...],
-) -> Callable:
+def _stage(spec: Product, tile: Tile, shared_at: int, at: int, periods: tuple[int, int] | None) -> Callable:
     """Copy the right factor's columns of a tile to shared memory: permuted, split into parts, zero beyond the rank."""
-    i_right, i_rank, i_next = positions
-    element = ELEMENTS[kind]
+    _, i_right, i_rank, _, _, i_next = range(at, at + 6)
+    i_period = periods[1] if periods else 0
+    periodic, ragged, full, parts = periods is not None, tile.ragged, spec.full, spec.parts[1]
+    pack = bits.pack_f16 if spec.native_f16 else bits.pack_bf16
+    element = ELEMENTS[spec.right]
     fetch8, unpack8, words_of_8 = element.fetch8_cached, element.unpack8, element.words
-    columns_of_tile, threads, ragged = 32 * tile.groups, 32 * tile.warps, tile.ragged
+    columns_of_tile, threads = tile.columns, 32 * tile.warps
     chunks_in_row = columns_of_tile // 8
     swizzle = np.uint32(min(chunks_in_row, 8) - 1)
-    chunks = steps * STEP * chunks_in_row
+    chunks = spec.steps * STEP * chunks_in_row
     rounds = -(-chunks // threads)
-    even = chunks % (threads * min(rounds, MAX_FETCHED_WORDS // element.words)) == 0
-    plane = steps * STEP * columns_of_tile
+    at_once = min(rounds, MAX_FETCHED_WORDS // words_of_8)
+    fetched_words = at_once * words_of_8
+    even = chunks % (threads * at_once) == 0
+    plane = spec.steps * STEP * columns_of_tile
     as_stored = parts == 1
+    by_eight = spec.vector == 8
 
     @device
     def locate(chunk):
         return np.uint32(chunk // np.uint32(chunks_in_row)), np.uint32(chunk % np.uint32(chunks_in_row))
 
     @device
-    def fetch(p, column0, columns, chunk, words, at):
+    def place_of_rank(k):
+        """Where the tensor core meets rank k, so that lanes hold neighbouring ranks of left."""
+        odd = np.uint32((k & np.uint32(1)) | ((k & np.uint32(2)) << np.uint32(2)))
+        if by_eight:
+            lane = np.uint32((k >> np.uint32(3)) & np.uint32(3))
+            step = np.uint32((k & np.uint32(~31 & 0xFFFFFFFF)) | ((k & np.uint32(4)) << np.uint32(2)))
+        else:
+            lane = np.uint32((k >> np.uint32(2)) & np.uint32(3))
+            step = np.uint32(k & np.uint32(~15 & 0xFFFFFFFF))
+        return np.uint32(step | odd | (lane << np.uint32(1)))
+
+    @device
+    def fetch(p, column0, columns, chunk, words, to):
         k, place = locate(chunk)
         column = column0 + np.int64(place * np.uint32(8))
         if ragged:
             column = min(column, columns - np.int64(8))
+        if periodic:
+            column = np.int64(np.uint32(column) % np.uint32(p[i_period]))
         row = np.int64(k) if full else min(np.int64(k), p[i_rank] - np.int64(1))
-        fetch8(p[i_right], row * p[i_next] + column, words, at)
+        fetch8(p[i_right], row * p[i_next] + column, words, to)
         if not full and np.int64(k) >= p[i_rank]:
             for i in range(words_of_8):
-                words[at + i] = np.uint32(0)
+                words[to + i] = np.uint32(0)
 
     @device
-    def put(shared, chunk, words, at, values):
-        k, place = locate(chunk)
+    def put(shared, chunk, words, source, values):
+        rank, place = locate(chunk)
+        k = place_of_rank(rank)
         if not as_stored:
-            unpack8(words, at, values, 0)
+            unpack8(words, source, values, 0)
         base = np.uint32(k * np.uint32(columns_of_tile) + (place & np.uint32(3)) * np.uint32(2))
         first_unit = np.uint32((place >> np.uint32(2)) * np.uint32(4))
         for part in range(parts):
@@ -252,15 +309,12 @@ def _stage(
                 unit = np.uint32((first_unit + np.uint32(j)) ^ (k & swizzle))
                 index = shared_at + part * plane + np.int64(np.uint32(base + unit * np.uint32(8)))
                 if as_stored:
-                    memory.shared_store32(shared, index, words[at + j])
+                    memory.shared_store32(shared, index, words[source + j])
                 else:
                     low, high = values[2 * j], values[2 * j + 1]
                     memory.shared_store32(shared, index, pack(low, high))
                     values[2 * j] = low - bits.bf16_to_f32(bits.f32_to_bf16(low))
                     values[2 * j + 1] = high - bits.bf16_to_f32(bits.f32_to_bf16(high))
-
-    at_once = min(rounds, MAX_FETCHED_WORDS // words_of_8)
-    fetched_words = at_once * words_of_8
 
     @device
     def stage(p, shared, column0, columns, thread):

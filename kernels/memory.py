@@ -35,6 +35,10 @@ def _load128(pointer, index):
     return tuple(_words(pointer, index, 4))
 
 
+def _load64(pointer, index):
+    return tuple(_words(pointer, index, 2))
+
+
 def _store128(pointer, index, a, b, c, d):
     _words(pointer, index, 4)[:] = (a, b, c, d)
 
@@ -52,6 +56,7 @@ load128_stream = instruction(
 )
 load128 = instruction("ld.global.nc.v4.u32 {$0,$1,$2,$3}, [$4];", (GLOBAL,), "rrrr", twin=_load128)
 store128_stream = instruction("st.global.cs.v4.b32 [$0], {$1,$2,$3,$4};", (GLOBAL, *"rrrr"), twin=_store128)
+load64 = instruction("ld.global.nc.v2.u32 {$0,$1}, [$2];", (GLOBAL,), "rr", twin=_load64)
 load32 = instruction("ld.global.nc.b32 $0, [$1];", (GLOBAL,), "r", twin=_load32)
 store32 = instruction("st.global.b32 [$0], $1;", (GLOBAL, "r"), twin=_store32)
 shared_load128 = instruction("ld.shared.v4.u32 {$0,$1,$2,$3}, [$4];", (SHARED,), "rrrr", twin=_load128)

@@ -8,6 +8,7 @@ its scale is the last parameter.
     low_rank    scale * sum_k left[o, k] right[k, j]
     hadamard    scale * (sum_k a[o, k] b[k, j]) * (sum_k c[o, k] d[k, j])
     kronecker   scale * w1[o // c, j // e] * w2[o % c, j % e]
+    kronecker_product   the same with w2 = left @ right
     dense       scale * diff[o, j]
     channel     scale * m[o or j // taps] * w
 """
@@ -84,6 +85,20 @@ def _kronecker(w1: str, w2: str) -> tuple[tuple, Callable]:
     return (ELEMENTS[w1].pointer, ELEMENTS[w2].pointer, i64, i64, i64, f32), value
 
 
+def _kronecker_product(w1: str, left: str, right: str) -> tuple[tuple, Callable]:
+    """Parameters: w1 [a, b], b, c, e, the product's six, scale; w2 = left [c, rank] @ right [rank, e]."""
+    load1, dot = ELEMENTS[w1].load, _dot(left, right, 4)
+
+    @device
+    def value(p, o, j, w):
+        row = o // p[2]
+        column = j // p[3]
+        small = load1(p[0], row * p[1] + column)
+        return (p[10] * small) * dot(p, o - row * p[2], j - column * p[3])
+
+    return (ELEMENTS[w1].pointer, i64, i64, i64, *_factor_types(left, right), f32), value
+
+
 def _dense(kind: str) -> tuple[tuple, Callable]:
     """Parameters: diff [O, J], J, scale."""
     load = ELEMENTS[kind].load
@@ -117,6 +132,7 @@ _MAKERS = {
     "low_rank": _low_rank,
     "hadamard": _hadamard,
     "kronecker": _kronecker,
+    "kronecker_product": _kronecker_product,
     "dense": _dense,
     "channel": _channel,
 }

@@ -3,6 +3,7 @@
 from plans.core.device import Device, DeviceBuffer
 from plans.core.errors import (
     BufferTooSmall,
+    DeviceError,
     InvalidProblem,
     MisalignedOperand,
     NoSku,
@@ -10,7 +11,8 @@ from plans.core.errors import (
     Unsupported,
     WorkspaceTooSmall,
 )
-from plans.core.plan import Operand, Plan, PlanPreference, Sku
+from plans.core.operand import Operand
+from plans.core.plan import Plan, PlanPreference, Sku
 from plans.core.precision import ElementKind, MathPrecision, PrecisionGuarantee
 from plans.core.sku import ArchSku, BackendKind, KernelSku, OpCategory
 from plans.core.tensor import TensorMut, TensorRef
@@ -22,6 +24,7 @@ __all__ = [
     "BufferTooSmall",
     "Device",
     "DeviceBuffer",
+    "DeviceError",
     "ElementKind",
     "InvalidProblem",
     "KernelSku",

@@ -35,6 +35,10 @@ class WorkspaceTooSmall(PlanError):
         self.needed, self.got = needed, got
 
 
+class DeviceError(PlanError):
+    """The device or its driver failed: no memory left, a lost device, a fault in work launched before."""
+
+
 class NoSku(PlanError):
     """No SKU accepts the descriptor on this device under this preference; the message lists every refusal."""
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from kernels.target import Kernel
 from plans.core.device import Device
 from plans.core.workspace import Workspace
 from plans.weight.descriptor import Sink, WeightArgs, WeightDescriptor
@@ -34,6 +35,10 @@ class WeightProgram:
     """
 
     fused_second_half = False
+    group_kernel: Kernel | None = None
+    """The grouped kernel that computes this weight as a member of a group; None where it cannot be a member."""
+    grid: tuple[int, int, int] = (0, 0, 0)
+    """The grid of the member's own launch."""
 
     def __init__(self, descriptor: WeightDescriptor, device: Device) -> None:
         self.descriptor, self.device = descriptor, device
@@ -55,6 +60,10 @@ class WeightProgram:
 
     def weight_launches(self, args: WeightArgs, workspace: Workspace) -> Launches:
         """The launches over the weight itself."""
+        raise TypeError("WeightProgram is abstract")
+
+    def arguments(self, args: WeightArgs, workspace: Workspace) -> tuple:
+        """The flat parameters of the one launch over the weight; a row of a group's table holds the same."""
         raise TypeError("WeightProgram is abstract")
 
     def null(self, dtype: type) -> Any:

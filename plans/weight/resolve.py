@@ -67,8 +67,7 @@ class Resolved:
 def resolve(descriptor: WeightDescriptor, fused_second_half: bool = False) -> list[Resolved]:
     """Resolve every source; workspace offsets do not overlap.
 
-    With ``fused_second_half`` a factored w2 of a Kronecker product stays two factors, for the kernel to multiply;
-    kinds and factors then name w1, ("full", kind) or ("low_rank", kinds...), and numbers are those of w2's product.
+    With ``fused_second_half`` a factored w2 of a Kronecker product stays two factors, for the kernel to multiply.
     """
     found, offset = [], 0
     for source in descriptor.sources:
@@ -101,7 +100,7 @@ class _Builder:
         if isinstance(source, Kronecker):
             w1 = self._half(source.w1, 0, source.a, source.b, 1)
             at = 1 if isinstance(source.w1, ElementKind) else 2 if source.w1.core is None else 3
-            if self.fused_second_half:
+            if self.fused_second_half and isinstance(source.w2, LowRank):
                 return self._fused(source, w1, at, taps)
             w2 = self._half(source.w2, at, source.c, source.d, taps)
             numbers = (source.b, source.c, source.d * taps)
@@ -112,12 +111,10 @@ class _Builder:
         return self._done(("channel", source.element.value, source.axis), ((Factor(source.element, 0),),), ((taps,),))
 
     def _fused(self, source: Kronecker, w1: Factor, at: int, taps: int) -> Resolved:
-        if isinstance(source.w2, ElementKind):
-            second = ("full", source.w2.value)
-            return self._done(("kronecker", w1.kind.value, second), ((w1, Factor(source.w2, at)),), ((),))
+        """w2's product stays in the kernel: parameters w1, b, c, e, then the product's."""
         factors, numbers = self._product(source.w2, at, source.c, source.d, taps)
-        second = ("low_rank", *(f.kind.value for f in factors))
-        return self._done(("kronecker", w1.kind.value, second), ((w1, *factors),), (numbers,))
+        kernel = ("kronecker_product", w1.kind.value, *(f.kind.value for f in factors))
+        return self._done(kernel, ((w1,), factors), ((source.b, source.c, source.d * taps), numbers))
 
     def _done(self, kernel: tuple, factors: tuple, numbers: tuple) -> Resolved:
         return Resolved(kernel, factors, numbers, tuple(self.contractions), self.offset)
@@ -173,10 +170,8 @@ def prepare(item: Contraction) -> tuple[Callable, int]:
 
 def contraction_arguments(item: Contraction, elements: int, operands: Sequence[TensorRef], workspace: Any) -> tuple:
     """Flat kernel arguments; a negative ``right`` is a place in the workspace."""
-    if item.right >= 0:
-        right = operands[item.right].data
-    else:
-        right = workspace.pointer(np.float32, ~item.right)
+    inside = item.right < 0
+    right = workspace.pointer(np.float32, ~item.right) if inside else operands[item.right].data
     return (operands[item.core].data, right, workspace.pointer(np.float32, item.target), elements, item.inner,
             item.taps, item.columns, item.stride_i, item.stride_j)  # fmt: skip
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
 
 import numpy as np
 
-from kernels import low_rank_tile, weight_tile
+from kernels import weight_tile
 from kernels.elements import ELEMENTS
-from kernels.low_rank_tile import Tile
+from kernels.low_rank_tile import STEP, Product, Tile
 from kernels.target import SIMULATOR
+from kernels.weight_tile_sources import Source, held_words
 from plans.core.device import Device
 from plans.core.plan import Sku
 from plans.core.precision import ElementKind, MathPrecision, PrecisionGuarantee
@@ -24,49 +24,58 @@ WARPS = 1 if SIMULATOR else 8
 MAX_GROUPS = 1 if SIMULATOR else 4
 MAX_SHARED_BYTES = 160 * 1024
 HELD_WORDS = 12
-_PRODUCTS = {"low_rank": 1, "hadamard": 2}
+_FIRST_PRODUCT = {"low_rank": 0, "hadamard": 0, "kronecker_product": 1}
 
 
-def tile_source(resolved: Resolved) -> tuple:
-    """The tile kernel's name of a source: its kinds and, for each product, (steps, paired, full)."""
-    if resolved.kernel[0] not in _PRODUCTS:
+def tile_source(resolved: Resolved) -> Source:
+    """The tile kernel's name of a source: its kinds and its products."""
+    name, *kinds = resolved.kernel
+    if name not in _FIRST_PRODUCT:
         return resolved.kernel
-    return (*resolved.kernel, *(product_shape(*numbers[:3]) for numbers in resolved.numbers))
+    skipped = _FIRST_PRODUCT[name]
+    made = [
+        _product(kinds[skipped + 2 * i], kinds[skipped + 2 * i + 1], *numbers[:3])
+        for i, numbers in enumerate(resolved.numbers[skipped:])
+    ]
+    return (*resolved.kernel, *made)
 
 
-def product_shape(rank: int, row_stride: int, rank_stride: int) -> tuple[int, bool, bool]:
-    """Steps, whether two neighbouring ranks of the left factor are one aligned word, and whether the rank fills them."""
-    steps = _steps(rank)
-    return steps, rank_stride == 1 and row_stride == rank and rank % 2 == 0, rank == steps * low_rank_tile.STEP
-
-
-def _steps(rank: int) -> int:
-    """Steps of 16; above eight a power of two, so that few kernels serve all ranks."""
-    steps = max(1, -(-rank // low_rank_tile.STEP))
-    return steps if steps <= 8 else 1 << (steps - 1).bit_length()
+def _product(left: str, right: str, rank: int, row_stride: int, rank_stride: int) -> Product:
+    """A product's compile-time shape; steps above eight are powers of two, so that few kernels serve all ranks."""
+    steps = max(1, -(-rank // STEP))
+    steps = steps if steps <= 8 else 1 << (steps - 1).bit_length()
+    row_major = rank_stride == 1 and row_stride == rank
+    vector = 1
+    if row_major and rank % 4 == 0:
+        vector = 8 if left != "f32" and rank % 8 == 0 and steps % 2 == 0 else 4
+    return Product(left, right, steps, vector, rank == steps * STEP)
 
 
 @functools.cache
-def tile_sources(descriptor: WeightDescriptor) -> tuple[tuple, ...]:
+def tile_sources(descriptor: WeightDescriptor) -> tuple[Source, ...]:
     """All sources' names in the tile kernel."""
-    return tuple(tile_source(r) for r in resolve(descriptor))
+    return tuple(tile_source(r) for r in resolve(descriptor, fused_second_half=True))
 
 
+@functools.cache
 def tile_of(descriptor: WeightDescriptor) -> Tile | None:
     """The tile: as wide as shared memory allows, None if not even 32 columns fit.
 
     The base waits in registers where few enough are taken: that is faster by 2 % on large and 20 % on small weights.
     """
     sources, base = tile_sources(descriptor), descriptor.base
-    parked = base is not None and (ELEMENTS[base.value].words > 4 or weight_tile.held_words(sources) > HELD_WORDS)
-    groups = MAX_GROUPS
     base_name = base.value if base else None
-    while groups and weight_tile.shared_bytes(base_name, sources, Tile(WARPS, groups, True, parked)) > MAX_SHARED_BYTES:
-        groups //= 2
-    if groups == 0:
-        return None
     rows, columns = descriptor.matrix
-    return Tile(WARPS, groups, rows % (16 * WARPS) != 0 or columns % (32 * groups) != 0, parked)
+    groups = MAX_GROUPS
+    while groups:
+        tile = Tile(WARPS, groups, True, False)
+        parked = base is not None and (ELEMENTS[base.value].words > 4 or held_words(sources, tile) > HELD_WORDS)
+        ragged = rows % tile.rows != 0 or columns % tile.columns != 0
+        tile = Tile(WARPS, groups, ragged, parked)
+        if weight_tile.shared_bytes(base_name, sources, tile) <= MAX_SHARED_BYTES:
+            return tile
+        groups //= 2
+    return None
 
 
 def refuses(descriptor: WeightDescriptor) -> str:
@@ -80,10 +89,11 @@ def refuses(descriptor: WeightDescriptor) -> str:
         return f"wants in_features * kernel to be a multiple of 8 (16-byte accesses), found {columns}"
     if max(rows, columns) >= 1 << 31:
         return f"wants fewer than 2**31 rows and columns, found {rows} x {columns}"
-    for resolved in resolve(descriptor):
-        if resolved.kernel[0] in _PRODUCTS and min(numbers[0] for numbers in resolved.numbers) == 0:
+    for resolved in resolve(descriptor, fused_second_half=True):
+        name = resolved.kernel[0]
+        if name in _FIRST_PRODUCT and min(numbers[0] for numbers in resolved.numbers[_FIRST_PRODUCT[name] :]) == 0:
             return "a product of rank 0 is computed by the portable SKU"
-        if resolved.kernel[0] == "kronecker" and resolved.numbers[0][2] % 8:
+        if name.startswith("kronecker") and resolved.numbers[0][2] % 8:
             return f"wants rows of w2 in multiples of 8 elements, found {resolved.numbers[0][2]}"
     if tile_of(descriptor) is None:
         return f"the ranks need more than {MAX_SHARED_BYTES} bytes of shared memory"
@@ -108,29 +118,38 @@ def tensor_core_guarantee(descriptor: WeightDescriptor) -> PrecisionGuarantee:
 class TileProgram(WeightProgram):
     """One launch over the weight; two for DoRA, the first leaving sums of squares of each row's tiles."""
 
+    fused_second_half = True
+
     def __init__(self, descriptor: WeightDescriptor, device: Device) -> None:
         super().__init__(descriptor, device)
         tile, sources = tile_of(descriptor), tile_sources(descriptor)
         rows, columns = descriptor.matrix
-        self.tiles = max(1, -(-columns // (32 * tile.groups)))
-        grid = (self.tiles, max(1, -(-rows // (16 * WARPS))), 1)
+        self.tiles = max(1, -(-columns // tile.columns))
+        self.grid = (self.tiles, max(1, -(-rows // tile.rows)), 1)
         base = None if descriptor.base is None else descriptor.base.value
         out, check = descriptor.out.value, descriptor.check_finite
         self.norm = None
         sink = "delta" if base is None else "merge"
         if descriptor.is_dora:
             sink = f"dora {descriptor.magnitude.value}"
-            self.norm = weight_tile.weight_tile(base, out, sources, "norm", False, tile).launcher(grid)
-        self.merge = weight_tile.weight_tile(base, out, sources, sink, check, tile).launcher(grid)
+            self.norm = weight_tile.weight_tile(base, out, sources, "norm", False, tile).launcher(self.grid)
+        choices = (base, out, sources, sink, check, tile)
+        self.merge = weight_tile.weight_tile(*choices).launcher(self.grid)
+        if not descriptor.is_dora and not self.contractions:
+            self.group_kernel = weight_tile.weight_tile_grouped(*choices)
+
+    def arguments(self, args: WeightArgs, workspace: Workspace) -> tuple:
+        """Base, out, rows, columns, flag, sources."""
+        rows, columns = self.descriptor.matrix
+        base = (args.base or args.out).data
+        return (base, args.out.data, rows, columns, self.flag(args), *self.flat_sources(args, workspace))
 
     def weight_launches(self, args: WeightArgs, workspace: Workspace) -> Launches:
         """The norm pass, if any, and the merge."""
-        rows, columns = self.descriptor.matrix
-        flat = self.flat_sources(args, workspace)
-        head = ((args.base or args.out).data, args.out.data, rows, columns, self.flag(args), *flat)
+        head = self.arguments(args, workspace)
         if self.norm is None:
             return [(self.merge, head)]
-        sink: tuple[Any, ...] = (self.tiles, np.float32(args.strength))
+        sink = (self.tiles, np.float32(args.strength))
         partials = self.scratch(workspace)
         return [
             (self.norm, (*head, partials, args.out.data, *sink)),
@@ -140,11 +159,12 @@ class TileProgram(WeightProgram):
 
 def workspace_bytes(descriptor: WeightDescriptor) -> int:
     """Contracted factors, then DoRA's sums of squares, one a row and tile."""
+    prepared = prepared_bytes(descriptor, fused_second_half=True)
     if not descriptor.is_dora:
-        return prepared_bytes(descriptor)
+        return prepared
     rows, columns = descriptor.matrix
-    tiles = -(-columns // (32 * tile_of(descriptor).groups))
-    return -(-prepared_bytes(descriptor) // ALIGN) * ALIGN + 4 * rows * tiles
+    tiles = -(-columns // tile_of(descriptor).columns)
+    return -(-prepared // ALIGN) * ALIGN + 4 * rows * tiles
 
 
 MMA = Sku(

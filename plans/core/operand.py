@@ -1,0 +1,144 @@
+"""
+Operands: the tensors of a plan declared as data, and every check that follows from the declaration.
+
+Shape, kind, contiguity, device, size, alignment and overlaps are compared here, for all plans alike.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from plans.core.device import Device
+from plans.core.errors import BufferTooSmall, InvalidProblem, MisalignedOperand
+from plans.core.precision import ElementKind
+from plans.core.tensor import TensorMut, TensorRef, contiguous_strides
+
+
+@dataclass(frozen=True)
+class Operand:
+    """
+    One tensor of a plan: its name, kind, shape, whether it is written, and its alignment in bytes.
+
+    ``may_alias`` names another operand whose bytes it may be: exactly those, not some of them.
+    """
+
+    name: str
+    element: ElementKind
+    shape: tuple[int, ...]
+    writes: bool = False
+    alignment: int = 0
+    may_alias: str = ""
+
+    @functools.cached_property
+    def strides(self) -> tuple[int, ...]:
+        """Strides of the contiguous tensor, in elements."""
+        return contiguous_strides(self.shape)
+
+    @functools.cached_property
+    def count(self) -> int:
+        """The number of elements."""
+        return math.prod(self.shape)
+
+    @functools.cached_property
+    def nbytes(self) -> int:
+        """Bytes of the whole tensor."""
+        return self.count * self.element.itemsize
+
+
+class Extent(NamedTuple):
+    """Bytes [start, end) of device memory, the operand that lies there, and whether it is written."""
+
+    start: int
+    end: int
+    writes: bool
+    name: str
+
+
+def check_operands(
+    plan: str,
+    operands: Sequence[Operand],
+    tensors: Sequence[TensorRef | None],
+    device: Device,
+    alignment: int,
+) -> None:
+    """Compare tensors with their declaration, one by one; raises naming operand, found and wanted."""
+    if len(tensors) != len(operands):
+        names = ", ".join(o.name for o in operands)
+        raise InvalidProblem(f"{plan}: {len(tensors)} operands given, wanted {len(operands)}: {names}")
+    for operand, tensor in zip(operands, tensors, strict=True):
+        if not isinstance(tensor, TensorRef) or tensor.element is not operand.element or tensor.shape != operand.shape:
+            _refuse_kind(f"{plan}: operand {operand.name}", operand, tensor)
+        _check_memory(plan, operand, tensor, device, alignment)
+
+
+def _refuse_kind(where: str, operand: Operand, tensor: TensorRef | None) -> None:
+    if tensor is None:
+        raise InvalidProblem(f"{where} is missing; wanted {operand.element.value} of shape {operand.shape}")
+    if not isinstance(tensor, TensorRef):
+        raise InvalidProblem(f"{where} is a {type(tensor).__name__}; wanted a TensorRef")
+    if tensor.element is not operand.element:
+        raise InvalidProblem(f"{where} holds {tensor.element.value}, wanted {operand.element.value}; cast it first")
+    raise InvalidProblem(f"{where} has shape {tensor.shape}, wanted {operand.shape}")
+
+
+def _check_memory(plan: str, operand: Operand, tensor: TensorRef, device: Device, alignment: int) -> None:
+    if tensor.stride != operand.strides and not tensor.contiguous:
+        raise InvalidProblem(
+            f"{plan}: operand {operand.name} has strides {tensor.stride}; wanted it contiguous, copy it first"
+        )
+    if tensor.device != device.ordinal:
+        raise InvalidProblem(
+            f"{plan}: operand {operand.name} is on device {tensor.device}, the plan is for device {device.ordinal}"
+        )
+    if tensor.available < operand.count:
+        raise BufferTooSmall(f"{plan}: {operand.name}", operand.count, tensor.available)
+    if operand.writes and not isinstance(tensor, TensorMut):
+        raise InvalidProblem(
+            f"{plan}: operand {operand.name} is written, but a read-only TensorRef was given; wanted a TensorMut"
+        )
+    wanted = max(operand.alignment, alignment, operand.element.itemsize)
+    if operand.count and tensor.address % wanted:
+        raise MisalignedOperand(
+            f"{plan}: operand {operand.name} lies at address {tensor.address:#x}, wanted a multiple of {wanted} bytes"
+        )
+
+
+def extents(operands: Sequence[Operand], tensors: Sequence[TensorRef], prefix: str = "") -> list[Extent]:
+    """
+    Where checked operands lie; empty ones and those that another one rightly aliases are left out.
+
+    ``prefix`` goes before the operands' names.
+    """
+    found: dict[str, Extent] = {}
+    for operand, tensor in zip(operands, tensors, strict=True):
+        if operand.count:
+            start = tensor.address
+            found[operand.name] = Extent(start, start + operand.nbytes, operand.writes, prefix + operand.name)
+    for operand in operands:
+        if operand.may_alias:
+            own, other = found.get(operand.name), found.get(operand.may_alias)
+            if own is not None and other is not None and own[:2] == other[:2]:
+                del found[operand.may_alias]
+    return list(found.values())
+
+
+def check_overlaps(plan: str, found: Iterable[Extent]) -> None:
+    """Refuse memory that is written and also read, or written twice; raises InvalidProblem naming both operands."""
+    last: Extent | None = None
+    last_written: Extent | None = None
+    for extent in sorted(found):
+        other = last if extent.writes else last_written
+        if other is not None and extent.start < other.end:
+            raise InvalidProblem(
+                f"{plan}: operands {other.name} (addresses {other.start:#x} to {other.end:#x}) and {extent.name} "
+                f"({extent.start:#x} to {extent.end:#x}) overlap, and {(extent if extent.writes else other).name} is "
+                "written; give each its own memory"
+            )
+        if last is None or extent.end > last.end:
+            last = extent
+        if extent.writes and (last_written is None or extent.end > last_written.end):
+            last_written = extent
