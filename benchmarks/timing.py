@@ -28,25 +28,34 @@ def graph_of(device: Device, calls: Sequence[Callable[[Any], None]]) -> Any:
     return builder.end_building().complete()
 
 
+class Replay:
+    """A graph of ``call(stream)`` for each call, to be launched again and again."""
+
+    def __init__(self, device: Device, calls: Sequence[Callable[[Any], None]]) -> None:
+        self._stream, self._count = device.stream(), len(calls)
+        for call in calls[:2]:  # what the first call of a kernel loads is no part of the graph
+            call(self._stream)
+        self._stream.sync()
+        self._graph = graph_of(device, calls)
+        self._graph.upload(self._stream)
+        self._stream.sync()
+
+    def seconds(self) -> float:
+        """Launch the graph and wait for it: device seconds of one call."""
+        options = EventOptions(timing_enabled=True)
+        start = self._stream.record(options=options)
+        self._graph.launch(self._stream)
+        stop = self._stream.record(options=options)
+        stop.sync()
+        return (stop - start) * 1e-3 / self._count
+
+
 def device_seconds(device: Device, calls: Sequence[Callable[[Any], None]], rounds: int = 15) -> float:
     """Median seconds of one call, over replays of a graph of all of them."""
-    stream = device.stream()
-    for call in calls[:2]:
-        call(stream)
-    stream.sync()
-    graph = graph_of(device, calls)
-    graph.upload(stream)
+    replay = Replay(device, calls)
     for _ in range(2):
-        graph.launch(stream)
-    stream.sync()
-    times = []
-    for _ in range(rounds):
-        start = stream.record(options=EventOptions(timing_enabled=True))
-        graph.launch(stream)
-        stop = stream.record(options=EventOptions(timing_enabled=True))
-        stop.sync()
-        times.append((stop - start) * 1e-3 / len(calls))
-    return statistics.median(times)
+        replay.seconds()
+    return statistics.median(replay.seconds() for _ in range(rounds))
 
 
 def copy_call(target: int, source: int, nbytes: int) -> Callable[[Any], None]:

@@ -1,1 +1,4 @@
-"""Device code: Numba kernels over flat buffers. Knows integers, floats and addresses; imports nothing of ours above it."""
+"""Device code: Numba kernels over flat buffers.
+
+Knows integers, floats and addresses; imports nothing of ours above it.
+"""

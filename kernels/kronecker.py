@@ -16,7 +16,7 @@ import numpy as np
 from kernels import memory, warp
 from kernels.elements import ELEMENTS, largest8, parked8
 from kernels.parameters import flat_length, table_reader
-from kernels.target import SIMULATOR, cuda, device, f32, i32p, i64, i64p, kernel_factory, types
+from kernels.target import SIMULATOR, blocks_by_shared, cuda, device, f32, i32p, i64, i64p, kernel_factory, types
 
 THREADS = 32 if SIMULATOR else 128
 RUNS_IN_BATCH = 8
@@ -154,7 +154,12 @@ def _body(base, out, first, second, check, slots, ragged) -> tuple[tuple, Callab
 def _options(base: str | None) -> dict:
     """Two batches of the base in shared memory."""
     shared = 2 * RUNS_IN_BATCH * ELEMENTS[base].words * 4 * THREADS if base else 0
-    return {"threads": THREADS, "min_blocks": 4, "shared_bytes": shared, "architectures": (8, 0)}
+    return {
+        "threads": THREADS,
+        "min_blocks": min(4, blocks_by_shared(shared)),
+        "shared_bytes": shared,
+        "architectures": (8, 0),
+    }
 
 
 @kernel_factory(

@@ -242,6 +242,15 @@ def compile_function(kernel: Kernel, cc: ComputeCapability) -> tuple[bytes, str,
         return bytes(cubin.code), library._entry_name, str(library.get_linkerinfo(cc))
 
 
+LEAST_SHARED_BYTES = 163 * 1024
+"""Shared memory of a multiprocessor of sm_80, the least of the architectures that tensor-core kernels are built for."""
+
+
+def blocks_by_shared(shared_bytes: int) -> int:
+    """How many blocks of so much shared memory fit on a multiprocessor, at least 1: a bound for ``min_blocks``."""
+    return max(1, LEAST_SHARED_BYTES // max(1, shared_bytes + 1024))
+
+
 FACTORIES: list[Callable] = []
 
 

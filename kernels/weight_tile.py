@@ -21,7 +21,7 @@ from kernels import memory, warp
 from kernels.elements import ELEMENTS, largest8, parked8
 from kernels.low_rank_tile import Product, Tile
 from kernels.parameters import flat_length, table_reader
-from kernels.target import cuda, device, f32, f32p, i32p, i64, i64p, kernel_factory, types
+from kernels.target import blocks_by_shared, cuda, device, f32, f32p, i32p, i64, i64p, kernel_factory, types
 from kernels.weight_portable import DORA_EPS
 from kernels.weight_sources import source_parameters
 from kernels.weight_tile_sources import Source, factor_elements, held_words, point_name, summed
@@ -281,11 +281,13 @@ def _options(base: str | None, sources: tuple[Source, ...], sink: str, tile: Til
     """Launch bounds: as many blocks on a multiprocessor as factors, base, results and gains leave registers for."""
     words = held_words(sources, tile) + 32 * tile.row_blocks + (4 if sink.startswith("dora") else 0)
     words += 2 * tile.row_blocks * tile.groups * ELEMENTS[base].words if base and not tile.parked else 0
-    warps_on_multiprocessor = 24 if words <= 70 else 16 if words <= 112 else 12
+    warps_on_multiprocessor = 24 if words <= 70 else 16 if words <= 108 else 8
+    shared = shared_bytes(base, sources, tile)
+    by_registers = max(1, warps_on_multiprocessor // tile.warps)
     return {
         "threads": 32 * tile.warps,
-        "min_blocks": max(1, warps_on_multiprocessor // tile.warps),
-        "shared_bytes": shared_bytes(base, sources, tile),
+        "min_blocks": min(by_registers, blocks_by_shared(shared)),
+        "shared_bytes": shared,
         "architectures": (8, 0),
     }
 

@@ -43,11 +43,15 @@ def held_words(sources: tuple[Source, ...], tile: Tile) -> int:
     return sum(_own_words(source, tile) for source in sources)
 
 
+def product_words(sources: tuple[Source, ...], tile: Tile) -> int:
+    """Those of them that hold the left factors of products."""
+    return sum(product.held_words(tile) for source in sources for product in products(source))
+
+
 def _own_words(source: Source, tile: Tile) -> int:
-    words = sum(product.held_words(tile) for product in products(source))
-    if source[0] == "kronecker_product":
-        words += 2 * tile.row_blocks * tile.groups
-    return words
+    runs = 2 * tile.row_blocks * tile.groups
+    gathered = {"kronecker_product": 1, "kronecker": 1 + ELEMENTS[source[2]].words if source[0] == "kronecker" else 0}
+    return product_words((source,), tile) + runs * gathered.get(source[0], 0)
 
 
 @device
@@ -170,23 +174,40 @@ def _pointwise(gather: Callable, tile: Tile, first: bool) -> SimpleNamespace:
 
 
 def _kronecker(source: Source, tile: Tile, at: list[int], first: bool) -> SimpleNamespace:
+    """Eight elements of w2 for each row and group, and their weight, are requested with the base."""
     load1, second = ELEMENTS[source[1]].load, ELEMENTS[source[2]]
     fetch8, unpack8, words_of_8 = second.fetch8_cached, second.unpack8, second.words
+    rows_of_lane, groups, words_at = 2 * tile.row_blocks, tile.groups, at[1]
+    weights_at = words_at + rows_of_lane * groups * words_of_8
+    at[1] += _own_words(source, tile)
 
     @device
-    def gather(p, values, w, o, column, i):
-        words = cuda.local.array(words_of_8, np.uint32)
-        block_column = np.uint32(column) // np.uint32(p[4])
-        j = np.int64(np.uint32(column) - np.uint32(block_column * np.uint32(p[4])))
-        block_row = np.uint32(o) // np.uint32(p[3])
-        row = np.int64(np.uint32(o) - np.uint32(block_row * np.uint32(p[3])))
-        small = p[5] * load1(p[0], np.int64(block_row) * p[2] + np.int64(block_column))
-        fetch8(p[1], row * p[4] + j, words, 0)
-        unpack8(words, 0, values, 0)
-        for x in range(8):
-            values[x] = small * values[x]
+    def hold(p, held, row, rows, column, columns, lane):
+        for i in range(rows_of_lane):
+            o = min(row + np.int64(8 * i), rows - np.int64(1))
+            block_row = np.uint32(o) // np.uint32(p[3])
+            w2_row = np.int64(np.uint32(o) - np.uint32(block_row * np.uint32(p[3]))) * p[4]
+            for group in range(groups):
+                j = min(column + np.int64(32 * group), columns - np.int64(8))
+                block_column = np.uint32(j) // np.uint32(p[4])
+                w2_column = np.int64(np.uint32(j) - np.uint32(block_column * np.uint32(p[4])))
+                slot = group * rows_of_lane + i
+                fetch8(p[1], w2_row + w2_column, held, words_at + slot * words_of_8)
+                weight = p[5] * load1(p[0], np.int64(block_row) * p[2] + np.int64(block_column))
+                held[weights_at + slot] = bits.f32_bits(weight)
 
-    return _pointwise(gather, tile, first)
+    @device
+    def add(p, shared, held, delta, w, group, row, rows, column, columns, lane):
+        values = cuda.local.array(8, np.float32)
+        for i in range(rows_of_lane):
+            slot = group * rows_of_lane + i
+            unpack8(held, words_at + slot * words_of_8, values, 0)
+            weight = bits.bits_f32(held[weights_at + slot])
+            for x in range(8):
+                value = weight * values[x]
+                delta[8 * i + x] = value if first else delta[8 * i + x] + value
+
+    return SimpleNamespace(stage=_nothing_staged, hold=hold, add=add)
 
 
 def _dense(source: Source, tile: Tile, at: list[int], first: bool) -> SimpleNamespace:

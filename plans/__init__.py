@@ -1,6 +1,11 @@
-"""
-Plans: what is to be computed, which kernel does it, and what it guarantees.
+"""Plans: what is to be computed, which kernel does it, and what it guarantees.
 
-plan = SomePlan.select(stream, descriptor, PlanPreference())
-plan.run(stream, workspace, args)
+    plan = WeightPlan.select(stream, descriptor, PlanPreference())
+    plan.run(stream, workspace, args)
+
+Families: :mod:`plans.weight` (deltas and merges of adapters), :mod:`plans.cast`, :mod:`plans.layout`.
 """
+
+from plans.catalogue import catalogue
+
+__all__ = ["catalogue"]

@@ -311,12 +311,19 @@ def test_device_that_is_not_there_is_refused(work: Workplace):
 
 
 def run_merge(
-    work: Workplace, before: str = "", setup: Callable[[], None] | None = None
+    work: Workplace, *options: str, before: str = "", setup: Callable[[], None] | None = None
 ) -> subprocess.CompletedProcess[str]:
     """The command in a process of its own, after the statements `before`."""
     code = f"{before}\nfrom lycoris.cli import main\nmain(prog_name='lycoris')"
-    command = [sys.executable, "-c", code, "merge", work.base, work.adapter, "--output", work.output]
+    command = [sys.executable, "-c", code, "merge", work.base, work.adapter, "--output", work.output, *options]
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False, preexec_fn=setup)
+
+
+def test_simulator_can_be_asked_for(work: Workplace):
+    done = run_merge(work, "--device", "simulator", "--json")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "simulator" in json.loads(done.stdout)["device"]
+    np.testing.assert_array_equal(load_file(work.output)[f"{TARGET}.weight"], work.expected())
 
 
 @pytest.mark.parametrize("signal_name", ["SIGINT", "SIGTERM", "SIGHUP"])
@@ -332,7 +339,7 @@ def progress_bar():
 command.progress_bar = progress_bar
 """
     before = work.snapshot()
-    done = run_merge(work, signalled)
+    done = run_merge(work, before=signalled)
     assert done.returncode == 1
     assert done.stdout == ""
     assert done.stderr.count("\n") == 1
@@ -341,7 +348,8 @@ command.progress_bar = progress_bar
 
 
 def test_output_that_does_not_fit_leaves_nothing_behind(work: Workplace):
-    limit = work.base.stat().st_size // 2
+    limit = 4 << 20  # bytes a file may have: compiled kernels fit, the output does not
+    save_file({**work.weights, "large.weight": np.zeros(limit, np.float16)}, work.base)
     before = work.snapshot()
     done = run_merge(work, setup=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
     assert done.returncode == 1

@@ -26,8 +26,8 @@ from lycoris.merge.batches import ALIGNMENT, Segment, cut
 from lycoris.merge.bits import KINDS, all_finite, became_infinite, overflows
 from lycoris.merge.crew import Crew
 from lycoris.merge.pipeline import Pipeline, Sizes
-from plans.core import Unsupported
 from plans.core.precision import round_to
+from plans.weight import GroupedWeightPlan
 
 ROOT = Path(__file__).parents[1]
 TINY = Sizes(readers=3, writers=3, block_bytes=ALIGNMENT, batch_bytes=4 * ALIGNMENT)
@@ -141,16 +141,42 @@ def test_device_memory_is_bounded_by_the_largest_tensor(algorithm, device, tmp_p
     assert counting.pinned_bytes <= (TINY.readers + TINY.writers) * TINY.block_bytes
 
 
-def test_device_without_memory(device, tmp_path, monkeypatch):
+@pytest.mark.parametrize("kind", ["allocate", "pinned"])
+def test_device_without_memory(kind, device, tmp_path, monkeypatch):
+    """Whichever thread asks for it."""
+
     class Full(Counting):
-        def allocate(self, nbytes, stream=None):
-            raise Unsupported("the CUDA driver answered CUDA_ERROR_OUT_OF_MEMORY")
+        def __getattribute__(self, name: str):
+            if name == kind:
+                return lambda nbytes, *stream: getattr(device, kind)(1 << 60, *stream)
+            return super().__getattribute__(name)
 
     base, adapter = many_layers(tmp_path)
     monkeypatch.setattr(Pipeline, "__init__", with_device(Pipeline.__init__, Full(device)))
-    with pytest.raises(MergeFailed, match="OUT_OF_MEMORY"):
+    with pytest.raises(MergeFailed, match=rf"{1 << 60} bytes .*failed \(.*\); free") as failed:
         run(base, adapter, output=tmp_path / "merged.safetensors")
+    assert "\n" not in str(failed.value)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter.safetensors", "base.safetensors"]
+
+
+@pytest.mark.parametrize("sizes", [None, TINY], ids=["one batch", "many"])
+def test_a_batch_is_one_run_of_a_group(sizes, tmp_path, monkeypatch):
+    runs = []
+    original = GroupedWeightPlan.run
+
+    def counted(plan, stream, workspace, args) -> None:
+        runs.append(len(plan.members))
+        original(plan, stream, workspace, args)
+
+    if sizes is not None:
+        monkeypatch.setattr(merge_pipeline, "SIMULATOR_SIZES", sizes)
+        monkeypatch.setattr(merge_pipeline, "GPU_SIZES", sizes)
+    monkeypatch.setattr(GroupedWeightPlan, "run", counted)
+    base, adapter = many_layers(tmp_path)
+    report = run(base, adapter, output=tmp_path / "merged.safetensors")
+    assert_merged(base, adapter, output=tmp_path / "merged.safetensors")
+    assert sum(runs) == sum(report.skus.values()) == 12
+    assert len(runs) == 1 if sizes is None else len(runs) > 2
 
 
 def with_device(original: Callable, replacement: object) -> Callable:

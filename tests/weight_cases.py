@@ -11,11 +11,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from plans.core import BackendKind, Device, ElementKind, PlanPreference, Sku, Workspace
+from plans.core import BackendKind, Device, DeviceBuffer, ElementKind, PlanPreference, Sku, TensorMut, Workspace
 from plans.core.precision import PrecisionGuarantee, round_to
 from plans.weight import (
     ChannelScale,
     Dense,
+    GroupedWeightPlan,
     Hadamard,
     Kronecker,
     LowRank,
@@ -253,38 +254,62 @@ def select(descriptor: WeightDescriptor, sku: Sku, device: Device) -> WeightPlan
     return plan
 
 
+@dataclass(frozen=True)
+class Placed:
+    """The arguments of a run, in device memory whose result was NaN before."""
+
+    descriptor: WeightDescriptor
+    device: Device
+    args: WeightArgs
+    out: DeviceBuffer
+    flag: DeviceBuffer | None
+
+    @classmethod
+    def of(cls, descriptor: WeightDescriptor, inputs: Inputs, device: Device, in_place: bool = False) -> Placed:
+        """``in_place``: the result takes the base's memory."""
+        sources = zip(inputs.factors, descriptor.source_operands, strict=True)
+        factors = [[_tensor(v, o.element, device) for v, o in zip(*source, strict=True)] for source in sources]
+        base = _tensor(inputs.base, descriptor.base, device)
+        if in_place:
+            out = base.owner
+        else:
+            out = device.upload(np.full(int(np.prod(descriptor.shape)) * descriptor.out.itemsize, 0xFF, np.uint8))
+        flag = device.upload(np.zeros(1, np.int32)) if descriptor.check_finite else None
+        args = WeightArgs(
+            out.tensor(descriptor.out, descriptor.shape),
+            factors,
+            inputs.scales,
+            base,
+            _tensor(inputs.magnitude, descriptor.magnitude, device),
+            inputs.strength,
+            None if flag is None else flag.tensor(ElementKind.I32, (1,)),
+        )
+        return cls(descriptor, device, args, out, flag)
+
+    def outcome(self, guarantee: PrecisionGuarantee) -> Outcome:
+        """What a run that is done has written."""
+        raised = None if self.flag is None else int(self.device.download(self.flag, np.int32, (1,))[0])
+        return Outcome(
+            self.device.download(self.out, self.descriptor.out.values, self.descriptor.shape), raised, guarantee
+        )
+
+
+def _tensor(values: np.ndarray | None, kind: ElementKind | None, device: Device) -> TensorMut | None:
+    return None if values is None else device.upload(values).tensor(kind, values.shape)
+
+
+def poisoned_workspace(plan: WeightPlan | GroupedWeightPlan, device: Device) -> Workspace:
+    """As much as a plan needs, NaN."""
+    return Workspace(device.upload(np.full(plan.workspace_size(), 0xFF, np.uint8)))
+
+
 def run(descriptor: WeightDescriptor, sku: Sku, inputs: Inputs, device: Device) -> Outcome:
     """Evaluate on the device, in memory that was NaN before."""
-    plan = select(descriptor, sku, device)
-    stream = device.stream()
-
-    def upload(values: np.ndarray | None, kind: ElementKind | None, shape: Sequence[int] | None = None):
-        if values is None:
-            return None
-        return device.upload(values, stream).tensor(kind, tuple(shape or values.shape))
-
-    count = int(np.prod(descriptor.shape))
-    out = device.upload(np.full(count * descriptor.out.itemsize, 0xFF, np.uint8), stream)
-    workspace = device.upload(np.full(plan.workspace_size(), 0xFF, np.uint8), stream)
-    flag = device.upload(np.zeros(1, np.int32), stream) if descriptor.check_finite else None
-    args = WeightArgs(
-        out.tensor(descriptor.out, descriptor.shape),
-        [
-            [upload(values, operand.element) for values, operand in zip(group, operands, strict=True)]
-            for group, operands in zip(inputs.factors, descriptor.source_operands, strict=True)
-        ],
-        inputs.scales,
-        upload(inputs.base, descriptor.base),
-        upload(inputs.magnitude, descriptor.magnitude),
-        inputs.strength,
-        None if flag is None else flag.tensor(ElementKind.I32, (1,)),
-    )
-    plan.run(stream, Workspace(workspace), args)
+    plan, stream = select(descriptor, sku, device), device.stream()
+    placed = Placed.of(descriptor, inputs, device)
+    plan.run(stream, poisoned_workspace(plan, device), placed.args)
     device.synchronize(stream)
-    raised = None if flag is None else int(device.download(flag, np.int32, (1,), stream)[0])
-    return Outcome(
-        device.download(out, descriptor.out.values, descriptor.shape, stream), raised, plan.precision_guarantee
-    )
+    return placed.outcome(plan.precision_guarantee)
 
 
 def assert_promised(outcome: Outcome, exact: np.ndarray, magnitude: np.ndarray, kind: ElementKind) -> None:

@@ -28,7 +28,7 @@ from lycoris.dtype import OPTIONS
 if TYPE_CHECKING:
     from lycoris.merge import MergeReport
 
-SIMULATOR_REMARK = "note: no NVIDIA driver with a GPU was found; Numba's CUDA simulator is slow, for small files only"
+SIMULATOR_REMARK = "note: no GPU in use; Numba's CUDA simulator is slow, for small files only"
 
 
 @click.command("merge")

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -14,62 +15,107 @@ from lycoris.merge.batches import ALIGNMENT, Batch, Placed
 from lycoris.merge.bits import became_infinite
 from lycoris.merge.jobs import Job
 from plans.cast import CastArgs, CastDescriptor, CastPlan
-from plans.core import Device, DeviceBuffer, ElementKind, Plan, PlanError, TensorMut, Workspace
-from plans.weight import WeightArgs, WeightPlan
-
-Plans = Mapping[tuple[str, int], Plan]
-"""The plan of each job, by `Job.key`."""
+from plans.core import Device, DeviceBuffer, ElementKind, NoSku, PlanPreference, TensorMut, Workspace
+from plans.weight import GroupedWeightArgs, GroupedWeightDescriptor, GroupedWeightPlan, WeightArgs, WeightPlan
 
 _FLAG_BYTES = ALIGNMENT  # from one flag to the next
 _COMPARED = 1 << 22  # elements read again at a time
 
 
-def select_plans(jobs: Iterable[Job], device: Device) -> Plans:
+def choose_kernels(jobs: Iterable[Job], device: Device) -> dict[str, int]:
     """
-    The plans of `jobs`, compiled.
+    Which kernels compute `jobs`: kernel -> tensors that it computes. Nothing is compiled.
 
     Raises:
         RefusedInput: no plan computes one of them, naming its modules.
 
     """
-    return {job.key: _select(job, device) for job in jobs}
+    chosen = {(_kernel_name(job, device), job.tensor.name) for job in jobs}
+    return dict(Counter(name for name, _ in sorted(chosen)))
 
 
-def _select(job: Job, device: Device) -> Plan:
+def _kernel_name(job: Job, device: Device) -> str:
+    family, descriptor = (CastPlan, _cast(job)) if job.descriptor is None else (WeightPlan, job.descriptor)
     try:
-        if job.descriptor is None:
-            return CastPlan.select(None, CastDescriptor(job.count, job.base, job.out), device=device)
-        return WeightPlan.select(None, job.descriptor, device=device)
-    except PlanError as error:
+        sku = family.choose(descriptor, PlanPreference(), device)
+    except NoSku as error:
         raise RefusedInput(f"{job.where}: cannot be merged on {device.name} ({error})") from error
+    return f"{family.name} {sku.name}"
 
 
-def count_skus(plans: Plans) -> dict[str, int]:
-    """Kernel -> tensors that it computes."""
-    used = {(f"{plan.name} {plan.chosen.name}", tensor) for (tensor, _), plan in plans.items()}
-    return dict(Counter(name for name, _ in sorted(used)))
+def _cast(job: Job) -> CastDescriptor:
+    return CastDescriptor(job.count, job.base, job.out)
 
 
-def workspace_bytes(plans: Plans) -> int:
-    """What `Computer` takes of the device's memory besides the slots."""
-    return max((plan.workspace_size() for plan in plans.values()), default=0)
+@dataclass(frozen=True, slots=True)
+class Task:
+    """
+    A batch and the plans that compute it.
+
+    Attributes:
+        batch: The batch.
+        group: Computes all of its jobs that merge.
+        merges: Which of its jobs those are, in the order of the group's members.
+        casts: The others, with their plans.
+
+    """
+
+    batch: Batch
+    group: GroupedWeightPlan
+    merges: tuple[int, ...]
+    casts: tuple[tuple[int, CastPlan], ...]
+
+    @classmethod
+    def of(cls, batch: Batch, device: Device) -> Task:
+        """Select and compile."""
+        jobs = [placed.job for placed in batch.jobs]
+        merges = tuple(i for i, job in enumerate(jobs) if job.descriptor is not None)
+        members = GroupedWeightDescriptor(tuple(jobs[i].descriptor for i in merges))
+        casts = tuple(
+            (i, CastPlan.select(None, _cast(job), device=device))
+            for i, job in enumerate(jobs)
+            if job.descriptor is None
+        )
+        return cls(batch, GroupedWeightPlan.select(None, members, device=device), merges, casts)
+
+
+@dataclass(frozen=True, slots=True)
+class Needs:
+    """What `Computer` takes of the device's memory besides the slots, in bytes."""
+
+    workspace: int
+    table: int
+    flags: int
+
+    @classmethod
+    def of(cls, tasks: Sequence[Task]) -> Needs:
+        """Enough for each of `tasks`, one at a time."""
+        return cls(
+            max(task.group.workspace_size() for task in tasks),
+            max(task.group.table_size() for task in tasks),
+            max(len(task.batch.jobs) for task in tasks) * _FLAG_BYTES,
+        )
+
+    @property
+    def total(self) -> int:
+        """All together."""
+        return self.workspace + self.table + self.flags
 
 
 class Computer:
     """
     Computes batches one after the other, on a stream of its own.
 
-    Holds the workspace, which jobs take in turns, and for each job of a batch a flag for results that are not finite.
+    Holds the workspace, the table of the group's parameters, and for each job of a batch a flag for results that are
+    not finite.
     """
 
-    def __init__(
-        self, device: Device, base: Checkpoint, plans: Plans, batches: Sequence[Batch], held: ExitStack
-    ) -> None:
-        """Allocate for the largest of `batches` over `base`; closing `held` gives the memory back."""
-        self._device, self._base, self._plans = device, base, plans
+    def __init__(self, device: Device, base: Checkpoint, needs: Needs, held: ExitStack) -> None:
+        """Allocate `needs`; closing `held` gives the memory back."""
+        self._device, self._base = device, base
         self._stream = device.stream()
-        self._workspace = Workspace(self.allocate(workspace_bytes(plans), held))
-        self._flags = self.allocate(_FLAG_BYTES * max(len(batch.jobs) for batch in batches), held)
+        self._workspace = Workspace(self.allocate(needs.workspace, held))
+        self._table, self._flags = self.allocate(needs.table, held), self.allocate(needs.flags, held)
 
     def allocate(self, nbytes: int, held: ExitStack) -> DeviceBuffer:
         """Device memory that every stream may use from now on, and that closing `held` gives back."""
@@ -78,22 +124,34 @@ class Computer:
         self._device.synchronize(self._stream)
         return buffer
 
-    def run(self, batch: Batch, slot: DeviceBuffer) -> None:
+    def prepare(self, task: Task, slot: DeviceBuffer) -> GroupedWeightArgs:
+        """What `run` computes in `slot`, with its table on the way to the device; `slot` may still be being filled."""
+        members = [_merge_arguments(task.batch.jobs[i], slot, self._flag(i)) for i in task.merges]
+        args = GroupedWeightArgs(members, self._table)
+        task.group.upload(self._stream, args)
+        return args
+
+    def run(self, task: Task, slot: DeviceBuffer, args: GroupedWeightArgs) -> None:
         """
-        Compute a batch whose inputs are in `slot`; the results are there on return.
+        Compute a batch whose inputs are in `slot`, as `prepare` has said; the results are there on return.
 
         Raises:
             RefusedInput: a result is not finite though the base was, naming the modules.
 
         """
-        device, stream = self._device, self._stream
+        device, stream, jobs = self._device, self._stream, task.batch.jobs
         device.fill(self._flags, 0, stream)
-        self._launch(batch, slot)
-        raised = np.zeros((len(batch.jobs), _FLAG_BYTES // 4), np.int32)
+        task.group.run(stream, self._workspace, args)
+        for i, plan in task.casts:
+            plan.run(stream, None, _cast_arguments(jobs[i], slot))
+        raised = np.zeros((len(jobs), _FLAG_BYTES // 4), np.int32)
         device.copy_out(raised, self._flags, 0, stream)
         device.synchronize(stream)
         for number in np.flatnonzero(raised.any(axis=1)):
-            self._check_finite(batch.jobs[number], slot)
+            self._check_finite(jobs[number], slot)
+
+    def _flag(self, number: int) -> TensorMut:
+        return self._flags.tensor(ElementKind.I32, (1,), _FLAG_BYTES * number)
 
     def _check_finite(self, placed: Placed, slot: DeviceBuffer) -> None:
         """Not every result is finite: compare with the base, which the results may have replaced in memory."""
@@ -112,22 +170,15 @@ class Computer:
                     "though the base's are; lower the strength or choose a wider dtype"
                 )
 
-    def _launch(self, batch: Batch, slot: DeviceBuffer) -> None:
-        for number, placed in enumerate(batch.jobs):
-            flag = self._flags.tensor(ElementKind.I32, (1,), _FLAG_BYTES * number)
-            try:
-                arguments = _arguments(placed, slot, flag)
-                self._plans[placed.job.key].run(self._stream, self._workspace, arguments)
-            except PlanError as error:
-                raise RefusedInput(f"{placed.job.where}: cannot be merged ({error})") from error
 
-
-def _arguments(placed: Placed, slot: DeviceBuffer, flag: TensorMut) -> WeightArgs | CastArgs:
+def _cast_arguments(placed: Placed, slot: DeviceBuffer) -> CastArgs:
     job = placed.job
-    shape = (job.count,) if job.descriptor is None else job.descriptor.shape
+    return CastArgs(slot.tensor(job.out, (job.count,), placed.out), slot.tensor(job.base, (job.count,), placed.base))
+
+
+def _merge_arguments(placed: Placed, slot: DeviceBuffer, flag: TensorMut) -> WeightArgs:
+    job, shape = placed.job, placed.job.descriptor.shape
     out, base = slot.tensor(job.out, shape, placed.out), slot.tensor(job.base, shape, placed.base)
-    if job.descriptor is None:
-        return CastArgs(out, base)
     places = iter(placed.operands)
     factors = [
         [slot.tensor(operand.element, operand.shape, next(places)) for operand in group]

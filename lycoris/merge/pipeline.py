@@ -17,8 +17,8 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 
 from lycoris.checkpoint import Checkpoint, CheckpointWriter, SafetensorsFile
-from lycoris.merge.batches import Batch, Segment, Source, Target, Window, cut, make_batches
-from lycoris.merge.compute import Computer, Plans, workspace_bytes
+from lycoris.merge.batches import Segment, Source, Target, Window, cut, make_batches
+from lycoris.merge.compute import Computer, Needs, Task
 from lycoris.merge.crew import Crew
 from lycoris.merge.jobs import Job
 from lycoris.merge.lanes import Lane, Lanes
@@ -74,7 +74,7 @@ class Progress:
 class _Running:
     """A batch in its slot, with the tasks that fill and empty it."""
 
-    batch: Batch
+    task: Task
     slot: DeviceBuffer
     loads: list[Future[None]]
     saves: list[Future[None]] | None = None
@@ -93,13 +93,13 @@ class Pipeline:
         base: Checkpoint,
         writer: CheckpointWriter,
         jobs: Sequence[Job],
-        plans: Plans,
         progress: ProgressCallback | None,
         sizes: Sizes | None = None,
     ) -> None:
-        self._device, self._base, self._writer, self._plans = device, base, writer, plans
+        self._device, self._base, self._writer = device, base, writer
         self._sizes = sizes or (SIMULATOR_SIZES if device.is_simulator else GPU_SIZES)
-        self._batches = make_batches(jobs, base, self._sizes.batch_bytes, self._sizes.block_bytes)
+        batches = make_batches(jobs, base, self._sizes.batch_bytes, self._sizes.block_bytes)
+        self._tasks = [Task.of(batch, device) for batch in batches]
         self._progress = Progress(sum(entry.nbytes for entry in writer.tensors.values()), progress)
         self._changed = {job.tensor.name for job in jobs}
         self._lanes = Lanes(device, self._sizes.block_bytes)
@@ -111,6 +111,7 @@ class Pipeline:
         Raises:
             RefusedInput: a factor or a result is not finite, naming the module.
             MergeFailed: a file could not be read or written.
+            DeviceError: the device has too little memory, or failed.
 
         """
         sizes = self._sizes
@@ -121,40 +122,43 @@ class Pipeline:
                 for file in self._base.files
                 for window in cut(self._unchanged(file), sizes.block_bytes)
             ]
-            if self._batches:
-                self._run_batches(crew, held)
+            if self._tasks:
+                self._run_tasks(crew, held)
             crew.finish(copies)
 
-    def _run_batches(self, crew: Crew, held: ExitStack) -> None:
-        computer = Computer(self._device, self._base, self._plans, self._batches, held)
-        size = max(batch.nbytes for batch in self._batches)
-        free = [computer.allocate(size, held) for _ in range(self._slot_count(size))]
+    def _run_tasks(self, crew: Crew, held: ExitStack) -> None:
+        needs = Needs.of(self._tasks)
+        computer = Computer(self._device, self._base, needs, held)
+        size = max(task.batch.nbytes for task in self._tasks)
+        free = [computer.allocate(size, held) for _ in range(self._slot_count(size, needs))]
         running: deque[_Running] = deque()
-        for batch in self._batches:
+        for task in self._tasks:
             if not free:
                 free.append(self._retire(crew, computer, running.popleft()))
             slot = free.pop()
-            loads = [crew.submit("reader", self._load, slot, window) for window in batch.loads]
-            running.append(_Running(batch, slot, loads))
+            loads = [crew.submit("reader", self._load, slot, window) for window in task.batch.loads]
+            running.append(_Running(task, slot, loads))
             if len(running) > 1:
                 self._compute(crew, computer, running[-2])
         while running:
             self._retire(crew, computer, running.popleft())
 
-    def _slot_count(self, slot_bytes: int) -> int:
+    def _slot_count(self, slot_bytes: int, needs: Needs) -> int:
         """As many slots as are of use and fit."""
         largest = max(
             entry.nbytes for tensors in (self._base.tensors, self._writer.tensors) for entry in tensors.values()
         )
-        room = 4 * largest + SPARE_BYTES - workspace_bytes(self._plans)
-        return max(1, min(MAX_SLOTS, len(self._batches), room // slot_bytes))
+        room = 4 * largest + SPARE_BYTES - needs.total
+        return max(1, min(MAX_SLOTS, len(self._tasks), room // slot_bytes))
 
     def _compute(self, crew: Crew, computer: Computer, running: _Running) -> None:
         """Launch a batch when it has come, and have its results written."""
         if running.saves is None:
+            task, slot = running.task, running.slot
+            args = computer.prepare(task, slot)  # while the last of its inputs are read
             crew.finish(running.loads)
-            computer.run(running.batch, running.slot)
-            running.saves = [crew.submit("writer", self._save, running.slot, w) for w in running.batch.saves]
+            computer.run(task, slot, args)
+            running.saves = [crew.submit("writer", self._save, slot, window) for window in task.batch.saves]
 
     def _retire(self, crew: Crew, computer: Computer, running: _Running) -> DeviceBuffer:
         """The slot of a batch, when all of its results are written."""

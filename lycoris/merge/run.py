@@ -13,14 +13,14 @@ from lycoris.checkpoint import Checkpoint, CheckpointWriter, SafetensorsFile, in
 from lycoris.dtype import MERGEABLE, OPTIONS
 from lycoris.errors import MergeFailed, RefusedInput
 from lycoris.formats import match, read_adapter
-from lycoris.merge.compute import Plans, count_skus, select_plans
+from lycoris.merge.compute import choose_kernels
 from lycoris.merge.crew import Crew
 from lycoris.merge.estimate import refuse_long_simulation
 from lycoris.merge.factors import Factor
 from lycoris.merge.jobs import Job, LoadedAdapter, collect_changes, make_jobs
 from lycoris.merge.options import AdapterInput, MergeOptions, MergeReport
 from lycoris.merge.pipeline import Pipeline, ProgressCallback
-from plans.core import Device, PlanError
+from plans.core import Device, DeviceError, Unsupported
 
 _SCANNERS = 8
 
@@ -58,11 +58,19 @@ def merge(options: MergeOptions, progress: ProgressCallback | None = None) -> Me
 
     Raises:
         RefusedInput: an input, a combination of inputs or an option cannot be used.
-        MergeFailed: the disk is full, an input changed meanwhile, a signal came. No output is left behind.
+        MergeFailed: the disk is full, the device fails or has too little memory, an input changed meanwhile, a
+            signal came. No output is left behind.
 
     """
-    started = time.perf_counter()
     options.check()
+    try:
+        return _merge(options, progress)
+    except DeviceError as error:
+        raise MergeFailed(str(error)) from error
+
+
+def _merge(options: MergeOptions, progress: ProgressCallback | None) -> MergeReport:
+    started = time.perf_counter()
     with interruptible(), ExitStack() as opened:
         # A GPU takes a third of a second to open; headers are read meanwhile.
         opening = opened.enter_context(ThreadPoolExecutor(1)).submit(Device.open, options.device)
@@ -73,17 +81,17 @@ def merge(options: MergeOptions, progress: ProgressCallback | None = None) -> Me
         device = _opened(opening)
         if device.is_simulator:
             refuse_long_simulation(work.jobs)
-        plans = select_plans(work.jobs, device)
+        kernels = choose_kernels(work.jobs, device)
         _scan([*work.idle, *work.factors] if options.dry_run else work.idle)
         if not options.dry_run:
-            _write(Pipeline(device, base, writer, work.jobs, plans, progress), writer, work)
-        return _report(options, base, writer, work, plans, device, started)
+            _write(Pipeline(device, base, writer, work.jobs, progress), writer, work)
+        return _report(options, base, writer, work, kernels, device, started)
 
 
 def _opened(opening: Future[Device]) -> Device:
     try:
         device = opening.result()
-    except PlanError as error:
+    except Unsupported as error:
         raise RefusedInput(str(error)) from error
     device.make_current()
     return device
@@ -135,10 +143,7 @@ def _scan(factors: Sequence[Factor]) -> None:
 
 def _write(pipeline: Pipeline, writer: CheckpointWriter, work: Work) -> None:
     with writer:
-        try:
-            pipeline.run()
-        except PlanError as error:
-            raise MergeFailed(f"the device failed ({error}); free its memory or choose another one") from error
+        pipeline.run()
         for adapter in work.adapters:
             adapter.file.check_unchanged()
         writer.commit()
@@ -149,7 +154,7 @@ def _report(
     base: Checkpoint,
     writer: CheckpointWriter,
     work: Work,
-    plans: Plans,
+    kernels: dict[str, int],
     device: Device,
     started: float,
 ) -> MergeReport:
@@ -173,5 +178,5 @@ def _report(
         seconds=time.perf_counter() - started,
         output=str(options.output),
         dry_run=options.dry_run,
-        skus=count_skus(plans),
+        skus=kernels,
     )

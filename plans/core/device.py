@@ -10,27 +10,42 @@ back = device.download(weights, np.float32, (3072, 3072))
 
 from __future__ import annotations
 
+import ctypes
 import functools
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import metadata
 from typing import Any
 
 import numpy as np
 
 from kernels.target import SIMULATOR
-from plans.core.errors import Unsupported
+from plans.core.errors import DeviceError, Unsupported
 from plans.core.precision import ElementKind
 from plans.core.tensor import TensorMut, contiguous_strides
 
 ALIGNMENT = 256
+_FREE_MEMORY = "free memory there or take another device"
+_RUN_AGAIN = "run it again, in a new process; if it fails again, report it"
 
 
 class DeviceBuffer:
     """Bytes on a device, aligned to 256. Freed when closed or collected, in stream order."""
 
-    __slots__ = ("_memory", "address", "device", "nbytes")
+    __slots__ = ("_memory", "_whole", "address", "device", "nbytes")
 
-    def __init__(self, device: Device, memory: Any, address: int, nbytes: int) -> None:
+    def __init__(
+        self, device: Device, memory: Any, address: int, nbytes: int, whole: DeviceBuffer | None = None
+    ) -> None:
         self.device, self._memory, self.address, self.nbytes = device, memory, address, nbytes
+        self._whole = whole
+
+    def part(self, start: int, nbytes: int) -> DeviceBuffer:
+        """Bytes [start, start + nbytes) as a buffer that keeps this one; closing it frees nothing."""
+        assert 0 <= start <= start + nbytes <= self.nbytes, (start, nbytes, self.nbytes)
+        memory = self._memory[start : start + nbytes] if SIMULATOR else None
+        return DeviceBuffer(self.device, memory, self.address + start, nbytes, self)
 
     def pointer(self, dtype: np.dtype | type = np.uint8, byte_offset: int = 0) -> Any:
         """The buffer as a kernel argument: an address, or in the simulator a flat array of ``dtype``."""
@@ -55,8 +70,9 @@ class DeviceBuffer:
     def close(self, stream: Any = None) -> None:
         """Give the memory back, after the work already on ``stream``."""
         if not SIMULATOR and self._memory is not None:
-            self._memory.close(stream)
-        self._memory = None
+            with _reported(f"{self.device.name}: freeing {self.nbytes} bytes"):
+                self._memory.close(stream)
+        self._memory = self._whole = None
 
 
 class HostBuffer:
@@ -71,13 +87,39 @@ class HostBuffer:
         """Give the memory back; nothing may be in flight."""
         self.array = None
         if self._memory is not None:
-            self._memory.close()
+            with _reported("freeing page-locked memory"):
+                self._memory.close()
             self._memory = None
 
 
-def _check(status: Any) -> None:
+@functools.cache
+def driver_errors() -> tuple[type[Exception], ...]:
+    """What is raised where a device fails; in the simulator, where host memory ends."""
+    if SIMULATOR:
+        return (MemoryError,)
+    # cuda.core raises this class of its own and exports it nowhere else.
+    from cuda.core._utils.cuda_utils import CUDAError
+
+    return (CUDAError,)
+
+
+def device_error(action: str, error: Exception | str, advice: str = _RUN_AGAIN) -> DeviceError:
+    """One line: what failed, the driver's words, what to do."""
+    return DeviceError(f"{action} failed ({' '.join(str(error).split())}); {advice}")
+
+
+@contextmanager
+def _reported(action: str, advice: str = _RUN_AGAIN) -> Iterator[None]:
+    """Failures of the device within the block are a DeviceError."""
+    try:
+        yield
+    except driver_errors() as error:
+        raise device_error(action, error, advice) from error
+
+
+def _check(status: Any, action: str) -> None:
     if int(status) != 0:
-        raise Unsupported(f"the CUDA driver answered {status!r}")
+        raise device_error(action, status.name)
 
 
 class Device:
@@ -91,16 +133,18 @@ class Device:
         else:
             from cuda.core import Device as CoreDevice
 
-            self._core = CoreDevice(ordinal)
-            self._core.set_current()
-            self.name, self.arch = self._core.name, tuple(self._core.compute_capability)
+            with _reported(f"opening cuda:{ordinal}", _FREE_MEMORY):
+                self._core = CoreDevice(ordinal)
+                self._core.set_current()
+                self.name, self.arch = self._core.name, tuple(self._core.compute_capability)
 
     @staticmethod
     def open(which: str = "auto") -> Device:
         """
         ``auto``: the first GPU, or the simulator where there is none; ``cuda:N``; ``simulator``.
 
-        Raises :class:`Unsupported` where the device is not there, saying what is.
+        Raises :class:`Unsupported` where the device is not there, saying what is, and :class:`DeviceError` where it
+        does not answer.
         """
         return _open(which)
 
@@ -113,13 +157,11 @@ class Device:
     def total_memory(self) -> int:
         """Device memory in bytes."""
         if SIMULATOR:
-            import os
-
             return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         from cuda.bindings import driver
 
         status, total = driver.cuDeviceTotalMem(self.ordinal)
-        _check(status)
+        _check(status, f"{self.name}: asking for its memory's size")
         return total
 
     def make_current(self) -> None:
@@ -129,29 +171,40 @@ class Device:
 
     def stream(self) -> Any:
         """A new stream; None in the simulator, where everything is done when the call returns."""
-        return None if SIMULATOR else self._core.create_stream()
+        if SIMULATOR:
+            return None
+        with _reported(f"{self.name}: making a stream"):
+            return self._core.create_stream()
 
     def allocate(self, nbytes: int, stream: Any = None) -> DeviceBuffer:
-        """Memory from the stream-ordered pool, with undefined contents."""
-        if SIMULATOR:
-            raw = np.empty(nbytes + ALIGNMENT, np.uint8)
-            start = -raw.ctypes.data % ALIGNMENT
-            memory = raw[start : start + nbytes]
-            return DeviceBuffer(self, memory, memory.ctypes.data, nbytes)
-        memory = self._core.allocate(max(nbytes, 1), stream=stream or self._core.default_stream)
-        return DeviceBuffer(self, memory, int(memory.handle), nbytes)
+        """
+        Memory from the stream-ordered pool, with undefined contents.
+
+        Raises :class:`DeviceError` where there is not so much, naming the bytes asked for.
+        """
+        with _reported(f"{self.name}: allocating {nbytes} bytes", _FREE_MEMORY):
+            if SIMULATOR:
+                raw = np.empty(nbytes + ALIGNMENT, np.uint8)
+                start = -raw.ctypes.data % ALIGNMENT
+                memory = raw[start : start + nbytes]
+                return DeviceBuffer(self, memory, memory.ctypes.data, nbytes)
+            memory = self._core.allocate(max(nbytes, 1), stream=stream or self._core.default_stream)
+            return DeviceBuffer(self, memory, int(memory.handle), nbytes)
 
     def pinned(self, nbytes: int) -> HostBuffer:
-        """Page-locked host memory for asynchronous copies."""
-        if SIMULATOR:
-            return HostBuffer(None, np.empty(nbytes, np.uint8))
-        from cuda.core import LegacyPinnedMemoryResource
+        """
+        Page-locked host memory for asynchronous copies.
 
-        memory = LegacyPinnedMemoryResource().allocate(nbytes)
-        import ctypes
+        Raises :class:`DeviceError` where there is not so much, naming the bytes asked for.
+        """
+        with _reported(f"page-locking {nbytes} bytes of host memory", "free host memory or raise the process's limit"):
+            if SIMULATOR:
+                return HostBuffer(None, np.empty(nbytes, np.uint8))
+            from cuda.core import LegacyPinnedMemoryResource
 
-        raw = (ctypes.c_uint8 * nbytes).from_address(int(memory.handle))
-        return HostBuffer(memory, np.frombuffer(raw, np.uint8))
+            memory = LegacyPinnedMemoryResource().allocate(nbytes)
+            raw = (ctypes.c_uint8 * nbytes).from_address(int(memory.handle))
+            return HostBuffer(memory, np.frombuffer(raw, np.uint8))
 
     def copy_in(self, target: DeviceBuffer, offset: int, source: np.ndarray, stream: Any) -> None:
         """Host to device, asynchronously where ``source`` is page-locked; ``source`` is contiguous."""
@@ -163,7 +216,7 @@ class Device:
         (status,) = driver.cuMemcpyHtoDAsync(
             target.address + offset, source.ctypes.data, source.nbytes, int(stream.handle)
         )
-        _check(status)
+        _check(status, f"{self.name}: copying {source.nbytes} bytes to it")
 
     def copy_out(self, target: np.ndarray, source: DeviceBuffer, offset: int, stream: Any) -> None:
         """Device to host, asynchronously where ``target`` is page-locked; ``target`` is contiguous."""
@@ -175,7 +228,7 @@ class Device:
         (status,) = driver.cuMemcpyDtoHAsync(
             target.ctypes.data, source.address + offset, target.nbytes, int(stream.handle)
         )
-        _check(status)
+        _check(status, f"{self.name}: copying {target.nbytes} bytes from it")
 
     def fill(self, target: DeviceBuffer, byte: int, stream: Any) -> None:
         """Set every byte."""
@@ -185,12 +238,13 @@ class Device:
         from cuda.bindings import driver
 
         (status,) = driver.cuMemsetD8Async(target.address, byte, target.nbytes, int(stream.handle))
-        _check(status)
+        _check(status, f"{self.name}: filling {target.nbytes} bytes")
 
     def synchronize(self, stream: Any) -> None:
-        """Wait for a stream."""
+        """Wait for a stream. Raises :class:`DeviceError` where work on it failed."""
         if not SIMULATOR:
-            stream.sync()
+            with _reported(f"{self.name}: work launched on it"):
+                stream.sync()
 
     def upload(self, array: np.ndarray, stream: Any = None) -> DeviceBuffer:
         """A new buffer with the array's bytes; returns when they are there."""
@@ -254,7 +308,7 @@ def describe() -> dict[str, Any]:
         from cuda.bindings import driver
 
         status, version = driver.cuDriverGetVersion()
-        _check(status)
+        _check(status, "asking for the driver's version")
         found["driver"] = f"CUDA {version // 1000}.{version % 1000 // 10}"
         found["multiprocessors"] = device.multiprocessors
     return found

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 class PlanError(Exception):
-    """A plan could not be selected, or its arguments do not fit it. Nothing was launched."""
+    """A plan could not be selected, its arguments do not fit it, or the device failed."""
 
 
 class Unsupported(PlanError):
@@ -20,10 +20,10 @@ class MisalignedOperand(PlanError):
 
 
 class BufferTooSmall(PlanError):
-    """An operand's buffer ends before its shape does."""
+    """An operand's buffer ends before what it should hold."""
 
-    def __init__(self, operand: str, needed: int, got: int) -> None:
-        super().__init__(f"{operand}: the buffer holds {got} elements, wanted {needed}: pass the whole tensor")
+    def __init__(self, operand: str, needed: int, got: int, unit: str = "elements") -> None:
+        super().__init__(f"{operand}: the buffer holds {got} {unit}, wanted {needed}: pass the whole tensor")
         self.needed, self.got = needed, got
 
 

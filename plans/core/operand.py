@@ -23,7 +23,8 @@ class Operand:
     """
     One tensor of a plan: its name, kind, shape, whether it is written, and its alignment in bytes.
 
-    ``may_alias`` names another operand whose bytes it may be: exactly those, not some of them.
+    ``may_alias`` names another operand whose bytes it may be: exactly those, not some of them. One that is ``shared``
+    may be the same in all members of a group, although they write it.
     """
 
     name: str
@@ -32,6 +33,7 @@ class Operand:
     writes: bool = False
     alignment: int = 0
     may_alias: str = ""
+    shared: bool = False
 
     @functools.cached_property
     def strides(self) -> tuple[int, ...]:
@@ -111,13 +113,14 @@ def extents(operands: Sequence[Operand], tensors: Sequence[TensorRef], prefix: s
     """
     Where checked operands lie; empty ones and those that another one rightly aliases are left out.
 
-    ``prefix`` goes before the operands' names.
+    ``prefix`` goes before the operands' names, except those of shared ones, which then are the same for all members.
     """
     found: dict[str, Extent] = {}
     for operand, tensor in zip(operands, tensors, strict=True):
         if operand.count:
-            start = tensor.address
-            found[operand.name] = Extent(start, start + operand.nbytes, operand.writes, prefix + operand.name)
+            start, name = tensor.address, operand.name
+            label = name if operand.shared else prefix + name
+            found[name] = Extent(start, start + operand.nbytes, operand.writes, label)
     for operand in operands:
         if operand.may_alias:
             own, other = found.get(operand.name), found.get(operand.may_alias)
@@ -133,10 +136,10 @@ def check_overlaps(plan: str, found: Iterable[Extent]) -> None:
     for extent in sorted(found):
         other = last if extent.writes else last_written
         if other is not None and extent.start < other.end:
+            written, used = (extent, other) if extent.writes else (other, extent)
             raise InvalidProblem(
-                f"{plan}: operands {other.name} (addresses {other.start:#x} to {other.end:#x}) and {extent.name} "
-                f"({extent.start:#x} to {extent.end:#x}) overlap, and {(extent if extent.writes else other).name} is "
-                "written; give each its own memory"
+                f"{plan}: operand {written.name} is written to addresses {written.start:#x} to {written.end:#x}, but "
+                f"{used.name} lies at {used.start:#x} to {used.end:#x}; give each its own memory"
             )
         if last is None or extent.end > last.end:
             last = extent

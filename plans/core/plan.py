@@ -10,31 +10,18 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, Self
 
-from plans.core.device import Device
-from plans.core.errors import (
-    BufferTooSmall,
-    InvalidProblem,
-    MisalignedOperand,
-    NoSku,
-    WorkspaceTooSmall,
-)
-from plans.core.precision import ElementKind, PrecisionGuarantee
+from plans.core.device import Device, device_error, driver_errors
+from plans.core.errors import NoSku, WorkspaceTooSmall
+from plans.core.operand import Operand, check_operands, check_overlaps, extents
+from plans.core.precision import PrecisionGuarantee
 from plans.core.sku import ArchSku, BackendKind, KernelSku
-from plans.core.tensor import TensorMut, TensorRef
+from plans.core.tensor import TensorRef
 from plans.core.workspace import NO_WORKSPACE, Workspace
 
-
-@dataclass(frozen=True)
-class Operand:
-    """One tensor of a plan: its name, admissible kinds, shape, whether it is written, and its alignment in bytes."""
-
-    name: str
-    element: ElementKind
-    shape: tuple[int, ...]
-    writes: bool = False
-    alignment: int = 0
+Launches = list[tuple[Callable, tuple]]
+"""(launcher, flat arguments) in the order in which they run."""
 
 
 @dataclass(frozen=True)
@@ -61,8 +48,8 @@ class Descriptor(Protocol):
 class Program(Protocol):
     """A SKU built for one descriptor on one device: compiled kernels with their grids."""
 
-    def bind(self, args: Any, workspace: Workspace) -> list[tuple[Callable, tuple]]:
-        """(launcher, flat arguments) in the order in which they run."""
+    def bind(self, args: Any, workspace: Workspace) -> Launches:
+        """The launches of one run."""
 
 
 @dataclass(frozen=True)
@@ -84,19 +71,19 @@ class Sku:
     alignment: int = 0
 
 
-class Plan:
-    """A problem bound to the SKU that computes it; immutable, usable from several threads."""
+class Contract:
+    """
+    What single plans and groups of them share: selection with its cache, and runs that are bound once.
+
+    A subclass says what a selection makes (``make``), what it checks (``can_implement``) and what it launches
+    (``launches``). Its objects are immutable and usable from several threads.
+    """
 
     name: ClassVar[str]
-    skus: ClassVar[tuple[Sku, ...]]
 
-    def __init__(self, descriptor: Any, chosen: Sku, device: Device) -> None:
-        self.descriptor = descriptor
-        self.device = device
-        self.chosen = chosen
-        self.operands: tuple[Operand, ...] = descriptor.operands()
-        self._workspace_bytes = chosen.workspace(descriptor)
-        self._program = chosen.build(descriptor, device)
+    def __init__(self, descriptor: Any, device: Device, workspace_bytes: int) -> None:
+        self.descriptor, self.device = descriptor, device
+        self._workspace_bytes = workspace_bytes
 
     @classmethod
     def select(
@@ -105,12 +92,12 @@ class Plan:
         descriptor: Descriptor,
         preference: PlanPreference | None = None,
         device: Device | None = None,
-    ) -> Any:
+    ) -> Self:
         """
         The first SKU that accepts, compiled and bound; cached by device, descriptor and preference.
 
-        Raises :class:`InvalidProblem` for a descriptor that contradicts itself and :class:`NoSku` with every
-        refusal where nothing accepts.
+        Raises :class:`InvalidProblem` for a descriptor that contradicts itself, :class:`NoSku` with every refusal
+        where nothing accepts, and :class:`DeviceError` where the device has no room for the kernels.
         """
         del stream  # selection launches nothing; the argument keeps the seeds' signature
         device = device or Device.open("auto")
@@ -119,11 +106,71 @@ class Plan:
         with _lock:
             plan = _cache.get(key)
             if plan is None:
-                plan = _cache[key] = cls(descriptor, cls._choose(descriptor, preference, device), device)
+                try:
+                    plan = _cache[key] = cls.make(descriptor, preference, device)
+                except driver_errors() as error:
+                    raise device_error(f"{cls.name}: loading its kernels", error) from error
         return plan
 
     @classmethod
-    def _choose(cls, descriptor: Any, preference: PlanPreference, device: Device) -> Sku:
+    def make(cls, descriptor: Any, preference: PlanPreference, device: Device) -> Self:
+        """A new plan; ``select`` keeps it."""
+        raise TypeError(f"{cls.__name__} is abstract")
+
+    def workspace_size(self) -> int:
+        """Bytes of workspace that ``run`` needs."""
+        return self._workspace_bytes
+
+    def can_implement(self, args: Any) -> None:
+        """Check the arguments; raises a :class:`PlanError` naming operand, found and wanted."""
+        raise TypeError(f"{type(self).__name__} is abstract")
+
+    def launches(self, args: Any, workspace: Workspace) -> Launches:
+        """What ``run`` launches for arguments that ``can_implement`` has checked."""
+        raise TypeError(f"{type(self).__name__} is abstract")
+
+    def run(self, stream: Any, workspace: Workspace | None, args: Any) -> None:
+        """
+        Launch on ``stream``; asynchronous, allocates nothing.
+
+        Arguments are checked when they are first used with this plan and workspace; running the same argument
+        object again costs the launch alone.
+        """
+        bound = args.bound.get(self)
+        if bound is None or bound[0] is not workspace:
+            bound = args.bound[self] = (workspace, self._bind(workspace or NO_WORKSPACE, args))
+        try:
+            for launch, arguments in bound[1]:
+                launch(stream, arguments)
+        except driver_errors() as error:
+            raise device_error(f"{self.name}: launching on {self.device.name}", error) from error
+
+    def _bind(self, workspace: Workspace, args: Any) -> Launches:
+        self.can_implement(args)
+        if workspace.nbytes < self._workspace_bytes:
+            raise WorkspaceTooSmall(self.name, self._workspace_bytes, workspace.nbytes)
+        return self.launches(args, workspace)
+
+
+class Plan(Contract):
+    """A problem bound to the SKU that computes it."""
+
+    skus: ClassVar[tuple[Sku, ...]]
+
+    def __init__(self, descriptor: Any, chosen: Sku, device: Device) -> None:
+        super().__init__(descriptor, device, chosen.workspace(descriptor))
+        self.chosen = chosen
+        self.operands: tuple[Operand, ...] = descriptor.operands()
+        self.program = chosen.build(descriptor, device)
+
+    @classmethod
+    def make(cls, descriptor: Any, preference: PlanPreference, device: Device) -> Self:
+        """The plan of the first SKU that accepts."""
+        return cls(descriptor, cls.choose(descriptor, preference, device), device)
+
+    @classmethod
+    def choose(cls, descriptor: Any, preference: PlanPreference, device: Device) -> Sku:
+        """The SKU that ``select`` takes; nothing is compiled. Raises :class:`NoSku` where none accepts."""
         refusals: dict[str, str] = {}
         for sku in cls.skus:
             reason = cls._reason_against(sku, descriptor, preference, device)
@@ -140,10 +187,10 @@ class Plan:
             return f"needs compute capability {sku.arch.value}, found {device.arch}"
         if sku.arch is ArchSku.SM90A and not preference.allow_sm90a:
             return "preference leaves sm_90a out"
-        reason = sku.refuses(descriptor)
-        if not reason and sku.workspace(descriptor) > preference.max_workspace_bytes:
-            return f"needs {sku.workspace(descriptor)} bytes of workspace, preference allows {preference.max_workspace_bytes}"
-        return reason
+        if reason := sku.refuses(descriptor):
+            return reason
+        needed, allowed = sku.workspace(descriptor), preference.max_workspace_bytes
+        return f"needs {needed} bytes of workspace, preference allows {allowed}" if needed > allowed else ""
 
     @property
     def sku(self) -> KernelSku:
@@ -167,78 +214,30 @@ class Plan:
         """What the selected kernel promises."""
         return self.chosen.guarantee(self.descriptor)
 
-    def workspace_size(self) -> int:
-        """Bytes of workspace that ``run`` needs."""
-        return self._workspace_bytes
-
     def can_implement(self, args: Any) -> None:
         """Check the arguments; raises a :class:`PlanError` naming operand, found and wanted."""
-        check_operands(self.name, self.operands, args.tensors(), self.device, self.chosen.alignment)
+        self.check(self.name, args)
+        check_overlaps(self.name, extents(self.operands, args.tensors()))
 
-    def run(self, stream: Any, workspace: Workspace | None, args: Any) -> None:
-        """
-        Launch on ``stream``; asynchronous, allocates nothing.
+    def check(self, where: str, args: Any) -> None:
+        """Compare the arguments with their declaration, but not with each other; messages begin with ``where``."""
+        check_operands(where, self.operands, args.tensors(), self.device, self.chosen.alignment)
 
-        Arguments are checked when they are first used with this plan and workspace; running the same argument
-        object again costs the launch alone.
-        """
-        bound = args.bound.get(self)
-        if bound is None or bound[0] is not workspace:
-            bound = args.bound[self] = (workspace, self._bind(workspace or NO_WORKSPACE, args))
-        for launch, arguments in bound[1]:
-            launch(stream, arguments)
-
-    def _bind(self, workspace: Workspace, args: Any) -> list[tuple[Callable, tuple]]:
-        self.can_implement(args)
-        if workspace.nbytes < self._workspace_bytes:
-            raise WorkspaceTooSmall(self.name, self._workspace_bytes, workspace.nbytes)
-        return self._program.bind(args, workspace)
+    def launches(self, args: Any, workspace: Workspace) -> Launches:
+        """The program's launches."""
+        return self.program.bind(args, workspace)
 
 
 class Arguments:
     """Base of a family's arguments: subclasses give ``tensors()`` in the order of the declared operands."""
 
     def __init__(self) -> None:
-        self.bound: dict[Plan, tuple[Workspace | None, list]] = {}
+        self.bound: dict[Contract, tuple[Workspace | None, Launches]] = {}
 
     def tensors(self) -> Sequence[TensorRef | None]:
         """The operands, None where one is missing."""
         raise TypeError("Arguments is abstract")
 
 
-def check_operands(
-    plan: str,
-    operands: Sequence[Operand],
-    tensors: Sequence[TensorRef | None],
-    device: Device,
-    alignment: int,
-) -> None:
-    """Compare tensors with their declaration, one by one; raises naming operand, found and wanted."""
-    if len(tensors) != len(operands):
-        names = ", ".join(o.name for o in operands)
-        raise InvalidProblem(f"{plan}: {len(tensors)} operands given, wanted {len(operands)}: {names}")
-    for operand, tensor in zip(operands, tensors, strict=True):
-        where = f"{plan}: operand {operand.name}"
-        if tensor is None:
-            raise InvalidProblem(f"{where} is missing; wanted {operand.element.value} of shape {operand.shape}")
-        if not isinstance(tensor, TensorRef):
-            raise InvalidProblem(f"{where} is a {type(tensor).__name__}; wanted a TensorRef")
-        if tensor.element is not operand.element:
-            raise InvalidProblem(f"{where} holds {tensor.element.value}, wanted {operand.element.value}; cast it first")
-        if tensor.shape != operand.shape:
-            raise InvalidProblem(f"{where} has shape {tensor.shape}, wanted {operand.shape}")
-        if not tensor.contiguous:
-            raise InvalidProblem(f"{where} has strides {tensor.stride}; wanted it contiguous, copy it first")
-        if tensor.device != device.ordinal:
-            raise InvalidProblem(f"{where} is on device {tensor.device}, the plan is for device {device.ordinal}")
-        if tensor.available < tensor.count:
-            raise BufferTooSmall(f"{plan}: {operand.name}", tensor.count, tensor.available)
-        if operand.writes and not isinstance(tensor, TensorMut):
-            raise InvalidProblem(f"{where} is written, but a read-only TensorRef was given; wanted a TensorMut")
-        wanted = max(operand.alignment, alignment, operand.element.itemsize)
-        if tensor.count and tensor.address % wanted:
-            raise MisalignedOperand(f"{where} lies at address {tensor.address:#x}, wanted a multiple of {wanted} bytes")
-
-
-_cache: dict[Hashable, Plan] = {}
+_cache: dict[Hashable, Contract] = {}
 _lock = threading.RLock()

@@ -126,7 +126,7 @@ class WeightDescriptor:
 
     def operands(self) -> tuple[Operand, ...]:
         """out, base, the sources' factors, magnitude, and the flag, as far as the descriptor has them."""
-        found = [Operand("out", self.out, self.shape, writes=True)]
+        found = [Operand("out", self.out, self.shape, writes=True, may_alias="base")]
         if self.base is not None:
             found.append(Operand("base", self.base, self.shape))
         for group in self.source_operands:
@@ -135,7 +135,7 @@ class WeightDescriptor:
             per = self.out_features if self.sink is Sink.DORA_ROW else self.in_features
             found.append(Operand("magnitude", self.magnitude, (per,)))
         if self.check_finite:
-            found.append(Operand("not_finite", ElementKind.I32, (1,), writes=True))
+            found.append(Operand("not_finite", ElementKind.I32, (1,), writes=True, shared=True))
         return tuple(found)
 
     def reference(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from plans.core.errors import InvalidProblem
 from plans.core.plan import Plan
+from plans.weight.descriptor import WeightArgs
 from plans.weight.kronecker import VECTOR
 from plans.weight.portable import PORTABLE
 from plans.weight.tile import MMA
@@ -13,3 +15,13 @@ class WeightPlan(Plan):
 
     name = "weight"
     skus = (VECTOR, MMA, PORTABLE)
+
+    def check(self, where: str, args: WeightArgs) -> None:
+        """Compare operands with their declaration, and factors and scales with the sources."""
+        super().check(where, args)
+        wanted = self.descriptor.source_operands
+        if len(args.scales) != len(wanted):
+            raise InvalidProblem(f"{where}: {len(args.scales)} scales given, wanted {len(wanted)}: one for each source")
+        if [*map(len, args.factors)] != [*map(len, wanted)]:
+            names = "; ".join(", ".join(operand.name for operand in group) for group in wanted)
+            raise InvalidProblem(f"{where}: factors in groups of {[*map(len, args.factors)]}, wanted them as {names}")

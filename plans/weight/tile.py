@@ -10,7 +10,7 @@ from kernels import weight_tile
 from kernels.elements import ELEMENTS
 from kernels.low_rank_tile import STEP, Product, Tile
 from kernels.target import SIMULATOR
-from kernels.weight_tile_sources import Source, held_words
+from kernels.weight_tile_sources import Source, product_words
 from plans.core.device import Device
 from plans.core.plan import Sku
 from plans.core.precision import ElementKind, MathPrecision, PrecisionGuarantee
@@ -23,7 +23,7 @@ from plans.weight.resolve import ALIGN, Resolved, resolve
 WARPS = 1 if SIMULATOR else 8
 MAX_GROUPS = 1 if SIMULATOR else 4
 MAX_SHARED_BYTES = 160 * 1024
-HELD_WORDS = 12
+PRODUCT_WORDS = 12
 _FIRST_PRODUCT = {"low_rank": 0, "hadamard": 0, "kronecker_product": 1}
 
 
@@ -69,7 +69,7 @@ def tile_of(descriptor: WeightDescriptor) -> Tile | None:
     groups = MAX_GROUPS
     while groups:
         tile = Tile(WARPS, groups, True, False)
-        parked = base is not None and (ELEMENTS[base.value].words > 4 or held_words(sources, tile) > HELD_WORDS)
+        parked = base is not None and (ELEMENTS[base.value].words > 4 or product_words(sources, tile) > PRODUCT_WORDS)
         ragged = rows % tile.rows != 0 or columns % tile.columns != 0
         tile = Tile(WARPS, groups, ragged, parked)
         if weight_tile.shared_bytes(base_name, sources, tile) <= MAX_SHARED_BYTES:

@@ -1,0 +1,53 @@
+"""Every plan with problems it is meant for, and the SKU that each would get on a device."""
+
+from __future__ import annotations
+
+from plans.cast import CastDescriptor, CastPlan
+from plans.core.device import Device
+from plans.core.plan import Plan, PlanPreference
+from plans.core.precision import ElementKind
+from plans.layout import Conversion, LayoutDescriptor, LayoutPlan
+from plans.weight import (
+    Hadamard,
+    Kronecker,
+    LowRank,
+    Sink,
+    WeightDescriptor,
+    WeightLayout,
+    WeightPlan,
+)
+
+_BF16, _F16, _F32 = ElementKind.BF16, ElementKind.F16, ElementKind.F32
+_LOW_RANK = LowRank(16, _BF16, _BF16)
+
+
+def _linear(*sources: object, **options: object) -> WeightDescriptor:
+    return WeightDescriptor(3072, 3072, tuple(sources), _BF16, **({"base": _BF16} | options))
+
+
+EXAMPLES: tuple[tuple[type[Plan], str, object], ...] = (
+    (WeightPlan, "merge LoCon, 3072x3072, rank 16, bf16", _linear(_LOW_RANK)),
+    (WeightPlan, "merge LoHa, 3072x3072, rank 16, bf16", _linear(Hadamard(_LOW_RANK, _LOW_RANK))),
+    (WeightPlan, "merge LoKr, 3072x3072, factor 8, w2 full", _linear(Kronecker(8, 8, 384, 384, _BF16, _BF16))),
+    (WeightPlan, "merge LoKr, 3072x3072, factor 8, w2 rank 16", _linear(Kronecker(8, 8, 384, 384, _BF16, _LOW_RANK))),
+    (WeightPlan, "merge LoCon, fp16 factors over bf16", _linear(LowRank(16, _F16, _F16))),
+    (WeightPlan, "merge two LoCons at once", _linear(_LOW_RANK, _LOW_RANK)),
+    (WeightPlan, "merge DoRA by output row", _linear(_LOW_RANK, sink=Sink.DORA_ROW, magnitude=_F32)),
+    (WeightPlan, "merge DoRA by input channel", _linear(_LOW_RANK, sink=Sink.DORA_COLUMN, magnitude=_F32)),
+    (WeightPlan, "LoCon's delta alone", _linear(_LOW_RANK, base=None, sink=Sink.DELTA)),
+    (
+        WeightPlan,
+        "LoCon's delta in FLAME layout",
+        _linear(_LOW_RANK, base=None, sink=Sink.DELTA, layout=WeightLayout.FLAME),
+    ),
+    (CastPlan, "bf16 to fp32", CastDescriptor(3072 * 3072, _BF16, _F32)),
+    (LayoutPlan, "NHWC to NCHW", LayoutDescriptor((2, 64, 64, 320), _BF16, Conversion.TO_NCHW)),
+)
+
+
+def catalogue(device: Device | None = None) -> list[tuple[str, str, str]]:
+    """(plan, problem, SKU) for every example, on a device; nothing is compiled."""
+    device = device or Device.open("auto")
+    return [
+        (plan.name, text, plan.choose(descriptor, PlanPreference(), device).name) for plan, text, descriptor in EXAMPLES
+    ]
