@@ -72,13 +72,13 @@ class Product:
 class Tile:
     """16 * row_blocks * warps rows by 32 * groups columns; ``ragged`` where weights are not whole tiles.
 
-    ``parked``: the base waits in shared memory instead of registers.
+    ``walks``: a block makes several tiles below each other, with the base of two of them in shared memory.
     """
 
     warps: int
     groups: int
     ragged: bool
-    parked: bool
+    walks: bool
     row_blocks: int = 1
 
     @property

@@ -1,7 +1,8 @@
 """The weight kernel on tensor cores: a tile of the delta in registers, its base beside it, one rounding, one store.
 
-A block makes one tile. Base and result move in 16-byte accesses; the base is requested before anything else and waits,
-in registers or in shared memory, so that the product hides behind it. Lane 4 g + t holds rows g, g + 8 (and g + 16,
+A block makes one tile, or walks down a column of tiles. Base and result move in 16-byte accesses. A single tile's base is
+requested before anything else and waits in registers, so that the product hides behind it. On a walk the right factor
+stays in shared memory, and the next tile's base and left factor are on their way while a tile is made. Lane 4 g + t holds rows g, g + 8 (and g + 16,
 g + 24), columns 8 t to 8 t + 7 of each group of 32.
 
 Sinks: "delta", "merge", and DoRA by row in two launches: "norm" leaves each row's sum of squares over each tile, "dora"
@@ -28,8 +29,8 @@ from kernels.weight_tile_sources import Source, factor_elements, held_words, poi
 
 
 def shared_bytes(base: str | None, sources: tuple[Source, ...], tile: Tile) -> int:
-    """Dynamic shared memory of a tile: the right factors of every product, then the base if it is parked."""
-    base_bytes = tile.rows * tile.columns // 2 * ELEMENTS[base].words if base and tile.parked else 0
+    """Dynamic shared memory of a tile: the right factors of every product, and on a walk two tiles of the base."""
+    base_bytes = tile.rows * tile.columns * ELEMENTS[base].words if base and tile.walks else 0
     return 2 * factor_elements(sources, tile) + base_bytes
 
 
@@ -42,7 +43,7 @@ def _base_access(base: str | None, out: str, sources: tuple[Source, ...], tile: 
     fetch8, unpack8, words = element.fetch8, element.unpack8, element.words
     park, unpark = parked8(base or out, 32 * tile.warps)
     at = factor_elements(sources, tile)
-    has_base, parked = base is not None, tile.parked
+    has_base, parked = base is not None, tile.walks
 
     @device
     def request(shared, raw, slot, thread, pointer, index):
@@ -61,40 +62,20 @@ def _base_access(base: str | None, out: str, sources: tuple[Source, ...], tile: 
         else:
             unpack8(raw, slot * words, w, to)
 
-    return request, take, 2 * tile.row_blocks * tile.groups * words if has_base and not parked else 1
+    return request, take, 2 * tile.row_blocks * tile.groups * words if has_base and not tile.walks else 1
 
 
 @functools.cache
-def _tile_body(base, out, sources, sink, check, tile) -> Callable:
-    """The tile's device function; ``sink_p`` is (partials, magnitude, tiles in a row, strength) for DoRA.
+def _requests(base, out, sources, tile) -> Callable:
+    """``request_tile(shared, raw, slot0, thread, pointer, row, rows, column, columns)``: all of a lane's base in a tile.
 
     In a ragged weight, addresses outside are moved inside, so that loads need no branches, and stores are guarded.
     """
-    warps, groups, ragged = tile.warps, tile.groups, tile.ragged
-    rows_of_warp, rows_of_lane = 16 * tile.row_blocks, 2 * tile.row_blocks
-    tile_rows, tile_columns = tile.rows, tile.columns
-    every = summed(sources, tile)
-    stage, hold = every.stage, every.hold
-    words_held = max(1, held_words(sources, tile))
-    has_base = base is not None
-    request, _, raw_words = _base_access(base, out, sources, tile)
-    finish = _SINKS[sink](ELEMENTS[out], rows_of_lane)
-    begin, end, overflow = finish.begin, finish.end, ELEMENTS[out].overflow
-    all_groups = _group_chain(base, out, sources, sink, check, tile)
-    check = check and finish.stores
-    assert warps * rows_of_warp == tile_rows
+    rows_of_lane, groups, ragged, has_base = 2 * tile.row_blocks, tile.groups, tile.ragged, base is not None
+    request, _, _ = _base_access(base, out, sources, tile)
 
     @device
-    def body(shared, tile_row, tile_column, base_pointer, out_pointer, rows, columns, flag, p, sink_p):
-        thread = warp.thread_index()
-        lane = np.uint32(thread & np.uint32(31))
-        row_in_tile = np.uint32((thread >> np.uint32(5)) * np.uint32(rows_of_warp) + (lane >> np.uint32(2)))
-        row = tile_row * np.int64(tile_rows) + np.int64(row_in_tile)
-        column0 = tile_column * np.int64(tile_columns)
-        lane_column = column0 + np.int64((lane & np.uint32(3)) * np.uint32(8))
-        raw = cuda.local.array(raw_words, np.uint32)
-        held = cuda.local.array(words_held, np.uint32)
-        state = cuda.local.array(rows_of_lane, np.float32)
+    def request_tile(shared, raw, slot0, thread, pointer, row, rows, lane_column, columns):
         if has_base:
             for i in range(rows_of_lane):
                 o = row + np.int64(8 * i)
@@ -105,37 +86,119 @@ def _tile_body(base, out, sources, sink, check, tile) -> Callable:
                     column = lane_column + np.int64(32 * group)
                     if ragged:
                         column = min(column, columns - np.int64(8))
-                    request(shared, raw, rows_of_lane * group + i, thread, base_pointer, row_at + column)
+                    slot = slot0 + np.uint32(rows_of_lane * group + i)
+                    request(shared, raw, np.uint32(slot), thread, pointer, row_at + column)
+
+    return request_tile
+
+
+@functools.cache
+def _tile_body(base, out, sources, sink, check, tile) -> Callable:
+    """The block's device function; ``sink_p`` is (partials, magnitude, tiles in a row, strength) for DoRA."""
+    make = _walk_body if tile.walks else _single_body
+    finish = _SINKS[sink](ELEMENTS[out], 2 * tile.row_blocks)
+    return make(base, out, sources, sink, check and finish.stores, tile, finish)
+
+
+def _single_body(base, out, sources, sink, check, tile, finish) -> Callable:
+    rows_of_warp, rows_of_lane = 16 * tile.row_blocks, 2 * tile.row_blocks
+    tile_rows, tile_columns = tile.rows, tile.columns
+    every = summed(sources, tile)
+    stage, hold, words_held = every.stage, every.hold, max(1, held_words(sources, tile))
+    _, _, raw_words = _base_access(base, out, sources, tile)
+    request_tile = _requests(base, out, sources, tile)
+    begin, end, overflow = finish.begin, finish.end, ELEMENTS[out].overflow
+    all_groups = _group_chain(base, out, sources, sink, check, tile)
+
+    @device
+    def body(shared, tile_row, tile_column, base_pointer, out_pointer, rows, columns, walk, flag, p, sink_p):
+        thread = warp.thread_index()
+        lane = np.uint32(thread & np.uint32(31))
+        row_in_tile = np.uint32((thread >> np.uint32(5)) * np.uint32(rows_of_warp) + (lane >> np.uint32(2)))
+        row = tile_row * np.int64(tile_rows) + np.int64(row_in_tile)
+        column0 = tile_column * np.int64(tile_columns)
+        lane_column = column0 + np.int64((lane & np.uint32(3)) * np.uint32(8))
+        raw = cuda.local.array(raw_words, np.uint32)
+        held = cuda.local.array(words_held, np.uint32)
+        state = cuda.local.array(rows_of_lane, np.float32)
+        request_tile(shared, raw, np.uint32(0), thread, base_pointer, row, rows, lane_column, columns)
         stage(p, shared, column0, columns, thread)
         hold(p, held, row, rows, lane_column, columns, lane)
         begin(state, row, rows, lane, sink_p)
-        memory.copy_async_wait_all()
         warp.block_barrier()
         size = all_groups(
-            np.float32(0),
-            shared,
-            raw,
-            held,
-            state,
-            out_pointer,
-            row,
-            rows,
-            lane_column,
-            columns,
-            thread,
-            lane,
-            p,
-            sink_p,
-        )
+            np.float32(0), shared, raw, np.uint32(0), held, state, out_pointer, row, rows, lane_column, columns, thread,
+            lane, p, sink_p,
+        )  # fmt: skip
+        end(state, tile_column, row, rows, lane, sink_p)
         if check and not (size < overflow):
             flag[0] = np.int32(1)
-        end(state, tile_column, row, rows, lane, sink_p)
+
+    return body
+
+
+def _walk_body(base, out, sources, sink, check, tile, finish) -> Callable:
+    rows_of_warp, rows_of_lane = 16 * tile.row_blocks, 2 * tile.row_blocks
+    tile_rows, tile_columns, slots = tile.rows, tile.columns, rows_of_lane * tile.groups
+    every = summed(sources, tile)
+    stage, hold, words_held = every.stage, every.hold, max(1, held_words(sources, tile))
+    request_tile = _requests(base, out, sources, tile)
+    begin, end, overflow = finish.begin, finish.end, ELEMENTS[out].overflow
+    all_groups = _group_chain(base, out, sources, sink, check, tile)
+    base_arrived = memory.copy_async_wait(1)
+
+    @device
+    def body(shared, walk_row, tile_column, base_pointer, out_pointer, rows, columns, walk, flag, p, sink_p):
+        thread = warp.thread_index()
+        lane = np.uint32(thread & np.uint32(31))
+        row_in_tile = np.uint32((thread >> np.uint32(5)) * np.uint32(rows_of_warp) + (lane >> np.uint32(2)))
+        first = walk_row * walk * np.int64(tile_rows)
+        row = first + np.int64(row_in_tile)
+        last = min(first + walk * np.int64(tile_rows), rows)
+        column0 = tile_column * np.int64(tile_columns)
+        lane_column = column0 + np.int64((lane & np.uint32(3)) * np.uint32(8))
+        raw = cuda.local.array(1, np.uint32)
+        held = cuda.local.array(words_held, np.uint32)
+        next_held = cuda.local.array(words_held, np.uint32)
+        state = cuda.local.array(rows_of_lane, np.float32)
+        next_state = cuda.local.array(rows_of_lane, np.float32)
+        slot0 = np.uint32(0)
+        size = np.float32(0)
+        request_tile(shared, raw, slot0, thread, base_pointer, row, rows, lane_column, columns)
+        memory.copy_async_commit()
+        stage(p, shared, column0, columns, thread)
+        hold(p, held, row, rows, lane_column, columns, lane)
+        begin(state, row, rows, lane, sink_p)
+        warp.block_barrier()
+        while first < last:
+            next_row = row + np.int64(tile_rows)
+            next_slot0 = np.uint32(np.uint32(slots) - slot0)
+            if first + np.int64(tile_rows) < last:
+                request_tile(shared, raw, next_slot0, thread, base_pointer, next_row, rows, lane_column, columns)
+                hold(p, next_held, next_row, rows, lane_column, columns, lane)
+                begin(next_state, next_row, rows, lane, sink_p)
+            memory.copy_async_commit()
+            base_arrived()
+            size = all_groups(
+                size, shared, raw, slot0, held, state, out_pointer, row, rows, lane_column, columns, thread, lane, p,
+                sink_p,
+            )  # fmt: skip
+            end(state, tile_column, row, rows, lane, sink_p)
+            for i in range(words_held):
+                held[i] = next_held[i]
+            for i in range(rows_of_lane):
+                state[i] = next_state[i]
+            first += np.int64(tile_rows)
+            row = next_row
+            slot0 = next_slot0
+        if check and not (size < overflow):
+            flag[0] = np.int32(1)
 
     return body
 
 
 @device
-def _no_group(size, shared, raw, held, state, out_pointer, row, rows, lane_column, columns, thread, lane, p, sink_p):
+def _no_group(size, shared, raw, slot0, held, state, out_pointer, row, rows, lane_column, columns, thread, lane, p, sink_p):
     return size
 
 
@@ -154,19 +217,19 @@ def _then_group(rest: Callable, base, out, sources, sink, check, tile, group: in
     add, ragged, rows_of_lane = summed(sources, tile).add, tile.ragged, 2 * tile.row_blocks
     _, take, _ = _base_access(base, out, sources, tile)
     finish = _SINKS[sink](ELEMENTS[out], rows_of_lane)
-    accumulate, check, results = finish.accumulate, check and finish.stores, 8 * rows_of_lane
+    accumulate, results = finish.accumulate, 8 * rows_of_lane
 
     @device
-    def groups(size, shared, raw, held, state, out_pointer, row, rows, lane_column, columns, thread, lane, p, sink_p):
+    def groups(size, shared, raw, slot0, held, state, out_pointer, row, rows, lane_column, columns, thread, lane, p, sink_p):
         size = rest(
-            size, shared, raw, held, state, out_pointer, row, rows, lane_column, columns, thread, lane, p, sink_p
+            size, shared, raw, slot0, held, state, out_pointer, row, rows, lane_column, columns, thread, lane, p, sink_p
         )
         warp.sync_warp()
         delta = cuda.local.array(results, np.float32)
         w = cuda.local.array(results, np.float32)
         column = lane_column + np.int64(32 * group)
         for i in range(rows_of_lane):
-            take(shared, raw, rows_of_lane * group + i, thread, w, 8 * i)
+            take(shared, raw, np.uint32(slot0 + np.uint32(rows_of_lane * group + i)), thread, w, 8 * i)
         add(p, shared, held, delta, w, group, row, rows, column, columns, lane)
         for i in range(rows_of_lane):
             o = row + np.int64(8 * i)
@@ -272,15 +335,16 @@ def _parameters(base, out, sources, sink) -> tuple:
         magnitude = sink.partition(" ")[2] or out
         sink_types = (f32p, ELEMENTS[magnitude].pointer, i64, f32)
     return (
-        ELEMENTS[base or out].pointer, ELEMENTS[out].pointer, i64, i64, i32p,
+        ELEMENTS[base or out].pointer, ELEMENTS[out].pointer, i64, i64, i64, i32p,
         types.Tuple([source_parameters(point_name(s)) for s in sources]), types.Tuple(sink_types),
     )  # fmt: skip
 
 
 def _options(base: str | None, sources: tuple[Source, ...], sink: str, tile: Tile) -> dict:
     """Launch bounds: as many blocks on a multiprocessor as factors, base, results and gains leave registers for."""
-    words = held_words(sources, tile) + 32 * tile.row_blocks + (4 if sink.startswith("dora") else 0)
-    words += 2 * tile.row_blocks * tile.groups * ELEMENTS[base].words if base and not tile.parked else 0
+    words = (2 if tile.walks else 1) * held_words(sources, tile) + 32 * tile.row_blocks
+    words += 4 if sink.startswith("dora") else 0
+    words += 2 * tile.row_blocks * tile.groups * ELEMENTS[base].words if base and not tile.walks else 0
     warps_on_multiprocessor = 24 if words <= 70 else 16 if words <= 108 else 8
     shared = shared_bytes(base, sources, tile)
     by_registers = max(1, warps_on_multiprocessor // tile.warps)
@@ -294,7 +358,7 @@ def _options(base: str | None, sources: tuple[Source, ...], sink: str, tile: Til
 
 _P1 = Product("bf16", "bf16", 1, 4, True)
 _OI = ("low_rank", "bf16", "bf16", _P1)
-_WHOLE, _RAGGED, _PARKED = Tile(8, 4, False, False), Tile(8, 4, True, False), Tile(8, 4, True, True)
+_WHOLE, _RAGGED, _WALK = Tile(8, 4, False, False), Tile(8, 4, True, False), Tile(8, 4, True, True)
 _TALL = Tile(4, 4, False, True, 2)
 _EXAMPLES = (
     ("bf16", "bf16", (_OI,), "merge", True, _WHOLE),
@@ -307,18 +371,18 @@ _EXAMPLES = (
     ("bf16", "bf16", (_OI,), "norm", True, _WHOLE),
     ("bf16", "bf16", (_OI,), "dora f32", True, _WHOLE),
     (None, "bf16", (_OI,), "delta", False, _WHOLE),
-    ("f32", "f16", (("kronecker", "bf16", "f32"), ("dense", "f16"), ("channel", "bf16", "in")), "merge", True, _PARKED),
+    ("f32", "f16", (("kronecker", "bf16", "f32"), ("dense", "f16"), ("channel", "bf16", "in")), "merge", True, _WALK),
 )
 
 
 @kernel_factory(*_EXAMPLES)
 def weight_tile(base, out, sources, sink, check, tile):
-    """One weight. Parameters: base, out, rows, columns, flag, sources, sink; grid (column tiles, row tiles)."""
+    """One weight. Parameters: base, out, rows, columns, tiles of a walk, flag, sources, sink; grid (column tiles, walks)."""
     body = _tile_body(base, out, sources, sink, check, tile)
 
-    def kernel(base_pointer, out_pointer, rows, columns, flag, p, sink_p):
+    def kernel(base_pointer, out_pointer, rows, columns, walk, flag, p, sink_p):
         shared = cuda.shared.array(0, np.uint16, alignment=128)
-        body(shared, warp.block_y(), warp.block_x(), base_pointer, out_pointer, rows, columns, flag, p, sink_p)
+        body(shared, warp.block_y(), warp.block_x(), base_pointer, out_pointer, rows, columns, walk, flag, p, sink_p)
 
     return kernel, _parameters(base, out, sources, sink), _options(base, sources, sink, tile)
 
@@ -338,6 +402,6 @@ def weight_tile_grouped(base, out, sources, sink, check, tile):
         shared = cuda.shared.array(0, np.uint16, alignment=128)
         at = 4 * warp.block_x()
         q = read(table, np.int64(blocks[at]) * np.int64(width))
-        body(shared, np.int64(blocks[at + 2]), np.int64(blocks[at + 1]), q[0], q[1], q[2], q[3], q[4], q[5], q[6])
+        body(shared, np.int64(blocks[at + 2]), np.int64(blocks[at + 1]), q[0], q[1], q[2], q[3], q[4], q[5], q[6], q[7])
 
     return kernel, (i64p, i32p), _options(base, sources, sink, tile)

@@ -24,6 +24,8 @@ WARPS = 1 if SIMULATOR else 8
 MAX_GROUPS = 1 if SIMULATOR else 4
 MAX_SHARED_BYTES = 160 * 1024
 PRODUCT_WORDS = 12
+WALK_START = 0.35
+LONGEST_WALK = 16
 _FIRST_PRODUCT = {"low_rank": 0, "hadamard": 0, "kronecker_product": 1}
 
 
@@ -61,7 +63,8 @@ def tile_sources(descriptor: WeightDescriptor) -> tuple[Source, ...]:
 def tile_of(descriptor: WeightDescriptor) -> Tile | None:
     """The tile: as wide as shared memory allows, None if not even 32 columns fit.
 
-    The base waits in registers where few enough are taken: that is faster by 2 % on large and 20 % on small weights.
+    Blocks make one tile each, its base in registers, where few enough are taken: that is faster on small weights. With
+    more ranks or wider bases they walk.
     """
     sources, base = tile_sources(descriptor), descriptor.base
     base_name = base.value if base else None
@@ -69,9 +72,10 @@ def tile_of(descriptor: WeightDescriptor) -> Tile | None:
     groups = MAX_GROUPS
     while groups:
         tile = Tile(WARPS, groups, True, False)
-        parked = base is not None and (ELEMENTS[base.value].words > 4 or product_words(sources, tile) > PRODUCT_WORDS)
+        wide = base is not None and ELEMENTS[base.value].words > 4
+        walks = wide or product_words(sources, tile) > PRODUCT_WORDS
         ragged = rows % tile.rows != 0 or columns % tile.columns != 0
-        tile = Tile(WARPS, groups, ragged, parked)
+        tile = Tile(WARPS, groups, ragged, walks)
         if weight_tile.shared_bytes(base_name, sources, tile) <= MAX_SHARED_BYTES:
             return tile
         groups //= 2
@@ -115,6 +119,19 @@ def tensor_core_guarantee(descriptor: WeightDescriptor) -> PrecisionGuarantee:
     )
 
 
+def walk_of(column_tiles: int, row_tiles: int, device: Device) -> int:
+    """How many tiles a block walks down: what leaves the busiest multiprocessor least to do.
+
+    A walk costs about a third of a tile to begin.
+    """
+
+    def busiest(walk: int) -> float:
+        blocks = column_tiles * -(-row_tiles // walk)
+        return -(-blocks // device.multiprocessors) * (walk + WALK_START)
+
+    return min(range(1, min(row_tiles, LONGEST_WALK) + 1), key=busiest)
+
+
 class TileProgram(WeightProgram):
     """One launch over the weight; two for DoRA, the first leaving sums of squares of each row's tiles."""
 
@@ -125,7 +142,9 @@ class TileProgram(WeightProgram):
         tile, sources = tile_of(descriptor), tile_sources(descriptor)
         rows, columns = descriptor.matrix
         self.tiles = max(1, -(-columns // tile.columns))
-        self.grid = (self.tiles, max(1, -(-rows // tile.rows)), 1)
+        row_tiles = max(1, -(-rows // tile.rows))
+        self.walk = walk_of(self.tiles, row_tiles, device) if tile.walks else 1
+        self.grid = (self.tiles, -(-row_tiles // self.walk), 1)
         base = None if descriptor.base is None else descriptor.base.value
         out, check = descriptor.out.value, descriptor.check_finite
         self.norm = None
@@ -139,10 +158,10 @@ class TileProgram(WeightProgram):
             self.group_kernel = weight_tile.weight_tile_grouped(*choices)
 
     def arguments(self, args: WeightArgs, workspace: Workspace) -> tuple:
-        """Base, out, rows, columns, flag, sources."""
+        """Base, out, rows, columns, walk, flag, sources."""
         rows, columns = self.descriptor.matrix
         base = (args.base or args.out).data
-        return (base, args.out.data, rows, columns, self.flag(args), *self.flat_sources(args, workspace))
+        return (base, args.out.data, rows, columns, self.walk, self.flag(args), *self.flat_sources(args, workspace))
 
     def weight_launches(self, args: WeightArgs, workspace: Workspace) -> Launches:
         """The norm pass, if any, and the merge."""
