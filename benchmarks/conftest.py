@@ -45,6 +45,23 @@ def rng() -> np.random.Generator:
     return np.random.default_rng(seed)
 
 
+_unmeasured: dict[str, str] = {}
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Remember what failed or did not run."""
+    if report.failed:
+        _unmeasured[report.nodeid] = f"failed in its {report.when}"
+    elif report.skipped:
+        _unmeasured[report.nodeid] = report.longrepr[2]
+
+
+def pytest_benchmark_update_json(config: pytest.Config, benchmarks: Any, output_json: dict[str, Any]) -> None:
+    """Those of them that have no numbers, so that a table cannot hide them."""
+    measured = {record["fullname"] for record in output_json["benchmarks"]}
+    output_json["unmeasured"] = {name: why for name, why in _unmeasured.items() if name not in measured}
+
+
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
     """The device, its driver and the libraries, for the tables."""
     machine_info["lycoris"] = describe()

@@ -3,7 +3,8 @@ The tables of docs/benchmarks.md from pytest-benchmark's JSON, so that no number
 
     python benchmarks/report.py results.json [more.json ...]
 
-Of a benchmark in several files the latest run counts. Exit status 1 where a gate was missed or a benchmark failed.
+Of a benchmark in several files the latest run counts. Exit status 1 where a gate was missed, or a benchmark failed or
+did not run.
 """
 
 from __future__ import annotations
@@ -18,8 +19,15 @@ from typing import Any
 
 PAGE = Path(__file__).parents[1] / "docs" / "benchmarks.md"
 BEGIN, END = "<!-- results: written by benchmarks/report.py -->\n", "<!-- end of results -->\n"
-GROUPS = ("one weight", "whole checkpoint", "lycoris merge", "beside lycoris-lora", "launch cost")
-COLUMNS = ("work", "shape", "algorithm", "kernel", "ours", "limit", "", "ratio", "gate", "met")
+TITLES = {
+    "one weight": "One weight",
+    "whole checkpoint": "A whole checkpoint",
+    "lycoris merge": "`lycoris merge`",
+    "beside lycoris-lora": "Beside lycoris-lora",
+    "launch cost": "Cost of a launch, CPU time",
+}
+"""pytest-benchmark's groups, in the page's order."""
+COLUMNS = ("work", "shape", "algorithm", "kernel", "ours", "limit", "limit is", "ratio", "gate", "met")
 LIBRARIES = ("numba", "numba-cuda", "cuda-core", "cuda-bindings", "numpy")
 
 
@@ -37,17 +45,23 @@ class Entry:
         return self.record["extra_info"].get("results", [])
 
 
-def read(paths: Iterable[Path]) -> list[Entry]:
-    """The benchmarks of all files, each once, as its latest run found it; in the order of their first appearance."""
+def read(paths: Iterable[Path]) -> tuple[list[Entry], dict[str, str]]:
+    """
+    The benchmarks of all files, each once, and what the files say about those that none of them measured.
+
+    A benchmark is as its latest run found it, in the order of the first appearance.
+    """
     found: dict[str, Entry] = {}
+    unmeasured: dict[str, str] = {}
     for path in paths:
         run = json.loads(path.read_text())
+        unmeasured |= run["unmeasured"]
         for record in run["benchmarks"]:
             entry = Entry(run["datetime"], machine_of(run, record), record)
             name = record["fullname"]
             if name not in found or found[name].when <= entry.when:
                 found[name] = entry
-    return list(found.values())
+    return list(found.values()), {name: why for name, why in unmeasured.items() if name not in found}
 
 
 def machine_of(run: dict[str, Any], record: dict[str, Any]) -> str:
@@ -55,7 +69,9 @@ def machine_of(run: dict[str, Any], record: dict[str, Any]) -> str:
     info = run["machine_info"]
     ours = info["lycoris"]
     libraries = {name: ours["libraries"][name] for name in LIBRARIES} | record["extra_info"].get("peer", {})
-    versions = ", ".join(f"{name} {version}" for name, version in {"Python": info["python_version"], **libraries}.items())
+    versions = ", ".join(
+        f"{name} {version}" for name, version in {"Python": info["python_version"], **libraries}.items()
+    )
     return f"{run['datetime'][:10]}, {ours['device']}, driver {ours.get('driver', 'none')}, {versions}"
 
 
@@ -86,7 +102,7 @@ def cells(result: dict[str, Any]) -> tuple[str, ...]:
 
 
 def rows_of(entry: Entry) -> list[tuple[str, ...]]:
-    """The rows of a benchmark; one that failed shows its name."""
+    """The rows of a benchmark; one that failed before it had a result shows its name."""
     if entry.results:
         return [cells(result) for result in entry.results]
     return [(entry.record["name"], *[""] * (len(COLUMNS) - 2), "**failed**")]
@@ -98,21 +114,24 @@ def table(rows: Iterable[tuple[str, ...]]) -> list[str]:
     return ["| " + " | ".join(line) + " |" for line in lines]
 
 
-def missed_of(entries: Iterable[Entry]) -> list[str]:
-    """Names of the benchmarks that failed or missed a gate."""
-    return [e.record["name"] for e in entries if not e.results or not all(result["met"] for result in e.results)]
+def verdicts(entries: list[Entry], unmeasured: dict[str, str]) -> list[str]:
+    """How many kept their gates, and the names of the others."""
+    missed = [e.record["name"] for e in entries if not e.results or not all(row["met"] for row in e.results)]
+    lines = [f"{len(entries) - len(missed)} of {len(entries)} benchmarks keep their gates."]
+    lines += [f"Missed: {name}" for name in missed]
+    return lines + [f"Not measured: {name.rpartition('::')[2]} ({why})" for name, why in unmeasured.items()]
 
 
-def report(entries: list[Entry]) -> str:
-    """All sections."""
-    missed = missed_of(entries)
-    lines = [f"{len(entries) - len(missed)} of {len(entries)} benchmarks keep their gates.", ""]
-    for group in GROUPS:
+def report(entries: list[Entry], unmeasured: dict[str, str]) -> str:
+    """The verdicts and all tables, as Markdown."""
+    first, *others = verdicts(entries, unmeasured)
+    lines = [first, "", *(f"- {line}" for line in others), *[""] * bool(others)]
+    for group, title in TITLES.items():
         members = [entry for entry in entries if entry.record["group"] == group]
         if members:
             machines = dict.fromkeys(entry.machine for entry in members)
             rows = [row for entry in members for row in rows_of(entry)]
-            lines += [f"### {group.capitalize()}", "", *(f"{line}  " for line in machines), "", *table(rows), ""]
+            lines += [f"### {title}", "", *(f"- {line}" for line in machines), "", *table(rows), ""]
     return "\n".join(lines)
 
 
@@ -130,14 +149,15 @@ def main() -> int:
     parser.add_argument("results", nargs="+", type=Path, help="files that pytest --benchmark-json=... wrote")
     parser.add_argument("--print", action="store_true", help=f"print the tables and leave {PAGE.name} alone")
     options = parser.parse_args()
-    entries = read(options.results)
+    entries, unmeasured = read(options.results)
+    text = report(entries, unmeasured)
     if options.print:
-        print(report(entries))
+        print(text)
     else:
-        PAGE.write_text(rewritten(PAGE.read_text(), report(entries)))
-    missed = missed_of(entries)
-    print(f"{len(entries) - len(missed)} of {len(entries)} benchmarks keep their gates", *missed, sep="\n", file=sys.stderr)
-    return 1 if missed else 0
+        PAGE.write_text(rewritten(PAGE.read_text(), text))
+    first, *others = verdicts(entries, unmeasured)
+    print(first, *others, sep="\n", file=sys.stderr)
+    return 1 if others else 0
 
 
 if __name__ == "__main__":

@@ -94,12 +94,41 @@ def not_finite(x):
     return (np.float32(x).view(np.uint32) & np.uint32(0x7F800000)) == np.uint32(0x7F800000)
 
 
-def _largest(a, b):
-    size = np.abs(np.float32(b))
-    return np.float32(np.nan) if np.isnan(a) or np.isnan(size) else max(np.float32(a), size)
+def _trace_bf16(trace, pair):
+    return _traced(trace, (_halves_bf16(pair)))
 
 
-# The running largest |b|, NaN once there was one: one instruction an element.
-largest = instruction(
-    "{ .reg .f32 size; abs.f32 size, $2; max.NaN.f32 $0, $1, size; }", "ff", "f", twin=_largest, pure=True
+def _trace_f16(trace, pair):
+    return _traced(trace, np.array([pair & 0xFFFF, pair >> 16], np.uint16).view(np.float16))
+
+
+def _halves_bf16(pair):
+    return (np.array([pair & 0xFFFF, pair >> 16], np.uint32) << 16).view(np.float32)
+
+
+def _traced(trace, values):
+    """NaN (all ones) in the half of the trace where a value is not finite, as 0 * value + trace leaves it."""
+    low, high = (0 if np.isfinite(v) else mask for v, mask in zip(values, (0x7FFF, 0x7FFF0000), strict=True))
+    return np.uint32(int(trace) | low | high)
+
+
+def _trace_f32(trace, word):
+    return trace if np.isfinite(np.uint32(word).view(np.float32)) else np.uint32(0x7FFFFFFF)
+
+
+# trace = 0 * value + trace, for packed pairs or one fp32 value: zero, of either sign, until a value is not finite. One
+# instruction a word of the result.
+trace_bf16 = instruction(
+    "{ .reg .b32 zero; mov.b32 zero, 0; fma.rn.bf16x2 $0, $2, zero, $1; }", "rr", "r", twin=_trace_bf16, pure=True
+)
+trace_f16 = instruction(
+    "{ .reg .b32 zero; mov.b32 zero, 0; fma.rn.f16x2 $0, $2, zero, $1; }", "rr", "r", twin=_trace_f16, pure=True
+)
+trace_f32 = instruction(
+    "{ .reg .f32 value, trace; mov.b32 value, $2; mov.b32 trace, $1; fma.rn.f32 trace, value, 0f00000000, trace; "
+    "mov.b32 $0, trace; }",
+    "rr",
+    "r",
+    twin=_trace_f32,
+    pure=True,
 )

@@ -2,7 +2,8 @@
 Loads and stores of one, and of eight neighbouring, elements of a floating kind, as fp32 in registers.
 
 A kind is "bf16", "f16" or "f32"; the 16-bit kinds live behind uint16 pointers. Eight elements are one 16-byte
-access of a 16-bit kind and two of fp32, and must be aligned to 16 bytes.
+access of a 16-bit kind and two of fp32, and must be aligned to 16 bytes. ``store8`` also follows a trace of what it
+stored, by which a kernel tells in the end whether all of it was finite.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from kernels.target import cuda, device, f32p, u16p
 KINDS = ("bf16", "f16", "f32")
 
 
-def _sixteen_bit(to_f32, from_f32, low, high, pack, overflow: float) -> SimpleNamespace:
+def _sixteen_bit(to_f32, from_f32, low, high, pack, follow) -> SimpleNamespace:
     @device
     def load(pointer, index):
         return to_f32(pointer[index])
@@ -51,15 +52,13 @@ def _sixteen_bit(to_f32, from_f32, low, high, pack, overflow: float) -> SimpleNa
             values[to + 2 * i + 1] = high(words[at + i])
 
     @device
-    def store8(pointer, index, values, at):
-        memory.store128_stream(
-            pointer,
-            index,
-            pack(values[at], values[at + 1]),
-            pack(values[at + 2], values[at + 3]),
-            pack(values[at + 4], values[at + 5]),
-            pack(values[at + 6], values[at + 7]),
-        )
+    def store8(pointer, index, values, at, trace):
+        a = pack(values[at], values[at + 1])
+        b = pack(values[at + 2], values[at + 3])
+        c = pack(values[at + 4], values[at + 5])
+        d = pack(values[at + 6], values[at + 7])
+        memory.store128_stream(pointer, index, a, b, c, d)
+        return follow(follow(follow(follow(trace, a), b), c), d)
 
     @device
     def rounded(value):
@@ -67,7 +66,7 @@ def _sixteen_bit(to_f32, from_f32, low, high, pack, overflow: float) -> SimpleNa
 
     return SimpleNamespace(
         pointer=u16p, words=4, load=load, store=store, fetch8=fetch8, fetch8_cached=fetch8_cached,
-        unpack8=unpack8, store8=store8, rounded=rounded, overflow=np.float32(overflow),
+        unpack8=unpack8, store8=store8, rounded=rounded,
     )  # fmt: skip
 
 
@@ -104,16 +103,15 @@ def _thirty_two_bit() -> SimpleNamespace:
             values[to + i] = bits.bits_f32(words[at + i])
 
     @device
-    def store8(pointer, index, values, at):
+    def store8(pointer, index, values, at, trace):
         for half in range(2):
-            memory.store128_stream(
-                pointer,
-                index + 4 * half,
-                bits.f32_bits(values[at + 4 * half]),
-                bits.f32_bits(values[at + 4 * half + 1]),
-                bits.f32_bits(values[at + 4 * half + 2]),
-                bits.f32_bits(values[at + 4 * half + 3]),
-            )
+            a = bits.f32_bits(values[at + 4 * half])
+            b = bits.f32_bits(values[at + 4 * half + 1])
+            c = bits.f32_bits(values[at + 4 * half + 2])
+            d = bits.f32_bits(values[at + 4 * half + 3])
+            memory.store128_stream(pointer, index + 4 * half, a, b, c, d)
+            trace = bits.trace_f32(bits.trace_f32(bits.trace_f32(bits.trace_f32(trace, a), b), c), d)
+        return trace
 
     @device
     def rounded(value):
@@ -121,20 +119,23 @@ def _thirty_two_bit() -> SimpleNamespace:
 
     return SimpleNamespace(
         pointer=f32p, words=8, load=load, store=store, fetch8=fetch8, fetch8_cached=fetch8_cached,
-        unpack8=unpack8, store8=store8, rounded=rounded, overflow=np.float32(np.inf),
+        unpack8=unpack8, store8=store8, rounded=rounded,
     )  # fmt: skip
 
 
-# Half a unit in the last place above the largest finite value: from there on rounding gives infinity.
-_BF16_OVERFLOW, _F16_OVERFLOW = np.uint32(0x7F7F8000).view(np.float32), 65520.0
-
 ELEMENTS = {
     "bf16": _sixteen_bit(
-        bits.bf16_to_f32, bits.f32_to_bf16, bits.low_bf16, bits.high_bf16, bits.pack_bf16, _BF16_OVERFLOW
+        bits.bf16_to_f32, bits.f32_to_bf16, bits.low_bf16, bits.high_bf16, bits.pack_bf16, bits.trace_bf16
     ),
-    "f16": _sixteen_bit(bits.f16_to_f32, bits.f32_to_f16, bits.low_f16, bits.high_f16, bits.pack_f16, _F16_OVERFLOW),
+    "f16": _sixteen_bit(bits.f16_to_f32, bits.f32_to_f16, bits.low_f16, bits.high_f16, bits.pack_f16, bits.trace_f16),
     "f32": _thirty_two_bit(),
 }
+
+
+@device
+def all_finite(trace):
+    """Whether every word that ``store8`` followed from a trace of 0 on was finite; for all kinds alike."""
+    return (trace & np.uint32(0x7FFF7FFF)) == np.uint32(0)
 
 
 @functools.cache
@@ -171,11 +172,3 @@ def parked8(kind: str, parkers: int) -> tuple[Callable, Callable]:
         unpack8(raw, 0, values, to)
 
     return park, unpark
-
-
-@device
-def largest8(size, values, at):
-    """The largest of ``size`` and eight absolute values; NaN once there was one."""
-    for i in range(8):
-        size = bits.largest(size, values[at + i])
-    return size

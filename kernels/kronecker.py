@@ -14,7 +14,7 @@ from collections.abc import Callable
 import numpy as np
 
 from kernels import memory, warp
-from kernels.elements import ELEMENTS, largest8, parked8
+from kernels.elements import ELEMENTS, all_finite, parked8
 from kernels.parameters import flat_length, table_reader
 from kernels.target import SIMULATOR, blocks_by_shared, cuda, device, f32, i32p, i64, i64p, kernel_factory, types
 
@@ -51,7 +51,7 @@ def _body(base, out, first, second, check, slots, ragged) -> tuple[tuple, Callab
     Where rows or blocks do not come out even, what lies beyond reads the last inside, and its stores are left out.
     """
     has_base, w2 = base is not None, ELEMENTS[second]
-    store8, overflow, load1 = ELEMENTS[out].store8, ELEMENTS[out].overflow, ELEMENTS[first].load
+    store8, load1 = ELEMENTS[out].store8, ELEMENTS[first].load
     fetch8, unpack8, words_of_8 = w2.fetch8_cached, w2.unpack8, w2.words
     park, unpark = parked8(base or out, THREADS)
     place_of = _place_of(slots, ragged)
@@ -113,7 +113,7 @@ def _body(base, out, first, second, check, slots, ragged) -> tuple[tuple, Callab
         block = chunk * chunk_blocks
         last_block = min(block + chunk_blocks, np.int64(np.uint32(blocks) // np.uint32(span)))
         half = np.uint32(0)
-        size = np.float32(0)
+        trace = np.uint32(0)
         ahead = block + np.int64(batch)
         park_batch(shared, thread, base_pointer, at, i, height, row_stride, block, last_block, stride, np.uint32(0))
         park_batch(shared, thread, base_pointer, at, i, height, row_stride, ahead, last_block, stride, np.uint32(1))
@@ -132,16 +132,14 @@ def _body(base, out, first, second, check, slots, ragged) -> tuple[tuple, Callab
                         product = weights[u] * values[8 * r + x]
                         result[x] = w[x] + product if has_base else product
                     if not ragged or (mine and block + np.int64(u) < last_block and i + np.int64(r) < height):
-                        store8(out_pointer, offset + (i + np.int64(r)) * row_stride, result, 0)
-                        if check:
-                            size = largest8(size, result, 0)
+                        trace = store8(out_pointer, offset + (i + np.int64(r)) * row_stride, result, 0, trace)
             ahead = block + np.int64(2 * batch)
             park_batch(shared, thread, base_pointer, at, i, height, row_stride, ahead, last_block, stride, half)
             half = np.uint32(half ^ np.uint32(1))
             block += np.int64(batch)
             for u in range(batch):
                 weights[u] = next_weights[u]
-        if check and not (size < overflow):
+        if check and not all_finite(trace):
             flag[0] = np.int32(1)
 
     parameters = (

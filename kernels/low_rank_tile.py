@@ -33,7 +33,7 @@ class Product:
     """The compile-time shape of a product.
 
     ``steps`` of 16 ranks, ``full`` if the rank fills them; ``vector``: how many neighbouring ranks of left are one
-    access, 4 or 8 of a row-major left, else 1.
+    access, 2, 4 or 8 of a row-major left, else 1.
     """
 
     left: str
@@ -72,13 +72,14 @@ class Product:
 class Tile:
     """16 * row_blocks * warps rows by 32 * groups columns; ``ragged`` where weights are not whole tiles.
 
-    ``walks``: a block makes several tiles below each other, with the base of two of them in shared memory.
+    ``base``: where a tile's base waits: "registers", "shared" memory, or in shared memory for two tiles at a time of a
+    "walk" over several below each other.
     """
 
     warps: int
     groups: int
     ragged: bool
-    walks: bool
+    base: str
     row_blocks: int = 1
 
     @property
@@ -209,6 +210,14 @@ def _left_fragment(spec: Product, tile: Tile, at: int, periods: tuple[int, int] 
                 if not full:
                     k = min(k, p[i_rank] - np.int64(1))
                 values[i] = load(p[i_left], row_at + k * p[i_step])
+        elif vector == 2:
+            for i in range(2):
+                k = first + np.int64(2 * i)
+                if not full:
+                    k = min(k, p[i_rank] - np.int64(2))
+                raw[i] = memory.load32(p[i_left], row_at + k)
+            if not packed:
+                unpack8(raw, 0, values, 0)
         else:
             k = first if full else min(first, p[i_rank] - np.int64(ranks_at_once))
             if vector == 8:

@@ -1,7 +1,7 @@
 """The weight kernel on tensor cores: a tile of the delta in registers, its base beside it, one rounding, one store.
 
 A block makes one tile, or walks down a column of tiles. Base and result move in 16-byte accesses. A single tile's base is
-requested before anything else and waits in registers, so that the product hides behind it. On a walk the right factor
+requested before anything else and waits in registers or shared memory, so that the product hides behind it. On a walk the right factor
 stays in shared memory, and the next tile's base and left factor are on their way while a tile is made. Lane 4 g + t holds rows g, g + 8 (and g + 16,
 g + 24), columns 8 t to 8 t + 7 of each group of 32.
 
@@ -19,7 +19,7 @@ from types import SimpleNamespace
 import numpy as np
 
 from kernels import memory, warp
-from kernels.elements import ELEMENTS, largest8, parked8
+from kernels.elements import ELEMENTS, all_finite, parked8
 from kernels.low_rank_tile import Product, Tile
 from kernels.parameters import flat_length, table_reader
 from kernels.target import blocks_by_shared, cuda, device, f32, f32p, i32p, i64, i64p, kernel_factory, types
@@ -29,8 +29,12 @@ from kernels.weight_tile_sources import Source, factor_elements, held_words, poi
 
 
 def shared_bytes(base: str | None, sources: tuple[Source, ...], tile: Tile) -> int:
-    """Dynamic shared memory of a tile: the right factors of every product, and on a walk two tiles of the base."""
-    base_bytes = tile.rows * tile.columns * ELEMENTS[base].words if base and tile.walks else 0
+    """Dynamic shared memory of a tile: the right factors of every product, and the base, of two tiles on a walk."""
+    base_bytes = (
+        tile.rows * tile.columns // 2 * ELEMENTS[base].words * (2 if tile.base == "walk" else 1)
+        if base and tile.base != "registers"
+        else 0
+    )
     return 2 * factor_elements(sources, tile) + base_bytes
 
 
@@ -43,7 +47,7 @@ def _base_access(base: str | None, out: str, sources: tuple[Source, ...], tile: 
     fetch8, unpack8, words = element.fetch8, element.unpack8, element.words
     park, unpark = parked8(base or out, 32 * tile.warps)
     at = factor_elements(sources, tile)
-    has_base, parked = base is not None, tile.walks
+    has_base, parked = base is not None, tile.base != "registers"
 
     @device
     def request(shared, raw, slot, thread, pointer, index):
@@ -62,7 +66,7 @@ def _base_access(base: str | None, out: str, sources: tuple[Source, ...], tile: 
         else:
             unpack8(raw, slot * words, w, to)
 
-    return request, take, 2 * tile.row_blocks * tile.groups * words if has_base and not tile.walks else 1
+    return request, take, 2 * tile.row_blocks * tile.groups * words if has_base and tile.base == "registers" else 1
 
 
 @functools.cache
@@ -95,7 +99,7 @@ def _requests(base, out, sources, tile) -> Callable:
 @functools.cache
 def _tile_body(base, out, sources, sink, check, tile) -> Callable:
     """The block's device function; ``sink_p`` is (partials, magnitude, tiles in a row, strength) for DoRA."""
-    make = _walk_body if tile.walks else _single_body
+    make = _walk_body if tile.base == "walk" else _single_body
     finish = _SINKS[sink](ELEMENTS[out], 2 * tile.row_blocks)
     return make(base, out, sources, sink, check and finish.stores, tile, finish)
 
@@ -107,8 +111,9 @@ def _single_body(base, out, sources, sink, check, tile, finish) -> Callable:
     stage, hold, words_held = every.stage, every.hold, max(1, held_words(sources, tile))
     _, _, raw_words = _base_access(base, out, sources, tile)
     request_tile = _requests(base, out, sources, tile)
-    begin, end, overflow = finish.begin, finish.end, ELEMENTS[out].overflow
+    begin, end = finish.begin, finish.end
     all_groups = _group_chain(base, out, sources, sink, check, tile)
+    parked = tile.base == "shared"
 
     @device
     def body(shared, tile_row, tile_column, base_pointer, out_pointer, rows, columns, walk, flag, p, sink_p):
@@ -125,13 +130,15 @@ def _single_body(base, out, sources, sink, check, tile, finish) -> Callable:
         stage(p, shared, column0, columns, thread)
         hold(p, held, row, rows, lane_column, columns, lane)
         begin(state, row, rows, lane, sink_p)
+        if parked:
+            memory.copy_async_wait_all()
         warp.block_barrier()
-        size = all_groups(
-            np.float32(0), shared, raw, np.uint32(0), held, state, out_pointer, row, rows, lane_column, columns, thread,
+        trace = all_groups(
+            np.uint32(0), shared, raw, np.uint32(0), held, state, out_pointer, row, rows, lane_column, columns, thread,
             lane, p, sink_p,
         )  # fmt: skip
         end(state, tile_column, row, rows, lane, sink_p)
-        if check and not (size < overflow):
+        if check and not all_finite(trace):
             flag[0] = np.int32(1)
 
     return body
@@ -143,7 +150,7 @@ def _walk_body(base, out, sources, sink, check, tile, finish) -> Callable:
     every = summed(sources, tile)
     stage, hold, words_held = every.stage, every.hold, max(1, held_words(sources, tile))
     request_tile = _requests(base, out, sources, tile)
-    begin, end, overflow = finish.begin, finish.end, ELEMENTS[out].overflow
+    begin, end = finish.begin, finish.end
     all_groups = _group_chain(base, out, sources, sink, check, tile)
     base_arrived = memory.copy_async_wait(1)
 
@@ -163,7 +170,7 @@ def _walk_body(base, out, sources, sink, check, tile, finish) -> Callable:
         state = cuda.local.array(rows_of_lane, np.float32)
         next_state = cuda.local.array(rows_of_lane, np.float32)
         slot0 = np.uint32(0)
-        size = np.float32(0)
+        trace = np.uint32(0)
         request_tile(shared, raw, slot0, thread, base_pointer, row, rows, lane_column, columns)
         memory.copy_async_commit()
         stage(p, shared, column0, columns, thread)
@@ -179,8 +186,8 @@ def _walk_body(base, out, sources, sink, check, tile, finish) -> Callable:
                 begin(next_state, next_row, rows, lane, sink_p)
             memory.copy_async_commit()
             base_arrived()
-            size = all_groups(
-                size, shared, raw, slot0, held, state, out_pointer, row, rows, lane_column, columns, thread, lane, p,
+            trace = all_groups(
+                trace, shared, raw, slot0, held, state, out_pointer, row, rows, lane_column, columns, thread, lane, p,
                 sink_p,
             )  # fmt: skip
             end(state, tile_column, row, rows, lane, sink_p)
@@ -191,15 +198,17 @@ def _walk_body(base, out, sources, sink, check, tile, finish) -> Callable:
             first += np.int64(tile_rows)
             row = next_row
             slot0 = next_slot0
-        if check and not (size < overflow):
+        if check and not all_finite(trace):
             flag[0] = np.int32(1)
 
     return body
 
 
 @device
-def _no_group(size, shared, raw, slot0, held, state, out_pointer, row, rows, lane_column, columns, thread, lane, p, sink_p):
-    return size
+def _no_group(
+    trace, shared, raw, slot0, held, state, out_pointer, row, rows, lane_column, columns, thread, lane, p, sink_p
+):
+    return trace
 
 
 def _group_chain(base, out, sources, sink, check, tile) -> Callable:
@@ -220,9 +229,25 @@ def _then_group(rest: Callable, base, out, sources, sink, check, tile, group: in
     accumulate, results = finish.accumulate, 8 * rows_of_lane
 
     @device
-    def groups(size, shared, raw, slot0, held, state, out_pointer, row, rows, lane_column, columns, thread, lane, p, sink_p):
-        size = rest(
-            size, shared, raw, slot0, held, state, out_pointer, row, rows, lane_column, columns, thread, lane, p, sink_p
+    def groups(
+        trace, shared, raw, slot0, held, state, out_pointer, row, rows, lane_column, columns, thread, lane, p, sink_p
+    ):
+        trace = rest(
+            trace,
+            shared,
+            raw,
+            slot0,
+            held,
+            state,
+            out_pointer,
+            row,
+            rows,
+            lane_column,
+            columns,
+            thread,
+            lane,
+            p,
+            sink_p,
         )
         warp.sync_warp()
         delta = cuda.local.array(results, np.float32)
@@ -234,10 +259,8 @@ def _then_group(rest: Callable, base, out, sources, sink, check, tile, group: in
         for i in range(rows_of_lane):
             o = row + np.int64(8 * i)
             if not ragged or (o < rows and column < columns):
-                accumulate(state, i, out_pointer, o * columns + column, delta, w, sink_p)
-                if check:
-                    size = largest8(size, delta, 8 * i)
-        return size
+                trace = accumulate(state, i, out_pointer, o * columns + column, delta, w, trace, sink_p)
+        return trace
 
     return groups
 
@@ -256,10 +279,10 @@ def _store_sink(out_element: SimpleNamespace, combine: Callable, begin: Callable
     store8 = out_element.store8
 
     @device
-    def accumulate(state, i, out_pointer, index, delta, w, p):
+    def accumulate(state, i, out_pointer, index, delta, w, trace, p):
         for x in range(8):
             delta[8 * i + x] = combine(state, i, delta[8 * i + x], w[8 * i + x], p)
-        store8(out_pointer, index, delta, 8 * i)
+        return store8(out_pointer, index, delta, 8 * i, trace)
 
     return SimpleNamespace(begin=begin, accumulate=accumulate, end=_end_nothing, stores=True)
 
@@ -282,10 +305,11 @@ def _norm_sink(out_element: SimpleNamespace, rows_of_lane: int) -> SimpleNamespa
             state[i] = np.float32(0)
 
     @device
-    def accumulate(state, i, out_pointer, index, delta, w, p):
+    def accumulate(state, i, out_pointer, index, delta, w, trace, p):
         for x in range(8):
             v = w[8 * i + x] + delta[8 * i + x]
             state[i] += v * v
+        return trace
 
     @device
     def end(state, tile_column, row, rows, lane, p):
@@ -335,16 +359,16 @@ def _parameters(base, out, sources, sink) -> tuple:
         magnitude = sink.partition(" ")[2] or out
         sink_types = (f32p, ELEMENTS[magnitude].pointer, i64, f32)
     return (
-        ELEMENTS[base or out].pointer, ELEMENTS[out].pointer, i64, i64, i64, i32p,
+        ELEMENTS[base or out].pointer, ELEMENTS[out].pointer, i64, i64, i64, i64, i32p,
         types.Tuple([source_parameters(point_name(s)) for s in sources]), types.Tuple(sink_types),
     )  # fmt: skip
 
 
 def _options(base: str | None, sources: tuple[Source, ...], sink: str, tile: Tile) -> dict:
     """Launch bounds: as many blocks on a multiprocessor as factors, base, results and gains leave registers for."""
-    words = (2 if tile.walks else 1) * held_words(sources, tile) + 32 * tile.row_blocks
+    words = (2 if tile.base == "walk" else 1) * held_words(sources, tile) + 32 * tile.row_blocks
     words += 4 if sink.startswith("dora") else 0
-    words += 2 * tile.row_blocks * tile.groups * ELEMENTS[base].words if base and not tile.walks else 0
+    words += 2 * tile.row_blocks * tile.groups * ELEMENTS[base].words if base and tile.base == "registers" else 0
     warps_on_multiprocessor = 24 if words <= 70 else 16 if words <= 108 else 8
     shared = shared_bytes(base, sources, tile)
     by_registers = max(1, warps_on_multiprocessor // tile.warps)
@@ -356,10 +380,10 @@ def _options(base: str | None, sources: tuple[Source, ...], sink: str, tile: Til
     }
 
 
-_P1 = Product("bf16", "bf16", 1, 4, True)
+_P1, _P4 = Product("bf16", "bf16", 1, 2, True), Product("bf16", "bf16", 4, 8, True)
 _OI = ("low_rank", "bf16", "bf16", _P1)
-_WHOLE, _RAGGED, _WALK = Tile(8, 4, False, False), Tile(8, 4, True, False), Tile(8, 4, True, True)
-_TALL = Tile(4, 4, False, True, 2)
+_WHOLE, _RAGGED = Tile(8, 4, False, "registers"), Tile(8, 4, True, "registers")
+_SHARED, _WALK, _TALL = Tile(8, 4, True, "shared"), Tile(8, 4, False, "walk"), Tile(4, 4, False, "shared", 2)
 _EXAMPLES = (
     ("bf16", "bf16", (_OI,), "merge", True, _WHOLE),
     ("bf16", "bf16", (("low_rank", "bf16", "f16", Product("bf16", "f16", 1, 1, False)),), "merge", True, _RAGGED),
@@ -368,21 +392,35 @@ _EXAMPLES = (
     ("bf16", "bf16", (("hadamard", *["bf16"] * 4, _P1, _P1),), "merge", True, _WHOLE),
     ("bf16", "bf16", (("kronecker_product", *["bf16"] * 3, _P1),), "merge", True, _WHOLE),
     ("bf16", "bf16", (_OI, _OI), "merge", True, _WHOLE),
-    ("bf16", "bf16", (_OI,), "norm", True, _WHOLE),
-    ("bf16", "bf16", (_OI,), "dora f32", True, _WHOLE),
+    ("bf16", "bf16", (("hadamard", *["bf16"] * 4, _P4, _P4),), "merge", True, _WALK),
+    ("bf16", "bf16", (_OI,), "norm", True, _SHARED),
+    ("bf16", "bf16", (_OI,), "dora f32", True, _SHARED),
     (None, "bf16", (_OI,), "delta", False, _WHOLE),
-    ("f32", "f16", (("kronecker", "bf16", "f32"), ("dense", "f16"), ("channel", "bf16", "in")), "merge", True, _WALK),
+    ("f32", "f16", (("kronecker", "bf16", "f32"), ("dense", "f16"), ("channel", "bf16", "in")), "merge", True, _SHARED),
 )
 
 
 @kernel_factory(*_EXAMPLES)
 def weight_tile(base, out, sources, sink, check, tile):
-    """One weight. Parameters: base, out, rows, columns, tiles of a walk, flag, sources, sink; grid (column tiles, walks)."""
+    """One weight. Parameters: base, out, rows, columns, first walk, tiles of a walk, flag, sources, sink; grid (column
+    tiles, walks)."""
     body = _tile_body(base, out, sources, sink, check, tile)
 
-    def kernel(base_pointer, out_pointer, rows, columns, walk, flag, p, sink_p):
+    def kernel(base_pointer, out_pointer, rows, columns, first, walk, flag, p, sink_p):
         shared = cuda.shared.array(0, np.uint16, alignment=128)
-        body(shared, warp.block_y(), warp.block_x(), base_pointer, out_pointer, rows, columns, walk, flag, p, sink_p)
+        body(
+            shared,
+            first + warp.block_y(),
+            warp.block_x(),
+            base_pointer,
+            out_pointer,
+            rows,
+            columns,
+            walk,
+            flag,
+            p,
+            sink_p,
+        )
 
     return kernel, _parameters(base, out, sources, sink), _options(base, sources, sink, tile)
 
@@ -402,6 +440,18 @@ def weight_tile_grouped(base, out, sources, sink, check, tile):
         shared = cuda.shared.array(0, np.uint16, alignment=128)
         at = 4 * warp.block_x()
         q = read(table, np.int64(blocks[at]) * np.int64(width))
-        body(shared, np.int64(blocks[at + 2]), np.int64(blocks[at + 1]), q[0], q[1], q[2], q[3], q[4], q[5], q[6], q[7])
+        body(
+            shared,
+            q[4] + np.int64(blocks[at + 2]),
+            np.int64(blocks[at + 1]),
+            q[0],
+            q[1],
+            q[2],
+            q[3],
+            q[5],
+            q[6],
+            q[7],
+            q[8],
+        )
 
     return kernel, (i64p, i32p), _options(base, sources, sink, tile)

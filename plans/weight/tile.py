@@ -23,9 +23,10 @@ from plans.weight.resolve import ALIGN, Resolved, resolve
 WARPS = 1 if SIMULATOR else 8
 MAX_GROUPS = 1 if SIMULATOR else 4
 MAX_SHARED_BYTES = 160 * 1024
-PRODUCT_WORDS = 12
+PRODUCT_WORDS, WALK_WORDS = 12, 32
 WALK_START = 0.35
 LONGEST_WALK = 16
+BAND_BYTES = 20 << 20
 _FIRST_PRODUCT = {"low_rank": 0, "hadamard": 0, "kronecker_product": 1}
 
 
@@ -46,10 +47,12 @@ def _product(left: str, right: str, rank: int, row_stride: int, rank_stride: int
     """A product's compile-time shape; steps above eight are powers of two, so that few kernels serve all ranks."""
     steps = max(1, -(-rank // STEP))
     steps = steps if steps <= 8 else 1 << (steps - 1).bit_length()
-    row_major = rank_stride == 1 and row_stride == rank
     vector = 1
-    if row_major and rank % 4 == 0:
-        vector = 8 if left != "f32" and rank % 8 == 0 and steps % 2 == 0 else 4
+    if rank_stride == 1 and row_stride == rank:
+        by_eight = left != "f32" and rank % 8 == 0 and steps % 2 == 0
+        # Two ranks an access keep a single step's registers in the tensor core's order; more save accesses.
+        by_two = left != "f32" and rank % 2 == 0 and (steps == 1 or rank % 4 != 0)
+        vector = 8 if by_eight else 2 if by_two else 4 if rank % 4 == 0 else 1
     return Product(left, right, steps, vector, rank == steps * STEP)
 
 
@@ -61,25 +64,28 @@ def tile_sources(descriptor: WeightDescriptor) -> tuple[Source, ...]:
 
 @functools.cache
 def tile_of(descriptor: WeightDescriptor) -> Tile | None:
-    """The tile: as wide as shared memory allows, None if not even 32 columns fit.
-
-    Blocks make one tile each, its base in registers, where few enough are taken: that is faster on small weights. With
-    more ranks or wider bases they walk.
-    """
+    """The tile: as wide as shared memory allows, None if not even 32 columns fit."""
     sources, base = tile_sources(descriptor), descriptor.base
     base_name = base.value if base else None
     rows, columns = descriptor.matrix
     groups = MAX_GROUPS
     while groups:
-        tile = Tile(WARPS, groups, True, False)
-        wide = base is not None and ELEMENTS[base.value].words > 4
-        walks = wide or product_words(sources, tile) > PRODUCT_WORDS
+        tile = Tile(WARPS, groups, True, "registers")
         ragged = rows % tile.rows != 0 or columns % tile.columns != 0
-        tile = Tile(WARPS, groups, ragged, walks)
+        tile = Tile(WARPS, groups, ragged, _base_place(descriptor, product_words(sources, tile)))
         if weight_tile.shared_bytes(base_name, sources, tile) <= MAX_SHARED_BYTES:
             return tile
         groups //= 2
     return None
+
+
+def _base_place(descriptor: WeightDescriptor, words: int) -> str:
+    """Where the base waits, by how many registers the products take: measured, see docs/performance.md."""
+    base = descriptor.base
+    if base is not None and words >= WALK_WORDS:
+        return "walk"
+    shared = base is not None and (ELEMENTS[base.value].words > 4 or words > PRODUCT_WORDS or descriptor.is_dora)
+    return "shared" if shared else "registers"
 
 
 def refuses(descriptor: WeightDescriptor) -> str:
@@ -133,7 +139,11 @@ def walk_of(column_tiles: int, row_tiles: int, device: Device) -> int:
 
 
 class TileProgram(WeightProgram):
-    """One launch over the weight; two for DoRA, the first leaving sums of squares of each row's tiles."""
+    """One launch over the weight.
+
+    DoRA takes two, the first leaving sums of squares of each row's tiles, over bands of rows that stay in the L2 cache
+    between them.
+    """
 
     fused_second_half = True
 
@@ -143,37 +153,47 @@ class TileProgram(WeightProgram):
         rows, columns = descriptor.matrix
         self.tiles = max(1, -(-columns // tile.columns))
         row_tiles = max(1, -(-rows // tile.rows))
-        self.walk = walk_of(self.tiles, row_tiles, device) if tile.walks else 1
-        self.grid = (self.tiles, -(-row_tiles // self.walk), 1)
+        self.walk = walk_of(self.tiles, row_tiles, device) if tile.base == "walk" else 1
+        self.walks = -(-row_tiles // self.walk)
+        self.grid = (self.tiles, self.walks, 1)
         base = None if descriptor.base is None else descriptor.base.value
         out, check = descriptor.out.value, descriptor.check_finite
-        self.norm = None
-        sink = "delta" if base is None else "merge"
         if descriptor.is_dora:
-            sink = f"dora {descriptor.magnitude.value}"
-            self.norm = weight_tile.weight_tile(base, out, sources, "norm", False, tile).launcher(self.grid)
-        choices = (base, out, sources, sink, check, tile)
+            self.bands = self._bands(tile)
+            dora = weight_tile.weight_tile(base, out, sources, f"dora {descriptor.magnitude.value}", check, tile)
+            norm = weight_tile.weight_tile(base, out, sources, "norm", False, tile)
+            self.passes = [(norm.launcher(g), dora.launcher(g)) for g in ((self.tiles, n, 1) for _, n in self.bands)]
+            return
+        choices = (base, out, sources, "delta" if base is None else "merge", check, tile)
         self.merge = weight_tile.weight_tile(*choices).launcher(self.grid)
-        if not descriptor.is_dora and not self.contractions:
+        if not self.contractions:
             self.group_kernel = weight_tile.weight_tile_grouped(*choices)
 
-    def arguments(self, args: WeightArgs, workspace: Workspace) -> tuple:
-        """Base, out, rows, columns, walk, flag, sources."""
+    def _bands(self, tile: Tile) -> list[tuple[int, int]]:
+        """(first walk, walks) of bands whose base fits in BAND_BYTES."""
+        bytes_of_walk = self.walk * tile.rows * self.descriptor.matrix[1] * self.descriptor.base.itemsize
+        step = max(1, BAND_BYTES // max(1, bytes_of_walk))
+        return [(first, min(step, self.walks - first)) for first in range(0, self.walks, step)]
+
+    def arguments(self, args: WeightArgs, workspace: Workspace, first: int = 0) -> tuple:
+        """Base, out, rows, columns, first walk, walk, flag, sources."""
         rows, columns = self.descriptor.matrix
         base = (args.base or args.out).data
-        return (base, args.out.data, rows, columns, self.walk, self.flag(args), *self.flat_sources(args, workspace))
+        flat = self.flat_sources(args, workspace)
+        return (base, args.out.data, rows, columns, first, self.walk, self.flag(args), *flat)
 
     def weight_launches(self, args: WeightArgs, workspace: Workspace) -> Launches:
-        """The norm pass, if any, and the merge."""
-        head = self.arguments(args, workspace)
-        if self.norm is None:
-            return [(self.merge, head)]
+        """The merge; for DoRA norm and merge of each band."""
+        if not self.descriptor.is_dora:
+            return [(self.merge, self.arguments(args, workspace))]
         sink = (self.tiles, np.float32(args.strength))
         partials = self.scratch(workspace)
-        return [
-            (self.norm, (*head, partials, args.out.data, *sink)),
-            (self.merge, (*head, partials, args.magnitude.data, *sink)),
-        ]
+        launches: Launches = []
+        for (first, _), (norm, dora) in zip(self.bands, self.passes, strict=True):
+            head = self.arguments(args, workspace, first)
+            launches.append((norm, (*head, partials, args.out.data, *sink)))
+            launches.append((dora, (*head, partials, args.magnitude.data, *sink)))
+        return launches
 
 
 def workspace_bytes(descriptor: WeightDescriptor) -> int:
