@@ -50,7 +50,7 @@ def _convert(source_element, out_element) -> tuple[Callable, Callable]:
         values = cuda.local.array(RUN, np.float32)
         fetch8(source, index, words, 0)
         unpack8(words, 0, values, 0)
-        store8(out, index, values, 0)
+        store8(out, index, values, 0, np.uint32(0))
 
     @device
     def one(source, out, index):

@@ -95,10 +95,10 @@ def _body(base, out, first, second, check, slots, ragged) -> tuple[tuple, Callab
 
     @device
     def body(
-        shared, tile, block_row, chunk, base_pointer, out_pointer, w1, w2_pointer, blocks, span, chunk_blocks, height, runs,
-        scale, flag,
+        shared, tile, block_row, chunk, base_pointer, out_pointer, w1, w2_pointer, blocks, span, chunk_blocks, height,
+        runs, scale, flag,
     ):  # fmt: skip
-        """``blocks`` are b, ``height`` c, ``runs`` e / 8; blocks are walked in steps of ``span``, ``chunk_blocks`` here."""
+        """``blocks`` are b, ``height`` c, ``runs`` e / 8; ``chunk_blocks`` steps of ``span`` blocks are walked."""
         values = cuda.local.array(values_held, np.float32)
         weights = cuda.local.array(batch, np.float32)
         next_weights = cuda.local.array(batch, np.float32)

@@ -113,6 +113,7 @@ class Launcher:
     __slots__ = ()
 
     def __call__(self, stream: Any, arguments: tuple) -> None:
+        """Launch on ``stream``."""
         raise TypeError("Launcher is abstract")
 
 
@@ -125,6 +126,7 @@ class SimulatedLauncher(Launcher):
         self._kernel, self._grid, self._shared = kernel, grid, shared
 
     def __call__(self, stream: Any, arguments: tuple) -> None:
+        """Run to the end; arguments that a GPU would misread are refused."""
         kernel, rest = self._kernel, iter(arguments)
         nested = tuple(_take_argument(kernel.key, parameter, rest) for parameter in kernel.parameters)
         if unused := len(list(rest)):
@@ -164,6 +166,7 @@ class GpuLauncher(Launcher):
         self._launch = launch
 
     def __call__(self, stream: Any, arguments: tuple) -> None:
+        """Launch on ``stream``."""
         self._launch(stream, self._config, self._handle, *arguments)
 
 

@@ -1,20 +1,15 @@
 """The weight kernel on tensor cores: a tile of the delta in registers, its base beside it, one rounding, one store.
 
-A block makes one tile, or walks down a column of tiles. Base and result move in 16-byte accesses. A single tile's base is
-requested before anything else and waits in registers or shared memory, so that the product hides behind it. On a walk the right factor
-stays in shared memory, and the next tile's base and left factor are on their way while a tile is made. Lane 4 g + t holds rows g, g + 8 (and g + 16,
-g + 24), columns 8 t to 8 t + 7 of each group of 32.
-
-Sinks: "delta", "merge", and DoRA by row in two launches: "norm" leaves each row's sum of squares over each tile, "dora"
-adds those up and applies the gain.
+A block makes one tile, or walks down a column of tiles. Base and result move in 16-byte accesses. A single tile's base
+is requested before anything else and waits in registers or shared memory, so that the product hides behind it. On a
+walk the right factor stays in shared memory, and the next tile's base and left factor are on their way while a tile is
+made. Lane 4 g + t holds rows g, g + 8 (and g + 16, g + 24), columns 8 t to 8 t + 7 of each group of 32.
 """
 
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable
-from types import SimpleNamespace
 
 import numpy as np
 
@@ -23,8 +18,8 @@ from kernels.elements import ELEMENTS, all_finite, parked8
 from kernels.low_rank_tile import Product, Tile
 from kernels.parameters import flat_length, table_reader
 from kernels.target import blocks_by_shared, cuda, device, f32, f32p, i32p, i64, i64p, kernel_factory, types
-from kernels.weight_portable import DORA_EPS
 from kernels.weight_sources import source_parameters
+from kernels.weight_tile_sinks import SINKS
 from kernels.weight_tile_sources import Source, factor_elements, held_words, point_name, summed
 
 
@@ -71,7 +66,7 @@ def _base_access(base: str | None, out: str, sources: tuple[Source, ...], tile: 
 
 @functools.cache
 def _requests(base, out, sources, tile) -> Callable:
-    """``request_tile(shared, raw, slot0, thread, pointer, row, rows, column, columns)``: all of a lane's base in a tile.
+    """``request_tile(shared, raw, slot0, thread, pointer, row, rows, column, columns)``: a lane's base in a tile.
 
     In a ragged weight, addresses outside are moved inside, so that loads need no branches, and stores are guarded.
     """
@@ -100,7 +95,7 @@ def _requests(base, out, sources, tile) -> Callable:
 def _tile_body(base, out, sources, sink, check, tile) -> Callable:
     """The block's device function; ``sink_p`` is (partials, magnitude, tiles in a row, strength) for DoRA."""
     make = _walk_body if tile.base == "walk" else _single_body
-    finish = _SINKS[sink](ELEMENTS[out], 2 * tile.row_blocks)
+    finish = SINKS[sink](ELEMENTS[out], 2 * tile.row_blocks)
     return make(base, out, sources, sink, check and finish.stores, tile, finish)
 
 
@@ -219,14 +214,21 @@ def _group_chain(base, out, sources, sink, check, tile) -> Callable:
     return chain
 
 
+def _ordered(base: str | None, sources: tuple[Source, ...], tile: Tile) -> bool:
+    """Whether groups are kept apart: always, but for one small product over a base in registers."""
+    return base is None or tile.base != "registers" or held_words(sources, tile) > 4
+
+
 def _then_group(rest: Callable, base, out, sources, sink, check, tile, group: int) -> Callable:
-    """``rest``, then one group. The warp barrier keeps ptxas from computing all groups at once, for which there are not
-    enough registers.
+    """``rest``, then one group.
+
+    Where factors take many registers a warp barrier keeps ptxas from computing all groups at once.
     """
     add, ragged, rows_of_lane = summed(sources, tile).add, tile.ragged, 2 * tile.row_blocks
     _, take, _ = _base_access(base, out, sources, tile)
-    finish = _SINKS[sink](ELEMENTS[out], rows_of_lane)
+    finish = SINKS[sink](ELEMENTS[out], rows_of_lane)
     accumulate, results = finish.accumulate, 8 * rows_of_lane
+    ordered = _ordered(base, sources, tile)
 
     @device
     def groups(
@@ -249,7 +251,8 @@ def _then_group(rest: Callable, base, out, sources, sink, check, tile, group: in
             p,
             sink_p,
         )
-        warp.sync_warp()
+        if ordered:
+            warp.sync_warp()
         delta = cuda.local.array(results, np.float32)
         w = cuda.local.array(results, np.float32)
         column = lane_column + np.int64(32 * group)
@@ -265,101 +268,13 @@ def _then_group(rest: Callable, base, out, sources, sink, check, tile, group: in
     return groups
 
 
-@device
-def _begin_nothing(state, row, rows, lane, p):
-    pass
-
-
-@device
-def _end_nothing(state, tile_column, row, rows, lane, p):
-    pass
-
-
-def _store_sink(out_element: SimpleNamespace, combine: Callable, begin: Callable) -> SimpleNamespace:
-    store8 = out_element.store8
-
-    @device
-    def accumulate(state, i, out_pointer, index, delta, w, trace, p):
-        for x in range(8):
-            delta[8 * i + x] = combine(state, i, delta[8 * i + x], w[8 * i + x], p)
-        return store8(out_pointer, index, delta, 8 * i, trace)
-
-    return SimpleNamespace(begin=begin, accumulate=accumulate, end=_end_nothing, stores=True)
-
-
-def _merge_sink(has_base: bool) -> Callable:
-    def make(out_element: SimpleNamespace, rows_of_lane: int) -> SimpleNamespace:
-        @device
-        def add_base(state, i, delta, w, p):
-            return w + delta if has_base else delta
-
-        return _store_sink(out_element, add_base, _begin_nothing)
-
-    return make
-
-
-def _norm_sink(out_element: SimpleNamespace, rows_of_lane: int) -> SimpleNamespace:
-    @device
-    def begin(state, row, rows, lane, p):
-        for i in range(rows_of_lane):
-            state[i] = np.float32(0)
-
-    @device
-    def accumulate(state, i, out_pointer, index, delta, w, trace, p):
-        for x in range(8):
-            v = w[8 * i + x] + delta[8 * i + x]
-            state[i] += v * v
-        return trace
-
-    @device
-    def end(state, tile_column, row, rows, lane, p):
-        for i in range(rows_of_lane):
-            total = warp.quad_sum(state[i])
-            o = row + np.int64(8 * i)
-            if (lane & np.uint32(3)) == np.uint32(0) and o < rows:
-                p[0][o * p[2] + tile_column] = total
-
-    return SimpleNamespace(begin=begin, accumulate=accumulate, end=end, stores=False)
-
-
-def _dora_sink(magnitude: str) -> Callable:
-    load_magnitude = ELEMENTS[magnitude].load
-
-    def make(out_element: SimpleNamespace, rows_of_lane: int) -> SimpleNamespace:
-        @device
-        def begin(state, row, rows, lane, p):
-            for i in range(rows_of_lane):
-                o = min(row + np.int64(8 * i), rows - np.int64(1))
-                squares = np.float32(0)
-                for first in range(np.int64(lane & np.uint32(3)), p[2], np.int64(32)):
-                    for u in range(8):
-                        tile = first + np.int64(4 * u)
-                        part = p[0][o * p[2] + min(tile, p[2] - np.int64(1))]
-                        squares += part if tile < p[2] else np.float32(0)
-                squares = warp.quad_sum(squares)
-                state[i] = load_magnitude(p[1], o) / (np.float32(math.sqrt(squares)) + DORA_EPS)
-
-        @device
-        def decompose(state, i, delta, w, p):
-            return w + p[3] * (state[i] * (w + delta) - w)
-
-        return _store_sink(out_element, decompose, begin)
-
-    return make
-
-
-_SINKS = {"delta": _merge_sink(False), "merge": _merge_sink(True), "norm": _norm_sink} | {
-    f"dora {m}": _dora_sink(m) for m in ELEMENTS
-}
-
-
 def _parameters(base, out, sources, sink) -> tuple:
     sink_types = ()
     if sink == "norm" or sink.startswith("dora"):
         magnitude = sink.partition(" ")[2] or out
         sink_types = (f32p, ELEMENTS[magnitude].pointer, i64, f32)
     return (
-        ELEMENTS[base or out].pointer, ELEMENTS[out].pointer, i64, i64, i64, i64, i32p,
+        ELEMENTS[base or out].pointer, ELEMENTS[out].pointer, i64, i64, i64, i32p,
         types.Tuple([source_parameters(point_name(s)) for s in sources]), types.Tuple(sink_types),
     )  # fmt: skip
 
@@ -371,6 +286,8 @@ def _options(base: str | None, sources: tuple[Source, ...], sink: str, tile: Til
     words += 2 * tile.row_blocks * tile.groups * ELEMENTS[base].words if base and tile.base == "registers" else 0
     warps_on_multiprocessor = 24 if words <= 70 else 16 if words <= 108 else 8
     shared = shared_bytes(base, sources, tile)
+    if not _ordered(base, sources, tile):
+        warps_on_multiprocessor = 16
     by_registers = max(1, warps_on_multiprocessor // tile.warps)
     return {
         "threads": 32 * tile.warps,
@@ -402,15 +319,16 @@ _EXAMPLES = (
 
 @kernel_factory(*_EXAMPLES)
 def weight_tile(base, out, sources, sink, check, tile):
-    """One weight. Parameters: base, out, rows, columns, first walk, tiles of a walk, flag, sources, sink; grid (column
-    tiles, walks)."""
+    """One weight. Parameters: base, out, rows, columns, tiles of a walk, flag, sources, sink; grid (column tiles,
+    walks).
+    """
     body = _tile_body(base, out, sources, sink, check, tile)
 
-    def kernel(base_pointer, out_pointer, rows, columns, first, walk, flag, p, sink_p):
+    def kernel(base_pointer, out_pointer, rows, columns, walk, flag, p, sink_p):
         shared = cuda.shared.array(0, np.uint16, alignment=128)
         body(
             shared,
-            first + warp.block_y(),
+            warp.block_y(),
             warp.block_x(),
             base_pointer,
             out_pointer,
@@ -442,16 +360,16 @@ def weight_tile_grouped(base, out, sources, sink, check, tile):
         q = read(table, np.int64(blocks[at]) * np.int64(width))
         body(
             shared,
-            q[4] + np.int64(blocks[at + 2]),
+            np.int64(blocks[at + 2]),
             np.int64(blocks[at + 1]),
             q[0],
             q[1],
             q[2],
             q[3],
+            q[4],
             q[5],
             q[6],
             q[7],
-            q[8],
         )
 
     return kernel, (i64p, i32p), _options(base, sources, sink, tile)

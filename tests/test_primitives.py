@@ -6,7 +6,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from kernels import bits, memory, tensor_core, warp
+from kernels import bits, elements, memory, tensor_core, warp
 from kernels.target import cuda, types
 from kernels.target import device as device_function
 
@@ -118,11 +118,34 @@ def test_not_finite(run_kernel):
     np.testing.assert_array_equal(found, [0, 0, 0, 0, 0, 1, 1, 1])
 
 
-def test_largest_magnitude_is_nan_once_there_was_one(run_kernel):
-    inf, nan = np.inf, np.nan
-    pairs = np.array([[1, -2], [3, 2], [0, -0.0], [1, -inf], [inf, 5], [nan, 1], [1, nan], [2, -1e-45]], np.float32)
-    (found,) = run_kernel(convert_pairs(bits.largest), [pairs.ravel().view(np.uint32), 8], [(np.float32, 8)])
-    np.testing.assert_array_equal(found, np.float32([2, 3, 0, inf, inf, nan, nan, 2]))
+TRACED = {"bf16": (bits.trace_bf16, ml_dtypes.bfloat16), "f16": (bits.trace_f16, np.float16)}
+
+
+@pytest.mark.parametrize("kind", TRACED)
+def test_trace_of_pairs_stays_clean_until_a_value_is_not_finite(run_kernel, kind):
+    trace, dtype = TRACED[kind]
+    largest = float(ml_dtypes.finfo(dtype).max)
+    clean = [(1, -2), (0, -0.0), (largest, -largest), (float(ml_dtypes.finfo(dtype).smallest_subnormal), 3)]
+    bad = [(np.inf, 1), (1, -np.inf), (np.nan, 0), (0, np.nan)]
+    words = np.array([*clean, *bad]).astype(dtype).view(np.uint32).reshape(-1)
+    traced = convert(traced_by(trace), np.uint32, np.int32)
+    (found,) = run_kernel(traced, [words, words.size], [(np.int32, words.size)])
+    np.testing.assert_array_equal(found, [1] * len(clean) + [0] * len(bad))
+
+
+def test_trace_of_fp32_stays_clean_until_a_value_is_not_finite(run_kernel):
+    values = np.array([0, -0.0, 1, -3.4028235e38, 1e-45, np.inf, -np.inf, np.nan], np.float32)
+    traced = convert(traced_by(bits.trace_f32), np.uint32, np.int32)
+    (found,) = run_kernel(traced, [values.view(np.uint32), values.size], [(np.int32, values.size)])
+    np.testing.assert_array_equal(found, [1] * 5 + [0] * 3)
+
+
+def traced_by(trace):
+    @device_function
+    def clean(word):
+        return elements.all_finite(trace(np.uint32(0), word))
+
+    return clean
 
 
 def copy16(load, store, elements):

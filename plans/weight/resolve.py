@@ -157,7 +157,7 @@ class _Builder:
                 stride_i,
                 stride_j,
                 (kinds[0].value, kinds[1].value),
-            )  # fmt: skip
+            )
         )
         return Factor(ElementKind.F32, workspace=target)
 

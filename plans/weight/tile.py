@@ -26,7 +26,6 @@ MAX_SHARED_BYTES = 160 * 1024
 PRODUCT_WORDS, WALK_WORDS = 12, 32
 WALK_START = 0.35
 LONGEST_WALK = 16
-BAND_BYTES = 20 << 20
 _FIRST_PRODUCT = {"low_rank": 0, "hadamard": 0, "kronecker_product": 1}
 
 
@@ -139,11 +138,7 @@ def walk_of(column_tiles: int, row_tiles: int, device: Device) -> int:
 
 
 class TileProgram(WeightProgram):
-    """One launch over the weight.
-
-    DoRA takes two, the first leaving sums of squares of each row's tiles, over bands of rows that stay in the L2 cache
-    between them.
-    """
+    """One launch over the weight; two for DoRA, the first leaving sums of squares of each row's tiles."""
 
     fused_second_half = True
 
@@ -154,46 +149,36 @@ class TileProgram(WeightProgram):
         self.tiles = max(1, -(-columns // tile.columns))
         row_tiles = max(1, -(-rows // tile.rows))
         self.walk = walk_of(self.tiles, row_tiles, device) if tile.base == "walk" else 1
-        self.walks = -(-row_tiles // self.walk)
-        self.grid = (self.tiles, self.walks, 1)
+        self.grid = (self.tiles, -(-row_tiles // self.walk), 1)
         base = None if descriptor.base is None else descriptor.base.value
         out, check = descriptor.out.value, descriptor.check_finite
         if descriptor.is_dora:
-            self.bands = self._bands(tile)
             dora = weight_tile.weight_tile(base, out, sources, f"dora {descriptor.magnitude.value}", check, tile)
             norm = weight_tile.weight_tile(base, out, sources, "norm", False, tile)
-            self.passes = [(norm.launcher(g), dora.launcher(g)) for g in ((self.tiles, n, 1) for _, n in self.bands)]
+            self.norm, self.merge = norm.launcher(self.grid), dora.launcher(self.grid)
             return
         choices = (base, out, sources, "delta" if base is None else "merge", check, tile)
         self.merge = weight_tile.weight_tile(*choices).launcher(self.grid)
         if not self.contractions:
             self.group_kernel = weight_tile.weight_tile_grouped(*choices)
 
-    def _bands(self, tile: Tile) -> list[tuple[int, int]]:
-        """(first walk, walks) of bands whose base fits in BAND_BYTES."""
-        bytes_of_walk = self.walk * tile.rows * self.descriptor.matrix[1] * self.descriptor.base.itemsize
-        step = max(1, BAND_BYTES // max(1, bytes_of_walk))
-        return [(first, min(step, self.walks - first)) for first in range(0, self.walks, step)]
-
-    def arguments(self, args: WeightArgs, workspace: Workspace, first: int = 0) -> tuple:
-        """Base, out, rows, columns, first walk, walk, flag, sources."""
+    def arguments(self, args: WeightArgs, workspace: Workspace) -> tuple:
+        """Base, out, rows, columns, walk, flag, sources."""
         rows, columns = self.descriptor.matrix
         base = (args.base or args.out).data
         flat = self.flat_sources(args, workspace)
-        return (base, args.out.data, rows, columns, first, self.walk, self.flag(args), *flat)
+        return (base, args.out.data, rows, columns, self.walk, self.flag(args), *flat)
 
     def weight_launches(self, args: WeightArgs, workspace: Workspace) -> Launches:
-        """The merge; for DoRA norm and merge of each band."""
+        """The merge, for DoRA after the norms."""
         if not self.descriptor.is_dora:
             return [(self.merge, self.arguments(args, workspace))]
         sink = (self.tiles, np.float32(args.strength))
-        partials = self.scratch(workspace)
-        launches: Launches = []
-        for (first, _), (norm, dora) in zip(self.bands, self.passes, strict=True):
-            head = self.arguments(args, workspace, first)
-            launches.append((norm, (*head, partials, args.out.data, *sink)))
-            launches.append((dora, (*head, partials, args.magnitude.data, *sink)))
-        return launches
+        partials, head = self.scratch(workspace), self.arguments(args, workspace)
+        return [
+            (self.norm, (*head, partials, args.out.data, *sink)),
+            (self.merge, (*head, partials, args.magnitude.data, *sink)),
+        ]
 
 
 def workspace_bytes(descriptor: WeightDescriptor) -> int:

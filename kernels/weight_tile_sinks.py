@@ -1,0 +1,109 @@
+"""What becomes of a tile of the delta.
+
+"delta" and "merge" store it, alone or added to the base. DoRA by row takes two launches: "norm" leaves each row's sum
+of squares over each tile, "dora" adds those up and applies the gain.
+
+A sink is begin, accumulate (eight elements of the lane's i-th row) and end, with a number of state a row; ``stores``
+says whether it writes results. Its parameters are (partial sums, magnitude, tiles in a row, strength) for DoRA.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from types import SimpleNamespace
+
+import numpy as np
+
+from kernels import warp
+from kernels.elements import ELEMENTS
+from kernels.target import device
+from kernels.weight_portable import DORA_EPS
+
+
+@device
+def _begin_nothing(state, row, rows, lane, p):
+    pass
+
+
+@device
+def _end_nothing(state, tile_column, row, rows, lane, p):
+    pass
+
+
+def _store_sink(out_element: SimpleNamespace, combine: Callable, begin: Callable) -> SimpleNamespace:
+    store8 = out_element.store8
+
+    @device
+    def accumulate(state, i, out_pointer, index, delta, w, trace, p):
+        for x in range(8):
+            delta[8 * i + x] = combine(state, i, delta[8 * i + x], w[8 * i + x], p)
+        return store8(out_pointer, index, delta, 8 * i, trace)
+
+    return SimpleNamespace(begin=begin, accumulate=accumulate, end=_end_nothing, stores=True)
+
+
+def _merge_sink(has_base: bool) -> Callable:
+    def make(out_element: SimpleNamespace, rows_of_lane: int) -> SimpleNamespace:
+        @device
+        def add_base(state, i, delta, w, p):
+            return w + delta if has_base else delta
+
+        return _store_sink(out_element, add_base, _begin_nothing)
+
+    return make
+
+
+def _norm_sink(out_element: SimpleNamespace, rows_of_lane: int) -> SimpleNamespace:
+    @device
+    def begin(state, row, rows, lane, p):
+        for i in range(rows_of_lane):
+            state[i] = np.float32(0)
+
+    @device
+    def accumulate(state, i, out_pointer, index, delta, w, trace, p):
+        for x in range(8):
+            v = w[8 * i + x] + delta[8 * i + x]
+            state[i] += v * v
+        return trace
+
+    @device
+    def end(state, tile_column, row, rows, lane, p):
+        for i in range(rows_of_lane):
+            total = warp.quad_sum(state[i])
+            o = row + np.int64(8 * i)
+            if (lane & np.uint32(3)) == np.uint32(0) and o < rows:
+                p[0][o * p[2] + tile_column] = total
+
+    return SimpleNamespace(begin=begin, accumulate=accumulate, end=end, stores=False)
+
+
+def _dora_sink(magnitude: str) -> Callable:
+    load_magnitude = ELEMENTS[magnitude].load
+
+    def make(out_element: SimpleNamespace, rows_of_lane: int) -> SimpleNamespace:
+        @device
+        def begin(state, row, rows, lane, p):
+            for i in range(rows_of_lane):
+                o = min(row + np.int64(8 * i), rows - np.int64(1))
+                squares = np.float32(0)
+                for first in range(np.int64(lane & np.uint32(3)), p[2], np.int64(32)):
+                    for u in range(8):
+                        tile = first + np.int64(4 * u)
+                        part = p[0][o * p[2] + min(tile, p[2] - np.int64(1))]
+                        squares += part if tile < p[2] else np.float32(0)
+                squares = warp.quad_sum(squares)
+                state[i] = load_magnitude(p[1], o) / (np.float32(math.sqrt(squares)) + DORA_EPS)
+
+        @device
+        def decompose(state, i, delta, w, p):
+            return w + p[3] * (state[i] * (w + delta) - w)
+
+        return _store_sink(out_element, decompose, begin)
+
+    return make
+
+
+SINKS = {"delta": _merge_sink(False), "merge": _merge_sink(True), "norm": _norm_sink} | {
+    f"dora {m}": _dora_sink(m) for m in ELEMENTS
+}
