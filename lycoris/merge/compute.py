@@ -165,6 +165,8 @@ class Computer:
             self._device.copy_out(after, slot, placed.out + first * job.out.itemsize, self._stream)
             self._device.synchronize(self._stream)
             if became_infinite(before, job.base, after, job.out):
+                for factor in (factor for group in job.factors for factor in group):
+                    factor.file.check_unchanged()
                 raise RefusedInput(
                     f"{job.where}: makes values in {job.tensor.name!r} that are not finite in {job.out.values.name}, "
                     "though the base's are; lower the strength or choose a wider dtype"

@@ -58,7 +58,8 @@ class Sku:
     One way to compute a family.
 
     ``refuses(descriptor)`` answers with the reason the user will read, or with "". ``guarantee`` and
-    ``workspace`` are functions of the descriptor; ``build(descriptor, device)`` compiles.
+    ``workspace`` are functions of the descriptor; ``build(descriptor, device)`` compiles. ``suits(descriptor)`` says
+    whether it is the fast choice where it accepts: rows that do come first.
     """
 
     name: str
@@ -69,6 +70,7 @@ class Sku:
     build: Callable[[Any, Device], Program]
     workspace: Callable[[Any], int] = lambda _descriptor: 0
     alignment: int = 0
+    suits: Callable[[Any], bool] = lambda _descriptor: True
 
 
 class Contract:
@@ -170,14 +172,15 @@ class Plan(Contract):
 
     @classmethod
     def choose(cls, descriptor: Any, preference: PlanPreference, device: Device) -> Sku:
-        """The SKU that ``select`` takes; nothing is compiled. Raises :class:`NoSku` where none accepts."""
-        refusals: dict[str, str] = {}
-        for sku in cls.skus:
-            reason = cls._reason_against(sku, descriptor, preference, device)
-            if not reason:
-                return sku
-            refusals[sku.name] = reason
-        raise NoSku(cls.name, descriptor, refusals)
+        """The SKU that ``select`` takes; nothing is compiled. Raises :class:`NoSku` where none accepts.
+
+        The first that accepts and suits, else the first that accepts.
+        """
+        refusals = {sku.name: cls._reason_against(sku, descriptor, preference, device) for sku in cls.skus}
+        accepting = [sku for sku in cls.skus if not refusals[sku.name]]
+        if not accepting:
+            raise NoSku(cls.name, descriptor, refusals)
+        return next((sku for sku in accepting if sku.suits(descriptor)), accepting[0])
 
     @staticmethod
     def _reason_against(sku: Sku, descriptor: Any, preference: PlanPreference, device: Device) -> str:

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from kernels import kronecker as kernel
-from kernels.target import SIMULATOR
 from plans.core.device import Device
 from plans.core.plan import Sku
 from plans.core.sku import ArchSku, BackendKind
@@ -19,7 +18,7 @@ from plans.weight.sources import Kronecker, LowRank
 
 BLOCKS_PER_MULTIPROCESSOR = 20
 LEAST_RUNS = 32
-LEAST_ELEMENTS = 1 if SIMULATOR else 1 << 22
+LEAST_ELEMENTS = 1 << 22
 
 
 def refuses(descriptor: WeightDescriptor) -> str:
@@ -35,15 +34,18 @@ def refuses(descriptor: WeightDescriptor) -> str:
         return "wants checkpoint layout [out, in, *kernel]"
     if 0 in descriptor.matrix:
         return "an empty weight is left to the portable SKU"
-    rows, columns = descriptor.matrix
-    if rows * columns < LEAST_ELEMENTS:
-        return f"wants at least {LEAST_ELEMENTS} elements to walk over, found {rows} x {columns}"
     row = source.d * descriptor.taps
     if row % 8:
         return f"wants rows of w2 in multiples of 8 elements (16-byte accesses), found {row}"
     if source.b * source.c * row // 8 >= 1 << 31 or source.a >= 1 << 16:
         return f"wants a block row of fewer than 2**34 elements and w1 of fewer than 2**16 rows, found {source}"
     return ""
+
+
+def suits(descriptor: WeightDescriptor) -> bool:
+    """Whether there is enough to walk over; small weights are faster in tiles."""
+    rows, columns = descriptor.matrix
+    return rows * columns >= LEAST_ELEMENTS
 
 
 @dataclass(frozen=True)
@@ -125,4 +127,5 @@ VECTOR = Sku(
     build=KroneckerProgram,
     workspace=prepared_bytes,
     alignment=16,
+    suits=suits,
 )
