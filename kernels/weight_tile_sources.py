@@ -2,8 +2,8 @@
 
 A lane holds eight neighbouring columns of each of its rows ``row + 8 i``: ``delta[8 i : 8 i + 8]``, and the base's
 values in ``w`` alike. A source is stage (factors to shared memory), hold (factors to registers) and add (one group of
-32 columns); sums of sources are chains of these. The formulas are those of :mod:`kernels.weight_sources`, and so are the
-parameter tuples.
+32 columns); sums of sources are chains of these. The formulas are those of :mod:`kernels.weight_sources`, and so are
+the parameter tuples.
 """
 
 from __future__ import annotations
