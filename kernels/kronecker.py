@@ -154,7 +154,7 @@ def _options(base: str | None) -> dict:
     shared = 2 * RUNS_IN_BATCH * ELEMENTS[base].words * 4 * THREADS if base else 0
     return {
         "threads": THREADS,
-        "min_blocks": min(4, blocks_by_shared(shared)),
+        "min_blocks": min(5, blocks_by_shared(shared)),
         "shared_bytes": shared,
         "architectures": (8, 0),
     }

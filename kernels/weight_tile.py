@@ -100,7 +100,7 @@ def _tile_body(base, out, sources, sink, check, tile) -> Callable:
 
 
 def _single_body(base, out, sources, sink, check, tile, finish) -> Callable:
-    rows_of_warp, rows_of_lane = 16 * tile.row_blocks, 2 * tile.row_blocks
+    rows_of_warp, state_words = 16 * tile.row_blocks, 4 * tile.row_blocks
     tile_rows, tile_columns = tile.rows, tile.columns
     every = summed(sources, tile)
     stage, hold, words_held = every.stage, every.hold, max(1, held_words(sources, tile))
@@ -120,7 +120,7 @@ def _single_body(base, out, sources, sink, check, tile, finish) -> Callable:
         lane_column = column0 + np.int64((lane & np.uint32(3)) * np.uint32(8))
         raw = cuda.local.array(raw_words, np.uint32)
         held = cuda.local.array(words_held, np.uint32)
-        state = cuda.local.array(rows_of_lane, np.float32)
+        state = cuda.local.array(state_words, np.float32)
         request_tile(shared, raw, np.uint32(0), thread, base_pointer, row, rows, lane_column, columns)
         stage(p, shared, column0, columns, thread)
         hold(p, held, row, rows, lane_column, columns, lane)
@@ -140,8 +140,8 @@ def _single_body(base, out, sources, sink, check, tile, finish) -> Callable:
 
 
 def _walk_body(base, out, sources, sink, check, tile, finish) -> Callable:
-    rows_of_warp, rows_of_lane = 16 * tile.row_blocks, 2 * tile.row_blocks
-    tile_rows, tile_columns, slots = tile.rows, tile.columns, rows_of_lane * tile.groups
+    rows_of_warp, state_words = 16 * tile.row_blocks, 4 * tile.row_blocks
+    tile_rows, tile_columns, slots = tile.rows, tile.columns, 2 * tile.row_blocks * tile.groups
     every = summed(sources, tile)
     stage, hold, words_held = every.stage, every.hold, max(1, held_words(sources, tile))
     request_tile = _requests(base, out, sources, tile)
@@ -162,8 +162,8 @@ def _walk_body(base, out, sources, sink, check, tile, finish) -> Callable:
         raw = cuda.local.array(1, np.uint32)
         held = cuda.local.array(words_held, np.uint32)
         next_held = cuda.local.array(words_held, np.uint32)
-        state = cuda.local.array(rows_of_lane, np.float32)
-        next_state = cuda.local.array(rows_of_lane, np.float32)
+        state = cuda.local.array(state_words, np.float32)
+        next_state = cuda.local.array(state_words, np.float32)
         slot0 = np.uint32(0)
         trace = np.uint32(0)
         request_tile(shared, raw, slot0, thread, base_pointer, row, rows, lane_column, columns)
@@ -188,7 +188,7 @@ def _walk_body(base, out, sources, sink, check, tile, finish) -> Callable:
             end(state, tile_column, row, rows, lane, sink_p)
             for i in range(words_held):
                 held[i] = next_held[i]
-            for i in range(rows_of_lane):
+            for i in range(state_words):
                 state[i] = next_state[i]
             first += np.int64(tile_rows)
             row = next_row
@@ -216,7 +216,8 @@ def _group_chain(base, out, sources, sink, check, tile) -> Callable:
 
 def _ordered(base: str | None, sources: tuple[Source, ...], tile: Tile) -> bool:
     """Whether groups are kept apart: always, but for one small product over a base in registers."""
-    return base is None or tile.base != "registers" or held_words(sources, tile) > 4
+    small = len(sources) == 1 and sources[0][0] == "low_rank" and held_words(sources, tile) <= 12
+    return base is None or tile.base != "registers" or not small
 
 
 def _then_group(rest: Callable, base, out, sources, sink, check, tile, group: int) -> Callable:
@@ -282,12 +283,14 @@ def _parameters(base, out, sources, sink) -> tuple:
 def _options(base: str | None, sources: tuple[Source, ...], sink: str, tile: Tile) -> dict:
     """Launch bounds: as many blocks on a multiprocessor as factors, base, results and gains leave registers for."""
     words = (2 if tile.base == "walk" else 1) * held_words(sources, tile) + 32 * tile.row_blocks
-    words += 4 if sink.startswith("dora") else 0
+    words += 12 if sink.startswith("dora") else 0
     words += 2 * tile.row_blocks * tile.groups * ELEMENTS[base].words if base and tile.base == "registers" else 0
     warps_on_multiprocessor = 24 if words <= 70 else 16 if words <= 108 else 8
     shared = shared_bytes(base, sources, tile)
     if not _ordered(base, sources, tile):
         warps_on_multiprocessor = 16
+    elif sources[0][0] == "kronecker_product" and len(sources) == 1 and tile.base == "registers":
+        warps_on_multiprocessor = 24
     by_registers = max(1, warps_on_multiprocessor // tile.warps)
     return {
         "threads": 32 * tile.warps,

@@ -1,7 +1,8 @@
 """What becomes of a tile of the delta.
 
 "delta" and "merge" store it, alone or added to the base. DoRA by row takes two launches: "norm" leaves each row's sum
-of squares over each tile, "dora" adds those up and applies the gain.
+of squares over each tile, "dora" adds those up and applies the
+gain g: W + s (g (W + delta) - W) = ((1 - s) + s g) W + s g delta.
 
 A sink is begin, accumulate (eight elements of the lane's i-th row) and end, with a number of state a row; ``stores``
 says whether it writes results. Its parameters are (partial sums, magnitude, tiles in a row, strength) for DoRA.
@@ -93,11 +94,13 @@ def _dora_sink(magnitude: str) -> Callable:
                         part = p[0][o * p[2] + min(tile, p[2] - np.int64(1))]
                         squares += part if tile < p[2] else np.float32(0)
                 squares = warp.quad_sum(squares)
-                state[i] = load_magnitude(p[1], o) / (np.float32(math.sqrt(squares)) + DORA_EPS)
+                gain = load_magnitude(p[1], o) / (np.float32(math.sqrt(squares)) + DORA_EPS)
+                state[i] = p[3] * gain
+                state[rows_of_lane + i] = (np.float32(1) - p[3]) + p[3] * gain
 
         @device
         def decompose(state, i, delta, w, p):
-            return w + p[3] * (state[i] * (w + delta) - w)
+            return state[rows_of_lane + i] * w + state[i] * delta
 
         return _store_sink(out_element, decompose, begin)
 
