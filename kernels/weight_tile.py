@@ -283,9 +283,13 @@ def _parameters(base, out, sources, sink) -> tuple:
 def _options(base: str | None, sources: tuple[Source, ...], sink: str, tile: Tile) -> dict:
     """Launch bounds: as many blocks on a multiprocessor as factors, base, results and gains leave registers for."""
     words = (2 if tile.base == "walk" else 1) * held_words(sources, tile) + 32 * tile.row_blocks
-    words += 12 if sink.startswith("dora") else 0
     words += 2 * tile.row_blocks * tile.groups * ELEMENTS[base].words if base and tile.base == "registers" else 0
-    warps_on_multiprocessor = 24 if words <= 70 else 16 if words <= 108 else 8
+    few = words <= 70 or (len(sources) == 1 and sources[0][0] == "kronecker_product" and tile.base == "registers")
+    if sink.startswith("dora") or not _ordered(base, sources, tile):
+        warps_on_multiprocessor = 16
+    else:
+        warps_on_multiprocessor = 24 if few else 16 if words <= 108 else 8
+    by_registers = max(1, warps_on_multiprocessor // tile.warps)
     shared = shared_bytes(base, sources, tile)
     if not _ordered(base, sources, tile):
         warps_on_multiprocessor = 16
