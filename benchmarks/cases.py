@@ -243,8 +243,3 @@ def flux_locon(rank: int) -> dict[str, tuple[int, ...]]:
             f"transformer.{path}.lora_B.weight": (out, rank),
         }
     return found
-
-
-def element_count(shapes: dict[str, tuple[int, ...]]) -> int:
-    """How many elements the tensors have in all."""
-    return sum(math.prod(shape) for shape in shapes.values())

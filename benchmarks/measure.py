@@ -15,8 +15,7 @@ WARMUP_ROUNDS = 2
 
 @dataclass(frozen=True)
 class Result:
-    """
-    A row of the table: seconds of ours, seconds of the limit, and the largest ratio of the two.
+    """A row of the table: seconds of ours, seconds of the limit, and the largest ratio of the two.
 
     ``gate`` is None for a number that is shown and held to nothing. ``kernel`` is the SKU that ran.
     """
@@ -42,8 +41,7 @@ class Result:
 
 
 def side_by_side(benchmark: Any, ours: Replay, limit: Replay) -> tuple[float, float]:
-    """
-    Median device seconds of one call of each, replayed in turns.
+    """Median device seconds of one call of each, replayed in turns.
 
     pytest-benchmark's own statistics are wall time of a replay of ``ours``.
     """

@@ -1,5 +1,4 @@
-"""
-lycoris-lora's own time for W + dW, in a process of its own: both projects import as ``lycoris``.
+"""lycoris-lora's own time for W + dW, in a process of its own: both projects import as ``lycoris``.
 
 Reads a JSON list of problems on stdin: ``id``; ``module`` of ``lycoris.functional``; the weight's ``shape``; shapes of
 the ``factors`` in that module's order (null where it takes None); ``pairs`` of base and output to rotate over,

@@ -65,8 +65,7 @@ class Factors:
 
 
 class Problem:
-    """
-    A weight plan with its arguments over several buffers; a context manager, which frees them.
+    """A weight plan with its arguments over several buffers; a context manager, which frees them.
 
     ``calls`` are launches of the plan, over one pair of base and output after the other.
     """
@@ -182,8 +181,7 @@ def check_rows(
     magnitude: np.ndarray | None,
     rng: np.random.Generator,
 ) -> None:
-    """
-    No value of ``out`` is the poison that it was filled with, and some rows are right.
+    """No value of ``out`` is the poison that it was filled with, and some rows are right.
 
     A merge keeps the golden set's rule, a delta its plan's guarantee. ``out`` and ``base`` are matrices.
     """
@@ -203,8 +201,7 @@ def check_rows(
 def some_rows(
     descriptor: WeightDescriptor, factors: Sequence[Sequence[np.ndarray]], rng: np.random.Generator
 ) -> tuple[WeightDescriptor, list[list[np.ndarray]], np.ndarray]:
-    """
-    A few output rows of a problem, the first and the last among them, as a small problem of its own.
+    """A few output rows of a problem, the first and the last among them, as a small problem of its own.
 
     Returns the small descriptor, its factors, and which rows they are. The rows of a Kronecker product are those of
     some rows of w1 with some of w2.

@@ -1,5 +1,4 @@
-"""
-The tables of docs/benchmarks.md from pytest-benchmark's JSON, so that no number is typed by hand.
+"""The tables of docs/benchmarks.md from pytest-benchmark's JSON, so that no number is typed by hand.
 
     python benchmarks/report.py results.json [more.json ...]
 
@@ -46,8 +45,7 @@ class Entry:
 
 
 def read(paths: Iterable[Path]) -> tuple[list[Entry], dict[str, str]]:
-    """
-    The benchmarks of all files, each once, and what the files say about those that none of them measured.
+    """The benchmarks of all files, each once, and what the files say about those that none of them measured.
 
     A benchmark is as its latest run found it, in the order of the first appearance.
     """

@@ -1,5 +1,4 @@
-"""
-Compiled kernels on disk, so that a second process starts without compiling.
+"""Compiled kernels on disk, so that a second process starts without compiling.
 
 A file holds the digest of the rest, one line of JSON and the cubin. Its name is the digest of what made it:
 the sources of this package, the kernel's key and options, the architecture, and the versions of the

@@ -18,8 +18,7 @@ RUN = 8
 
 @kernel_factory(*itertools.product(KINDS, repeat=2))
 def cast(source_kind, out_kind):
-    """
-    out[i] = round(source[i]). Parameters: source, out, count; both pointers aligned to 16 bytes.
+    """out[i] = round(source[i]). Parameters: source, out, count; both pointers aligned to 16 bytes.
 
     A thread takes eight neighbours; the last count % 8 are taken one by one. Between equal kinds bits are copied.
     """

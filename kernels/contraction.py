@@ -1,5 +1,4 @@
-"""
-Small contractions that prepare a factor in fp32: a product of two factors, or a Tucker core with one side.
+"""Small contractions that prepare a factor in fp32: a product of two factors, or a Tucker core with one side.
 
     out[i, q, tap] = sum_j core[i, j, tap] * right[j, q]
 

@@ -1,5 +1,4 @@
-"""
-Loads and stores of one, and of eight neighbouring, elements of a floating kind, as fp32 in registers.
+"""Loads and stores of one, and of eight neighbouring, elements of a floating kind, as fp32 in registers.
 
 A kind is "bf16", "f16" or "f32"; the 16-bit kinds live behind uint16 pointers. Eight elements are one 16-byte
 access of a 16-bit kind and two of fp32, and must be aligned to 16 bytes. ``store8`` also follows a trace of what it

@@ -1,5 +1,4 @@
-"""
-Changes of layout: a batched matrix transpose through shared memory, tile by tile, coalesced on both sides.
+"""Changes of layout: a batched matrix transpose through shared memory, tile by tile, coalesced on both sides.
 
 Elements are moved, never converted, so the result has the same bits. The filter axes of convolution weights are a
 permutation of the rows on one of the two sides.
@@ -46,8 +45,7 @@ _ROW_MAPS = {
 
 @kernel_factory(("u16", "none"), ("u16", "read"), ("f32", "write"), ("i32", "read"))
 def transpose(word, mapped):
-    """
-    out[b, write(c), r] = source[b, read(r), c] for source [batch, rows, columns], out [batch, columns, rows].
+    """out[b, write(c), r] = source[b, read(r), c] for source [batch, rows, columns], out [batch, columns, rows].
 
     ``mapped`` says which of the two maps takes (channel, tap) to (tap, channel); the other changes nothing.
     Parameters: source, out, rows, columns, tiles down, tiles across, channels, taps. One block a tile; each extent

@@ -1,5 +1,4 @@
-"""
-Global and shared memory: 4- and 16-byte accesses, asynchronous copies, addresses kept in tables.
+"""Global and shared memory: 4- and 16-byte accesses, asynchronous copies, addresses kept in tables.
 
 Every primitive takes (pointer or shared array, element index); indices count the pointer's own elements, and
 the address must be a multiple of the access size.

@@ -1,5 +1,4 @@
-"""
-Kernel parameters as nested tuples, given by value or read from a table in device memory.
+"""Kernel parameters as nested tuples, given by value or read from a table in device memory.
 
 A table row is 64-bit words in the order of the flattened parameters: an address, an integer, or the bits of an
 fp32 value. One kernel body then serves a single problem and a group of them.

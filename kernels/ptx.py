@@ -1,5 +1,4 @@
-"""
-One way to make an inline-PTX primitive, with its simulator twin.
+"""One way to make an inline-PTX primitive, with its simulator twin.
 
     load = instruction("ld.global.v4.u32 {{$0,$1,$2,$3}}, [$4];", takes=(GLOBAL,), gives="rrrr", twin=...)
 
@@ -29,8 +28,7 @@ def instruction(
     twin: Callable,
     pure: bool = False,
 ) -> Callable:
-    """
-    A primitive from a PTX template; several results come as a tuple, none as nothing.
+    """A primitive from a PTX template; several results come as a tuple, none as nothing.
 
     ``pure`` instructions depend on their operands only and may be moved or merged; all others are volatile
     and order memory.

@@ -1,5 +1,4 @@
-"""
-What stands in for a GPU: blocks of greenlets, warp operations, and shared memory that starts as NaN.
+"""What stands in for a GPU: blocks of greenlets, warp operations, and shared memory that starts as NaN.
 
 Numba's own simulator runs each CUDA thread as an operating-system thread and polls barriers; here each is a
 greenlet, switched only where it waits. That is deterministic and some sixty times faster where there are

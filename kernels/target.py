@@ -1,5 +1,4 @@
-"""
-What the kernels are compiled for and how they are launched: a GPU through cuda.core, or Numba's CUDA simulator.
+"""What the kernels are compiled for and how they are launched: a GPU through cuda.core, or Numba's CUDA simulator.
 
 The choice is made once, when this module is first imported: the simulator if ``NUMBA_ENABLE_CUDASIM=1`` or if
 there is no NVIDIA driver to talk to. Numba reads that variable at import, so every module here takes ``cuda``
@@ -78,8 +77,7 @@ class Binary:
 
 @dataclass(frozen=True, eq=False)
 class Kernel:
-    """
-    A kernel function with everything its compilation depends on.
+    """A kernel function with everything its compilation depends on.
 
     ``parameters`` are Numba types; tuples of types are passed flattened. ``key`` names the function and the
     compile-time choices that made it: with the package's sources it is the disk cache's key.
@@ -215,8 +213,7 @@ def target_of(compute_capability: tuple[int, int]) -> ComputeCapability:
 
 
 def compile_function(kernel: Kernel, cc: ComputeCapability) -> tuple[bytes, str, str]:
-    """
-    Compile with numba-cuda's own pipeline for any architecture, GPU or not: (cubin, entry, linker log).
+    """Compile with numba-cuda's own pipeline for any architecture, GPU or not: (cubin, entry, linker log).
 
     Numba-CUDA's public eager compilation asks the current device for its capability and links with the
     driver; here the capability is given, and nvJitLink makes the cubin, so that no PTX newer than the
@@ -258,8 +255,7 @@ FACTORIES: list[Callable] = []
 
 
 def kernel_factory(*examples: tuple) -> Callable:
-    """
-    Decorate a function of compile-time choices that returns ``(function, parameters, options)``.
+    """Decorate a function of compile-time choices that returns ``(function, parameters, options)``.
 
     The result is a cached factory of :class:`Kernel`; a kernel's key is the factory's name and its arguments.
     ``examples`` are argument tuples that the offline compile check builds for every architecture.

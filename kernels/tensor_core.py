@@ -1,5 +1,4 @@
-"""
-Tensor-core primitives of sm_80 and later: ldmatrix and mma.sync m16n8k16, fp32 accumulation.
+"""Tensor-core primitives of sm_80 and later: ldmatrix and mma.sync m16n8k16, fp32 accumulation.
 
 Fragment layouts are PTX's: lane = 4 g + t. A (16x16): register r holds row g + 8 (r & 1), columns
 2 t + 8 (r >> 1) and the next. B (16x8): register r holds rows 2 t + 8 r and the next, column g. C (16x8):

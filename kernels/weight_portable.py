@@ -1,5 +1,4 @@
-"""
-The portable weight kernels: any source, sink, layout and kind, one element at a time, fp32 FMA.
+"""The portable weight kernels: any source, sink, layout and kind, one element at a time, fp32 FMA.
 
 ``merge``: out = round(W + delta), or round(delta). ``dora``: V = W + delta, out = round(W + s (g V - W)) with a
 gain g per output row or input channel, which ``dora_gain`` computes first: g = magnitude / (norm(V) + eps).
@@ -25,8 +24,7 @@ DORA_EPS = np.float32(2.0**-23)
 
 @functools.cache
 def native_coordinates(layout: str) -> tuple[Callable, Callable]:
-    """
-    Device functions (row, column, channels, taps) -> o, j for a stored layout.
+    """Device functions (row, column, channels, taps) -> o, j for a stored layout.
 
     "oi": [O, I * taps], as in checkpoint files. "io": [taps * I, O], FLAME's [in, out] and [KH, KW, IC, OC].
     """
@@ -90,8 +88,7 @@ _EXAMPLES = (
 
 @kernel_factory(*_EXAMPLES)
 def merge(base, out, sources, layout, gain_axis, check):
-    """
-    out[row, column] = round(W + delta); with ``gain_axis`` "row" or "column" DoRA's scaled sum.
+    """out[row, column] = round(W + delta); with ``gain_axis`` "row" or "column" DoRA's scaled sum.
 
     Parameters: base, out, blocks in a row, columns, channels, taps, flag, sources, (gain, strength).
     """
@@ -142,8 +139,7 @@ def _combine(gain_axis: str | None) -> Callable:
 
 @kernel_factory(("bf16", (_OI,), "oi", "row", "f32"), ("bf16", (_OI,), "io", "column", "bf16"))
 def dora_gain(base, sources, layout, axis, magnitude):
-    """
-    gain[c] = magnitude[c] / (norm of V over c + eps), one block per output row or input channel c.
+    """gain[c] = magnitude[c] / (norm of V over c + eps), one block per output row or input channel c.
 
     Parameters: base, gain, magnitude, O, channels, taps, sources. The sum of squares is a fixed tree.
     """

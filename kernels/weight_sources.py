@@ -1,5 +1,4 @@
-"""
-Sources of a weight delta, evaluated at one element: the mathematics of the adapters in fp32.
+"""Sources of a weight delta, evaluated at one element: the mathematics of the adapters in fp32.
 
 Coordinates are native: output row ``o`` of O and flat input column ``j`` of J = I * taps, as checkpoint files lay
 them out. A source is a pair of its parameter types and ``value(p, o, j, w)``, where ``w`` is the base's element;

@@ -214,10 +214,10 @@ def _group_chain(base, out, sources, sink, check, tile) -> Callable:
     return chain
 
 
-def _ordered(base: str | None, sources: tuple[Source, ...], tile: Tile) -> bool:
-    """Whether groups are kept apart: always, but for one small product over a base in registers."""
+def _ordered(sources: tuple[Source, ...], sink: str, tile: Tile) -> bool:
+    """Whether groups are kept apart: always, but for merging one small product over a base in registers."""
     small = len(sources) == 1 and sources[0][0] == "low_rank" and held_words(sources, tile) <= 12
-    return base is None or tile.base != "registers" or not small
+    return not (small and sink == "merge" and tile.base == "registers")
 
 
 def _then_group(rest: Callable, base, out, sources, sink, check, tile, group: int) -> Callable:
@@ -229,7 +229,7 @@ def _then_group(rest: Callable, base, out, sources, sink, check, tile, group: in
     _, take, _ = _base_access(base, out, sources, tile)
     finish = SINKS[sink](ELEMENTS[out], rows_of_lane)
     accumulate, results = finish.accumulate, 8 * rows_of_lane
-    ordered = _ordered(base, sources, tile)
+    ordered = _ordered(sources, sink, tile)
 
     @device
     def groups(
@@ -285,17 +285,11 @@ def _options(base: str | None, sources: tuple[Source, ...], sink: str, tile: Til
     words = (2 if tile.base == "walk" else 1) * held_words(sources, tile) + 32 * tile.row_blocks
     words += 2 * tile.row_blocks * tile.groups * ELEMENTS[base].words if base and tile.base == "registers" else 0
     few = words <= 70 or (len(sources) == 1 and sources[0][0] == "kronecker_product" and tile.base == "registers")
-    if sink.startswith("dora") or not _ordered(base, sources, tile):
+    warps_on_multiprocessor = 24 if few else 16 if words <= 108 else 8
+    if not _ordered(sources, sink, tile):
         warps_on_multiprocessor = 16
-    else:
-        warps_on_multiprocessor = 24 if few else 16 if words <= 108 else 8
     by_registers = max(1, warps_on_multiprocessor // tile.warps)
     shared = shared_bytes(base, sources, tile)
-    if not _ordered(base, sources, tile):
-        warps_on_multiprocessor = 16
-    elif sources[0][0] == "kronecker_product" and len(sources) == 1 and tile.base == "registers":
-        warps_on_multiprocessor = 24
-    by_registers = max(1, warps_on_multiprocessor // tile.warps)
     return {
         "threads": 32 * tile.warps,
         "min_blocks": min(by_registers, blocks_by_shared(shared)),
@@ -317,8 +311,8 @@ _EXAMPLES = (
     ("bf16", "bf16", (("kronecker_product", *["bf16"] * 3, _P1),), "merge", True, _WHOLE),
     ("bf16", "bf16", (_OI, _OI), "merge", True, _WHOLE),
     ("bf16", "bf16", (("hadamard", *["bf16"] * 4, _P4, _P4),), "merge", True, _WALK),
-    ("bf16", "bf16", (_OI,), "norm", True, _SHARED),
-    ("bf16", "bf16", (_OI,), "dora f32", True, _SHARED),
+    ("bf16", "bf16", (_OI,), "norm", True, _RAGGED),
+    ("bf16", "bf16", (_OI,), "dora f32", True, _WHOLE),
     (None, "bf16", (_OI,), "delta", False, _WHOLE),
     ("f32", "f16", (("kronecker", "bf16", "f32"), ("dense", "f16"), ("channel", "bf16", "in")), "merge", True, _SHARED),
 )

@@ -88,11 +88,15 @@ def _dora_sink(magnitude: str) -> Callable:
             for i in range(rows_of_lane):
                 o = min(row + np.int64(8 * i), rows - np.int64(1))
                 squares = np.float32(0)
-                for first in range(np.int64(lane & np.uint32(3)), p[2], np.int64(32)):
+                row_at = o * p[2]
+                tile = np.uint32(lane & np.uint32(3))
+                tiles = np.uint32(p[2])
+                while tile < tiles:
                     for u in range(8):
-                        tile = first + np.int64(4 * u)
-                        part = p[0][o * p[2] + min(tile, p[2] - np.int64(1))]
-                        squares += part if tile < p[2] else np.float32(0)
+                        at = np.uint32(tile + np.uint32(4 * u))
+                        part = p[0][row_at + np.int64(min(at, np.uint32(tiles - np.uint32(1))))]
+                        squares += part if at < tiles else np.float32(0)
+                    tile = np.uint32(tile + np.uint32(32))
                 squares = warp.quad_sum(squares)
                 gain = load_magnitude(p[1], o) / (np.float32(math.sqrt(squares)) + DORA_EPS)
                 state[i] = p[3] * gain

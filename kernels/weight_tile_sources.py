@@ -134,13 +134,15 @@ def _kronecker_product(source: Source, tile: Tile, at: list[int], first: bool) -
     def hold(p, held, row, rows, column, columns, lane):
         hold_product(p, held, row, rows, lane)
         for i in range(rows_of_lane):
-            o = min(row + np.int64(8 * i), rows - np.int64(1)) if ragged else row + np.int64(8 * i)
-            row_at = np.int64(np.uint32(o) // np.uint32(p[2])) * p[1]
+            o = np.uint32(row + np.int64(8 * i))
+            if ragged:
+                o = min(o, np.uint32(np.uint32(rows) - np.uint32(1)))
+            row_at = np.int64(np.uint32(o // np.uint32(p[2]))) * p[1]
             for group in range(groups):
-                j = column + np.int64(32 * group)
+                j = np.uint32(column + np.int64(32 * group))
                 if ragged:
-                    j = min(j, columns - np.int64(8))
-                weight = p[10] * load1(p[0], row_at + np.int64(np.uint32(j) // np.uint32(p[3])))
+                    j = min(j, np.uint32(np.uint32(columns) - np.uint32(8)))
+                weight = p[10] * load1(p[0], row_at + np.int64(np.uint32(j // np.uint32(p[3]))))
                 held[weights_at + group * rows_of_lane + i] = bits.f32_bits(weight)
 
     @device
@@ -177,23 +179,29 @@ def _kronecker(source: Source, tile: Tile, at: list[int], first: bool) -> Simple
     """Eight elements of w2 for each row and group, and their weight, are requested with the base."""
     load1, second = ELEMENTS[source[1]].load, ELEMENTS[source[2]]
     fetch8, unpack8, words_of_8 = second.fetch8_cached, second.unpack8, second.words
-    rows_of_lane, groups, words_at = 2 * tile.row_blocks, tile.groups, at[1]
+    rows_of_lane, groups, ragged, words_at = 2 * tile.row_blocks, tile.groups, tile.ragged, at[1]
     weights_at = words_at + rows_of_lane * groups * words_of_8
     at[1] += _own_words(source, tile)
 
     @device
     def hold(p, held, row, rows, column, columns, lane):
+        height, width = np.uint32(p[3]), np.uint32(p[4])
         for i in range(rows_of_lane):
-            o = min(row + np.int64(8 * i), rows - np.int64(1))
-            block_row = np.uint32(o) // np.uint32(p[3])
-            w2_row = np.int64(np.uint32(o) - np.uint32(block_row * np.uint32(p[3]))) * p[4]
+            o = np.uint32(row + np.int64(8 * i))
+            if ragged:
+                o = min(o, np.uint32(np.uint32(rows) - np.uint32(1)))
+            block_row = np.uint32(o // height)
+            w2_row = np.int64(np.uint32(o - np.uint32(block_row * height))) * p[4]
+            weights_row = np.int64(block_row) * p[2]
             for group in range(groups):
-                j = min(column + np.int64(32 * group), columns - np.int64(8))
-                block_column = np.uint32(j) // np.uint32(p[4])
-                w2_column = np.int64(np.uint32(j) - np.uint32(block_column * np.uint32(p[4])))
+                j = np.uint32(column + np.int64(32 * group))
+                if ragged:
+                    j = min(j, np.uint32(np.uint32(columns) - np.uint32(8)))
+                block_column = np.uint32(j // width)
+                w2_column = np.uint32(j - np.uint32(block_column * width))
                 slot = group * rows_of_lane + i
-                fetch8(p[1], w2_row + w2_column, held, words_at + slot * words_of_8)
-                weight = p[5] * load1(p[0], np.int64(block_row) * p[2] + np.int64(block_column))
+                fetch8(p[1], w2_row + np.int64(w2_column), held, words_at + slot * words_of_8)
+                weight = p[5] * load1(p[0], weights_row + np.int64(block_column))
                 held[weights_at + slot] = bits.f32_bits(weight)
 
     @device

@@ -1,5 +1,4 @@
-"""
-LyCORIS adapters (LoCon, LoHa, LoKr and their kin) on Numba-CUDA kernels.
+"""LyCORIS adapters (LoCon, LoHa, LoKr and their kin) on Numba-CUDA kernels.
 
 `lycoris.merge` merges adapters into a checkpoint, `lycoris.formats` reads adapter files, `lycoris.checkpoint`
 streams safetensors, `lycoris.algorithms` holds the adapters as modules. Importing this package loads none of them,

@@ -1,5 +1,4 @@
-"""
-Tensors in device memory, no more than plans and files need: a shape, an element kind and a buffer.
+"""Tensors in device memory, no more than plans and files need: a shape, an element kind and a buffer.
 
     w = DeviceArray.from_numpy(array)            # float32, float16 or ml_dtypes.bfloat16 keeps its kind
     w.numpy()                                    # a copy on the host, in the kind's NumPy type
@@ -50,8 +49,7 @@ class DeviceArray:
     def from_numpy(
         cls, array: np.ndarray, kind: ElementKind | None = None, device: Device | None = None
     ) -> DeviceArray:
-        """
-        A copy on ``device``; with ``kind`` rounded to it once, to nearest even.
+        """A copy on ``device``; with ``kind`` rounded to it once, to nearest even.
 
         Raises RefusedInput for an element type that no kind stores.
         """
@@ -121,8 +119,7 @@ def stream_of(device: Device) -> Any:
 
 
 def run(plan: Plan, args: Any) -> None:
-    """
-    Run a plan on its device's stream, with workspace taken for the run.
+    """Run a plan on its device's stream, with workspace taken for the run.
 
     Raises plans.core.PlanError where the arguments do not fit the plan, naming the operand.
     """

@@ -78,13 +78,6 @@ MERGEABLE: frozenset[str] = frozenset(name for name, dtype in DTYPES.items() if 
 OPTIONS: dict[str, str] = {dtype.option: name for name, dtype in DTYPES.items() if dtype.option is not None}
 """Command-line spelling -> safetensors name: {"fp16": "F16", "bf16": "BF16", "fp32": "F32"}."""
 
-_BY_NUMPY: dict[np.dtype, str] = {dtype.numpy: name for name, dtype in DTYPES.items() if not dtype.packed}
-
-
-def safetensors_name(dtype: np.dtype) -> str:
-    """The safetensors name of a NumPy (or ml_dtypes) type; KeyError where files cannot hold it."""
-    return _BY_NUMPY[np.dtype(dtype)]
-
 
 def bits_of(dtype: str, shape: Sequence[int]) -> int:
     """Bits that a tensor of safetensors type `dtype` and `shape` takes in a file."""

@@ -1,5 +1,4 @@
-"""
-Layout conversion at boundaries: activations NHWC <-> NCHW, weights between checkpoint files' layout and FLAME's.
+"""Layout conversion at boundaries: activations NHWC <-> NCHW, weights between checkpoint files' layout and FLAME's.
 
     activations   [N, H, W, C] <-> [N, C, H, W]                       any number of spatial axes
     weights       [out, in] <-> [in, out], [O, I, KH, KW] <-> [KH, KW, I, O], and the same for conv1d and conv3d
@@ -34,8 +33,7 @@ def to_checkpoint(weight: DeviceArray) -> DeviceArray:
 
 
 def convert(x: DeviceArray, conversion: Conversion) -> DeviceArray:
-    """
-    A new tensor with the axes of ``x`` in another order.
+    """A new tensor with the axes of ``x`` in another order.
 
     Raises plans.core.InvalidProblem for fewer than two axes, plans.core.NoSku for a kind that is not moved.
     """

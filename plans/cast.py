@@ -1,5 +1,6 @@
-"""
-Conversion of elements between bf16, fp16 and fp32: one rounding to nearest even where the kind narrows.
+"""Conversion of elements between bf16, fp16 and fp32: one rounding to nearest even where the kind narrows.
+
+For example:
 
     plan = CastPlan.select(stream, CastDescriptor(count, source=ElementKind.F32, out=ElementKind.BF16))
     plan.run(stream, None, CastArgs(out, source))
@@ -19,17 +20,14 @@ from plans.core import (
     Device,
     ElementKind,
     InvalidProblem,
-    MathPrecision,
     OpCategory,
     Operand,
     Plan,
     PrecisionGuarantee,
     Sku,
-    TensorMut,
-    TensorRef,
     Workspace,
 )
-from plans.core.plan import Arguments
+from plans.core.plan import UnaryArguments
 
 _KINDS = (ElementKind.BF16, ElementKind.F16, ElementKind.F32)
 _BLOCK = kernel.THREADS * kernel.RUN
@@ -63,16 +61,8 @@ class CastDescriptor:
         return exact, np.abs(exact)
 
 
-class CastArgs(Arguments):
-    """The tensors of one run; they must not overlap."""
-
-    def __init__(self, out: TensorMut, source: TensorRef) -> None:
-        super().__init__()
-        self.out, self.source = out, source
-
-    def tensors(self) -> list[TensorRef]:
-        """``out`` and ``source``."""
-        return [self.out, self.source]
+class CastArgs(UnaryArguments):
+    """The tensors of one cast."""
 
 
 def _refuses(descriptor: CastDescriptor) -> str:
@@ -95,13 +85,8 @@ class _PortableProgram:
         return [(self.launch, (args.source.data, args.out.data, self.count))] if self.count else []
 
 
-_ROUNDED_ONCE = PrecisionGuarantee(
-    math_precision=MathPrecision.F32,
-    accumulator=ElementKind.F32,
-    deterministic=True,
-    bit_stable_on_same_hardware=True,
-    rounding_units=0.0,
-    derivation="every value of the three kinds is an fp32 value, so only the final rounding is left",
+_ROUNDED_ONCE = PrecisionGuarantee.exact(
+    "every value of the three kinds is an fp32 value, so only the final rounding is left",
 )
 
 

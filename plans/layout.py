@@ -1,5 +1,6 @@
-"""
-Changes of layout: activations NHWC <-> NCHW, weights between checkpoint files' layout and FLAME's. Bit-exact.
+"""Changes of layout: activations NHWC <-> NCHW, weights between checkpoint files' layout and FLAME's. Bit-exact.
+
+For example:
 
     descriptor = LayoutDescriptor((8, 320, 64, 64), ElementKind.BF16, Conversion.TO_NHWC)
     plan = LayoutPlan.select(stream, descriptor)
@@ -22,25 +23,21 @@ from plans.core import (
     Device,
     ElementKind,
     InvalidProblem,
-    MathPrecision,
     OpCategory,
     Operand,
     Plan,
     PrecisionGuarantee,
     Sku,
-    TensorMut,
-    TensorRef,
     Workspace,
 )
-from plans.core.plan import Arguments
+from plans.core.plan import UnaryArguments
 
 _EXTENTS = 2**31
 _WORDS = {ElementKind.BF16: "u16", ElementKind.F16: "u16", ElementKind.F32: "f32", ElementKind.I32: "i32"}
 
 
 class Conversion(enum.Enum):
-    """
-    What is converted to what; any number of spatial or filter axes, none included.
+    """What is converted to what; any number of spatial or filter axes, none included.
 
     TO_NCHW: [N, *spatial, C] -> [N, C, *spatial].      TO_NHWC: the inverse.
     TO_FLAME: [O, I, *kernel] -> [*kernel, I, O].       TO_CHECKPOINT: the inverse.
@@ -106,16 +103,8 @@ class LayoutDescriptor:
         return np.ascontiguousarray(source.reshape(self.shape).transpose(self.axes))
 
 
-class LayoutArgs(Arguments):
-    """The tensors of one run; they must not overlap."""
-
-    def __init__(self, out: TensorMut, source: TensorRef) -> None:
-        super().__init__()
-        self.out, self.source = out, source
-
-    def tensors(self) -> list[TensorRef]:
-        """``out`` and ``source``."""
-        return [self.out, self.source]
+class LayoutArgs(UnaryArguments):
+    """The tensors of one conversion."""
 
 
 @dataclass(frozen=True)
@@ -177,13 +166,8 @@ class _PortableProgram:
         return [(self.launch, (args.source.data, args.out.data, p.rows, p.columns, *p.tiles, p.channels, p.taps))]
 
 
-_EXACT = PrecisionGuarantee(
-    math_precision=MathPrecision.F32,
-    accumulator=ElementKind.F32,
-    deterministic=True,
-    bit_stable_on_same_hardware=True,
-    rounding_units=0.0,
-    derivation="elements are moved, not computed",
+_EXACT = PrecisionGuarantee.exact(
+    "elements are moved, not computed",
 )
 
 

@@ -68,7 +68,7 @@ def change64(module: AdapterModule, weight: np.ndarray) -> np.ndarray:
     merged = weight + delta
     kept = 0 if module.dora == "row" else 1
     others = tuple(axis for axis in range(weight.ndim) if axis != kept)
-    norm = np.sqrt((merged**2).sum(axis=others, keepdims=True)) + module.dora_eps
+    norm = np.sqrt((merged**2).sum(axis=others, keepdims=True)) + 2.0**-23
     return merged * (factors["dora_scale"].reshape(norm.shape) / norm) - weight
 
 

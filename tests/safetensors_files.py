@@ -11,7 +11,10 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from lycoris.dtype import safetensors_name
+from lycoris.dtype import DTYPES
+
+NAMES = {dtype.numpy: name for name, dtype in DTYPES.items() if not dtype.packed}
+"""NumPy or ml_dtypes type -> safetensors name."""
 
 
 def file_bytes(header: Any, data: bytes = b"", length: int | None = None) -> bytes:
@@ -32,7 +35,7 @@ def tensors_file(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str] 
     header: dict[str, Any] = {} if metadata is None else {"__metadata__": dict(metadata)}
     data = b""
     for name, array in tensors.items():
-        header[name] = entry(safetensors_name(array.dtype), list(array.shape), len(data), len(data) + array.nbytes)
+        header[name] = entry(NAMES[array.dtype], list(array.shape), len(data), len(data) + array.nbytes)
         data += array.tobytes()
     return file_bytes(header, data)
 

@@ -14,11 +14,11 @@ import safetensors
 import safetensors.numpy
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors_files import BAD_FILES, BAD_PATHS, entry, file_bytes, some_tensors, tensors_file
+from safetensors_files import BAD_FILES, BAD_PATHS, NAMES, entry, file_bytes, some_tensors, tensors_file
 
 from lycoris.checkpoint import SafetensorsFile
 from lycoris.checkpoint.header import parse_header, rewrite_header
-from lycoris.dtype import DTYPES, MERGEABLE, OPTIONS, bits_of, safetensors_name
+from lycoris.dtype import DTYPES, MERGEABLE, OPTIONS, bits_of
 from lycoris.errors import LycorisError, MergeFailed, RefusedInput
 
 
@@ -100,7 +100,7 @@ def test_every_dtype_has_the_librarys_size_and_reads_back(tmp_path, dtype):
     assert array.tobytes() == data
     assert array.shape == ((len(data),) if DTYPES[dtype].packed else (count,))
     assert DTYPES[dtype].packed or (array.dtype.itemsize * 8 == DTYPES[dtype].bits)
-    assert DTYPES[dtype].packed or safetensors_name(array.dtype) == dtype
+    assert DTYPES[dtype].packed or NAMES[array.dtype] == dtype
 
 
 def test_mergeable_dtypes_and_their_options():

@@ -295,3 +295,14 @@ def test_options(options, words, tmp_path):
     with pytest.raises(RefusedInput, match=re.escape(words)):
         merge(MergeOptions(**given | {"output": tmp_path / "merged.safetensors"} | options))
     assert snapshot(tmp_path) == before
+
+
+@pytest.mark.parametrize("extra", [{}, {"dora_scale": np.ones((4, 1), np.float32)}], ids=["plain", "dora"])
+@pytest.mark.parametrize("strength", [1e39, -1e300])
+def test_strength_beyond_float32(strength, extra, tmp_path):
+    refused(base_file(tmp_path), (adapter_file(tmp_path, **extra), strength), words=("lora_unet_a_b", "lower the"))
+
+
+def test_strength_that_alpha_takes_beyond_float32(tmp_path):
+    adapter = changed(tmp_path, "alpha", lambda alpha: np.full_like(alpha, 1e38), alpha=1.0)
+    refused(base_file(tmp_path), (adapter, 1e10), words=("lora_unet_a_b", "scale", "lower the strength"))

@@ -140,8 +140,7 @@ class Case:
 
 
 def cases() -> list[Case]:
-    """
-    Sources x sinks x layouts, each with half of the shapes, the mixtures in turn, for every SKU that accepts.
+    """Sources x sinks x layouts, each with half of the shapes, the mixtures in turn, for every SKU that accepts.
 
     Every source meets every shape. The tiled SKUs meet the large ones too, which take the portable one too long.
     """

@@ -37,8 +37,7 @@ def save(
     *,
     overwrite: bool = False,
 ) -> None:
-    """
-    Write modules to a .safetensors file as ``<name>.<factor>``; the file appears whole or not at all.
+    """Write modules to a .safetensors file as ``<name>.<factor>``; the file appears whole or not at all.
 
     LyCORIS finds a layer by ``lycoris_`` or ``lora_unet_`` and the layer's path with _ for dots. ``metadata`` goes
     into the file's header. Raises RefusedInput where the file exists, MergeFailed where it cannot be written.
@@ -76,8 +75,7 @@ def load(
     device: Device | None = None,
     layout: WeightLayout = WeightLayout.CHECKPOINT,
 ) -> dict[str, LycorisModule]:
-    """
-    Read an adapter file or folder: modules by their names in the file, in its order.
+    """Read an adapter file or folder: modules by their names in the file, in its order.
 
     ``shapes`` gives layers' weights as [out, in, *kernel] by those names; others take the shape of their factors'
     delta. Raises RefusedInput for what `lycoris.formats.read_adapter` refuses, and where factors do not make a shape.

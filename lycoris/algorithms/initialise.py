@@ -25,8 +25,7 @@ class Initialiser:
         return np.float32(std) * self._generator.standard_normal(shape, np.float32)
 
     def kaiming(self, shape: Shape) -> np.ndarray:
-        """
-        Kaiming's uniform distribution with a = sqrt(5), as torch.nn.Linear has it: U(-1/sqrt(n), 1/sqrt(n)).
+        """Kaiming's uniform distribution with a = sqrt(5), as torch.nn.Linear has it: U(-1/sqrt(n), 1/sqrt(n)).
 
         n is the fan-in, the product of all extents but the first.
         """

@@ -13,8 +13,7 @@ from lycoris.formats.shapes import Shape
 
 
 class LoConModule(RankedModule):
-    """
-    delta = up @ down; Tucker: sum_ij mid[i, j, ...] up[o, i] down[j, q].
+    """delta = up @ down; Tucker: sum_ij mid[i, j, ...] up[o, i] down[j, q].
 
     lora_up [O, r], lora_down [r, I, *kernel]; Tucker: lora_down [r, I, 1...], lora_mid [r, r, *kernel]. With filter
     axes, up has as many of extent 1. up starts at zero, the others as torch.nn.Linear does.

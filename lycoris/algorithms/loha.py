@@ -12,8 +12,7 @@ from lycoris.formats.shapes import Shape
 
 
 class LoHaModule(RankedModule):
-    """
-    delta = (w1_a @ w1_b) * (w2_a @ w2_b), elementwise; Tucker: each side sum_ij t[i, j, ...] a[i, o] b[j, q].
+    """delta = (w1_a @ w1_b) * (w2_a @ w2_b), elementwise; Tucker: each side sum_ij t[i, j, ...] a[i, o] b[j, q].
 
     hada_w*_a [O, r], hada_w*_b [r, I * taps]; Tucker: hada_w*_a [r, O], hada_w*_b [r, I], hada_t* [r, r, *kernel].
     w2_a starts at zero, w*_b as N(0, 1), the others as N(0, 0.1^2).

@@ -15,8 +15,7 @@ from lycoris.ops.kronecker import factorization
 
 @dataclass(frozen=True, kw_only=True)
 class LoKrOptions(ModuleOptions):
-    """
-    Keyword arguments of LoKr's constructors, beside those of `ModuleOptions`.
+    """Keyword arguments of LoKr's constructors, beside those of `ModuleOptions`.
 
     ``factor`` splits each channel axis, see `lycoris.ops.factorization`; -1 is the most square split.
     ``decompose_both`` factors w1 too, where the rank is less than half its larger extent. ``full_matrix`` factors
@@ -30,8 +29,7 @@ class LoKrOptions(ModuleOptions):
 
 
 class LoKrModule(RankedModule):
-    """
-    delta = kron(w1, w2) over the channel axes: w1 [a, b], w2 [c, d, *kernel], O = a c, I = b d.
+    """delta = kron(w1, w2) over the channel axes: w1 [a, b], w2 [c, d, *kernel], O = a c, I = b d.
 
     w1 is full or lokr_w1_a [a, r] @ lokr_w1_b [r, b]; w2 is full, lokr_w2_a [c, r] @ lokr_w2_b [r, d * taps], or in
     Tucker form lokr_t2 [r, r, *kernel], lokr_w2_a [r, c], lokr_w2_b [r, d]. w2 is full where the rank is at least

@@ -1,5 +1,4 @@
-"""
-What every adapter module is: factors under LyCORIS' names, a scale, and the delta and merge that they make.
+"""What every adapter module is: factors under LyCORIS' names, a scale, and the delta and merge that they make.
 
     W' = W + strength * scale() * scalar * delta(factors)
     W' = W + strength * (m * V / (norm(V) + 2**-23) - W), V = W + scale() * scalar * delta     with dora_scale m
@@ -27,8 +26,7 @@ from plans.weight import Dense, Sink, WeightDescriptor, WeightLayout
 
 
 class LycorisModule:
-    """
-    An adapter of one layer, in device memory.
+    """An adapter of one layer, in device memory.
 
     ``shape`` is the layer's weight [out, in, *kernel], whatever ``layout`` it is stored in (one axis for a norm's
     weight). ``factors`` are by canonical name; ``alpha`` is divided by the rank, or by its root with ``rs_lora``.
@@ -85,8 +83,7 @@ class LycorisModule:
         return self.shape
 
     def scale(self) -> float:
-        """
-        The quotient alpha / rank, or alpha / sqrt(rank) with rs_lora; 0.0 at rank 0; 1.0 where nothing is factored.
+        """The quotient alpha / rank, or alpha / sqrt(rank) with rs_lora; 0.0 at rank 0; 1.0 where nothing is factored.
 
         A missing alpha, or one of 0, counts as the rank.
         """
@@ -97,8 +94,7 @@ class LycorisModule:
         return (self.alpha or self.rank) / (math.sqrt(self.rank) if self.rs_lora else self.rank)
 
     def parameters(self) -> dict[str, DeviceArray]:
-        """
-        What is trained, by name, in a fixed order.
+        """What is trained, by name, in a fixed order.
 
         The factors in the order of the algorithm's formula (left, right, core of each product; w1 before w2), then
         scalar, dora_scale and the bias difference, as far as the module has them.
@@ -107,8 +103,7 @@ class LycorisModule:
         return {**self.factors, **{name: tensor for name, tensor in rest.items() if tensor is not None}}
 
     def get_diff_weight(self) -> DeviceArray:
-        """
-        scale() * scalar * delta, in ``layout`` and the factors' kind, rounded once; without DoRA.
+        """scale() * scalar * delta, in ``layout`` and the factors' kind, rounded once; without DoRA.
 
         Raises LycorisError for IA3, whose delta depends on the base.
         """
@@ -121,8 +116,7 @@ class LycorisModule:
         return evaluate(descriptor, [self._ordered(binding)], [self._factor()]).reshape(self.stored_shape)
 
     def merge_into(self, base: DeviceArray, multiplier: float = 1.0) -> DeviceArray:
-        """
-        The merged weight as a new tensor of the base's shape and kind, rounded once; the base stays as it is.
+        """The merged weight as a new tensor of the base's shape and kind, rounded once; the base stays as it is.
 
         ``base`` lies as ``layout`` says; bf16, fp16 or fp32. With DoRA ``multiplier`` scales the whole change: 0 is
         the base, 1 the full result. Raises RefusedInput where the factors do not make the base's shape.
@@ -143,8 +137,7 @@ class LycorisModule:
         return merged.reshape(base.shape)
 
     def merge_bias_into(self, base: DeviceArray, multiplier: float = 1.0) -> DeviceArray:
-        """
-        The layer's bias plus multiplier times the bias difference, as a new tensor.
+        """The layer's bias plus multiplier times the bias difference, as a new tensor.
 
         Raises RefusedInput where the module has none, or of another length.
         """
@@ -157,8 +150,7 @@ class LycorisModule:
         return evaluate(descriptor, factors, [multiplier], base.reshape(descriptor.shape)).reshape(base.shape)
 
     def state_dict(self) -> dict[str, DeviceArray]:
-        """
-        The module as LyCORIS names it in files: alpha, the factors, dora_scale, the bias difference.
+        """The module as LyCORIS names it in files: alpha, the factors, dora_scale, the bias difference.
 
         The scalar is folded into a factor. alpha is what readers divide by the rank to get ``scale()``, so with
         rs_lora it is alpha * sqrt(rank). LoKr with both halves full says an alpha that readers ignore.
@@ -185,8 +177,7 @@ class LycorisModule:
         layout: WeightLayout = WeightLayout.CHECKPOINT,
         name: str = "adapter",
     ) -> Self:
-        """
-        The module that a state dictionary in LyCORIS' names describes; rank and shapes come from its tensors.
+        """The module that a state dictionary in LyCORIS' names describes; rank and shapes come from its tensors.
 
         ``shape`` is the layer's weight [out, in, *kernel]; without it the factors' own delta counts, which is flat
         for the convolutions that LoHa and factored LoKr store flat. Arrays go to ``device``. ``name`` says in

@@ -19,8 +19,7 @@ from plans.weight import WeightLayout
 
 @dataclass(frozen=True, kw_only=True)
 class ModuleOptions:
-    """
-    Keyword arguments of every constructor.
+    """Keyword arguments of every constructor.
 
     ``device`` is the first there is where none is given. ``dtype`` stores the factors, ``layout`` says how the
     layer's weight lies. ``use_tucker`` puts a core between the factors of a convolution larger than 1x1.
@@ -50,8 +49,7 @@ class RankedModule(LycorisModule):
     def new_linear(
         cls, in_features: int, out_features: int, rank: int, alpha: float | None = None, **options: Any
     ) -> Self:
-        """
-        An untrained module for a weight [out, in]; its delta is zero.
+        """An untrained module for a weight [out, in]; its delta is zero.
 
         ``alpha`` counts as the rank where it is None or 0. ``options`` are the fields of `ModuleOptions`
         (`LoKrOptions` for LoKr). Raises RefusedInput for extents or a rank that are not possible.

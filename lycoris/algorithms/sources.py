@@ -1,5 +1,4 @@
-"""
-From factors by their LyCORIS names to the weight plan's sources: which factor is which operand of which formula.
+"""From factors by their LyCORIS names to the weight plan's sources: which factor is which operand of which formula.
 
     binding = weight_source("loha", {"hada_w1_a": FactorSpec((640, 16), ElementKind.BF16), ...}, (640, 320, 3, 3))
     descriptor = WeightDescriptor(binding.out_features, binding.in_features, (binding.source,), out=..., base=...,
@@ -32,8 +31,7 @@ class FactorSpec:
 
 @dataclass(frozen=True, slots=True)
 class SourceBinding:
-    """
-    A plan's source and the factors that it takes, over a base of ``out_features`` x ``in_features`` x ``kernel``.
+    """A plan's source and the factors that it takes, over a base of ``out_features`` x ``in_features`` x ``kernel``.
 
     ``factor_names`` are canonical names in the order of the source's operands. A base with one axis (a bias, a
     norm's weight) has ``in_features`` 1; ``kernel`` holds the extents of the base's filter, () for a linear weight.
@@ -54,8 +52,7 @@ def weight_source(
     on_input: bool = False,
     name: str = "adapter",
 ) -> SourceBinding:
-    """
-    The source that makes the delta of ``factors`` over a base of ``base_shape``, [out, in, *kernel].
+    """The source that makes the delta of ``factors`` over a base of ``base_shape``, [out, in, *kernel].
 
     A base that is stored transposed is given by its transposed shape, and read with ``WeightLayout.FLAME``. Where the
     base is flat, [out, in * taps], and the factors have a Tucker core, ``in_features`` and ``kernel`` are the core's.

@@ -59,7 +59,9 @@ class ShardIndex:
                 raise RefusedInput(f"{path}: is over {MAX_HEADER_BYTES} bytes long, too long for a shard index")
             raw = path.read_bytes()
         except OSError as error:
-            raise RefusedInput(f"{path}: cannot be read ({os_reason(error)})") from error
+            raise RefusedInput(
+                f"{path}: cannot be read ({os_reason(error)}); mend that or give another checkpoint"
+            ) from error
         fields = parse_json(raw, path, "index")
         weight_map = fields.get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
@@ -125,4 +127,6 @@ def _listed(folder: Path) -> list[Path]:
     try:
         return [folder / name for name in sorted(os.listdir(folder))]
     except OSError as error:
-        raise RefusedInput(f"{folder}: cannot be listed ({os_reason(error)})") from error
+        raise RefusedInput(
+            f"{folder}: cannot be listed ({os_reason(error)}); mend that or give another folder"
+        ) from error

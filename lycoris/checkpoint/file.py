@@ -67,7 +67,9 @@ class SafetensorsFile:
         except FileNotFoundError:
             raise RefusedInput(f"{path}: no such file; give an existing .safetensors file") from None
         except OSError as error:
-            raise RefusedInput(f"{path}: cannot be opened ({os_reason(error)})") from error
+            raise RefusedInput(
+                f"{path}: cannot be opened ({os_reason(error)}); mend that or give another file"
+            ) from error
         try:
             opened = os.fstat(descriptor)
             if not stat.S_ISREG(opened.st_mode):
@@ -77,7 +79,9 @@ class SafetensorsFile:
             return cls(path, descriptor, opened, parse_header(raw, path, opened.st_size))
         except OSError as error:
             os.close(descriptor)
-            raise RefusedInput(f"{path}: cannot be read ({os_reason(error)})") from error
+            raise RefusedInput(
+                f"{path}: cannot be read ({os_reason(error)}); mend that or give another file"
+            ) from error
         except BaseException:
             os.close(descriptor)
             raise
@@ -123,7 +127,9 @@ class SafetensorsFile:
         try:
             count = _read_up_to(self._descriptor, view, file_offset)
         except OSError as error:
-            raise MergeFailed(f"{self.path}: cannot be read ({os_reason(error)})") from error
+            raise MergeFailed(
+                f"{self.path}: cannot be read ({os_reason(error)}); mend that and run it again"
+            ) from error
         if count < len(view):
             raise MergeFailed(
                 f"{self.path}: ends at byte {file_offset + count}, wanted {len(view) - count} more: it was "

@@ -44,7 +44,7 @@ def check_output(
         _check_aliases(spelled, target, [*own, *inputs])
         _check_existing(checkpoint, spelled, target, overwrite)
     except OSError as error:
-        raise RefusedInput(f"{spelled}: cannot be used as the output ({os_reason(error)})") from error
+        raise RefusedInput(f"{spelled}: cannot be the output ({os_reason(error)}); give another output") from error
     return target
 
 

@@ -28,8 +28,7 @@ _COMMON_ENDS = frozenset({".weight", ".bias", ".base_layer.weight", ".alpha", ".
 @click.argument("path", metavar="FILE_OR_FOLDER", type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def inspect_command(path: Path, as_json: bool) -> None:
-    """
-    Show what an adapter or a checkpoint holds.
+    """Show what an adapter or a checkpoint holds.
 
     An adapter: format, algorithms, ranks, alphas, dtypes, module by module. A checkpoint: names, shapes, dtypes.
     """
@@ -44,12 +43,10 @@ def inspect_command(path: Path, as_json: bool) -> None:
 
 
 def describe(path: Path) -> dict[str, Any]:
-    """
-    What `path` holds, in types that JSON has; `kind` is "adapter" or "checkpoint".
+    """What `path` holds, in types that JSON has; `kind` is "adapter" or "checkpoint".
 
     Raises:
         RefusedInput: neither can be read there.
-
     """
     from lycoris.checkpoint import Checkpoint
     from lycoris.formats import describe_adapter, read_adapter

@@ -17,6 +17,7 @@ from lycoris.cli.arguments import AdapterArgument, AdapterType, DeviceType
 from lycoris.cli.output import (
     byte_count,
     counted,
+    is_terminal,
     print_facts,
     print_json,
     reported_errors,
@@ -60,8 +61,7 @@ def merge_command(
     dry_run: bool,
     as_json: bool,
 ) -> None:
-    """
-    Merge adapters into a checkpoint.
+    """Merge adapters into a checkpoint.
 
     BASE is a .safetensors file, an index.json with shards, or a folder that holds either; OUT gets the same shape.
     Each ADAPTER is a .safetensors file or a PEFT folder, and STRENGTH is 1 unless given.
@@ -102,7 +102,7 @@ def progress_bar() -> Iterator[Callable[[int, int], None]]:
         TransferSpeedColumn(),
         TimeRemainingColumn(),
         console=stderr_console(),
-        disable=not sys.stderr.isatty(),
+        disable=not is_terminal(sys.stderr),
         transient=True,
     )
     task = bar.add_task("merge", total=None)

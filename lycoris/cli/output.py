@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import IO, Any
+from typing import IO, Any, TextIO
 
 import click
 from rich import box
@@ -32,8 +33,7 @@ class CommandError(click.ClickException):
 
 @contextmanager
 def reported_errors() -> Iterator[None]:
-    """
-    Turn what the library, the plans or the system refuse, and Ctrl-C, into a CommandError.
+    """Turn what the library, the plans or the system refuse, and Ctrl-C, into a CommandError.
 
     A closed pipe passes: click ends quietly on it.
     """
@@ -66,9 +66,21 @@ def print_json(result: Mapping[str, Any]) -> None:
     click.echo(json.dumps(result, indent=2, allow_nan=False))
 
 
+def is_terminal(stream: TextIO | None) -> bool:
+    """Whether somebody reads along; Python has None for a stream that was closed before the command began."""
+    return stream is not None and stream.isatty()
+
+
+def escape_unencodable() -> None:
+    """Have both streams escape what their encoding lacks: a name of a file or a tensor may hold any character."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
 def stdout_console() -> Console:
     """For results: as wide as the terminal, or as wide as the text where there is none."""
-    width = None if sys.stdout.isatty() else PIPE_WIDTH
+    width = None if is_terminal(sys.stdout) else PIPE_WIDTH
     return Console(width=width, highlight=False, markup=False, emoji=False)
 
 

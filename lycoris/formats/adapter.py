@@ -29,9 +29,6 @@ from lycoris.formats.peft import CONFIG_NAME, PeftConfig, read_config, read_meta
 from lycoris.formats.shapes import Axis, Shape, delta_shape, dora_axis, rank_of
 
 PEFT_WEIGHTS = "adapter_model.safetensors"
-LYCORIS_DORA_EPS = 2.0**-23
-"""LyCORIS adds the eps of dora_scale's dtype to a norm; it is float32's here, whatever dtype the file was saved in."""
-PEFT_DORA_EPS = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +47,6 @@ class AdapterModule:
         alpha: As the file or its configuration says; None where neither does.
         scale: Factor on the delta at strength 1, a trained `scalar` included.
         dora: Norms that `dora_scale` replaces: of output rows or of input columns; None without DoRA.
-        dora_eps: Added to those norms.
         on_input: IA3 only: scales input columns, not output rows.
         transposed: The base's weight is [in, out], the transpose of the delta (embeddings, GPT-2's Conv1D).
     """
@@ -64,7 +60,6 @@ class AdapterModule:
     alpha: float | None
     scale: float
     dora: Axis | None = None
-    dora_eps: float = 0.0
     on_input: bool = False
     transposed: bool = False
 
@@ -200,7 +195,7 @@ def _build(
     scale *= scalars.get("scalar", 1.0)
     if not math.isfinite(scale):
         raise RefusedInput(f"{where}: alpha and scalar make the scale {scale}, wanted a finite number")
-    dora, eps = _dora(stored, shape, where)
+    dora = _dora(stored, shape, where)
     transposed = any(value.spelling.startswith(EMBEDDING_PREFIX) for value in stored.values())
     transposed |= config is not None and config.fan_in_fan_out
     if dora and transposed:
@@ -215,7 +210,6 @@ def _build(
         alpha=alpha,
         scale=scale,
         dora=dora,
-        dora_eps=eps,
         on_input=bool(scalars.get("on_input", 0.0)),
         transposed=transposed,
     )
@@ -243,13 +237,13 @@ def _check_config(
         raise RefusedInput(f"{where}: has {has} magnitude vector, {config.source} says use_dora is {config.dora}")
 
 
-def _dora(stored: Mapping[str, _Stored], delta: Shape, where: str) -> tuple[Axis | None, float]:
-    """The norms that a magnitude vector replaces, and what is added to them."""
+def _dora(stored: Mapping[str, _Stored], delta: Shape, where: str) -> Axis | None:
+    """The norms that a magnitude vector replaces."""
     if DORA not in stored:
-        return None, 0.0
+        return None
     if stored[DORA].spelling.startswith(MAGNITUDE_PREFIX):
-        return "row", PEFT_DORA_EPS
-    return dora_axis(stored[DORA].entry.shape, delta, where), LYCORIS_DORA_EPS
+        return "row"
+    return dora_axis(stored[DORA].entry.shape, delta, where)
 
 
 def _read_scalar(file: SafetensorsFile, entry: TensorEntry) -> float:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from lycoris.checkpoint.header import parse_json
-from lycoris.errors import RefusedInput, os_reason
+from lycoris.errors import RefusedInput, os_reason, shown
 
 CONFIG_NAME = "adapter_config.json"
 METADATA_KEY = "lora_adapter_metadata"
@@ -98,7 +98,9 @@ def read_config(path: Path) -> PeftConfig:
     try:
         raw = path.read_bytes()
     except OSError as error:
-        raise RefusedInput(f"{path}: cannot be read ({os_reason(error)})") from error
+        raise RefusedInput(
+            f"{path}: cannot be read ({os_reason(error)}); mend that or save the adapter again"
+        ) from error
     return parse_config(parse_json(raw, path, "configuration"), str(path))
 
 
@@ -130,7 +132,9 @@ def parse_config(options: Mapping[str, Any], source: str) -> PeftConfig:
     """
     peft_type = options.get("peft_type", "LORA")
     if not isinstance(peft_type, str) or peft_type not in PEFT_TYPES:
-        raise RefusedInput(f"{source}: peft_type {peft_type!r} is not supported; supported are {', '.join(PEFT_TYPES)}")
+        raise RefusedInput(
+            f"{source}: peft_type {shown(peft_type)} is not supported; supported are {', '.join(PEFT_TYPES)}"
+        )
     algorithm, alpha_option = PEFT_TYPES[peft_type]
     for option, what in REFUSED_OPTIONS.items():
         if options.get(option):
@@ -138,7 +142,7 @@ def parse_config(options: Mapping[str, Any], source: str) -> PeftConfig:
     initialiser = options.get("init_lora_weights")
     if isinstance(initialiser, str) and initialiser.lower().startswith(BASE_CHANGING_INITIALISERS):
         raise RefusedInput(
-            f"{source}: init_lora_weights is {initialiser!r}: the adapter belongs to a base that its initialiser "
+            f"{source}: init_lora_weights is {shown(initialiser)}: the adapter belongs to a base that its initialiser "
             "changed; save it with PEFT's path_initial_model_for_weight_conversion"
         )
     return PeftConfig(
@@ -156,13 +160,13 @@ def parse_config(options: Mapping[str, Any], source: str) -> PeftConfig:
 
 def _rank(value: Any, option: str, source: str) -> int:
     if type(value) is not int or not 1 <= value <= _MAX_RANK:
-        raise RefusedInput(f"{source}: {option} is {value!r}, wanted a rank of at least 1")
+        raise RefusedInput(f"{source}: {option} is {shown(value)}, wanted a rank of at least 1")
     return value
 
 
 def _alpha(value: Any, option: str, source: str) -> float:
     if type(value) not in (int, float) or not abs(value) <= sys.float_info.max:
-        raise RefusedInput(f"{source}: {option} is {value!r}, wanted a finite number")
+        raise RefusedInput(f"{source}: {option} is {shown(value)}, wanted a finite number")
     return float(value)
 
 
@@ -172,7 +176,7 @@ def _patterns(
     """A pattern is a regular expression for a module's path or for its last dotted parts."""
     patterns = options.get(option) or {}
     if not isinstance(patterns, dict):
-        raise RefusedInput(f"{source}: {option} is {patterns!r}, wanted an object of patterns")
+        raise RefusedInput(f"{source}: {option} is {shown(patterns)}, wanted an object of patterns")
     compiled = []
     for text, value in patterns.items():
         try:

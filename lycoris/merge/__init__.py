@@ -1,5 +1,6 @@
-"""
-Merge adapters into a checkpoint.
+"""Merge adapters into a checkpoint.
+
+For example:
 
     merge(MergeOptions(base=Path("model.safetensors"), adapters=(AdapterInput(Path("style.safetensors"), 0.8),),
                        output=Path("merged.safetensors")))

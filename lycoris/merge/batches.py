@@ -1,5 +1,4 @@
-"""
-Batches: jobs that share a slot of device memory, and the transfers that fill and empty it.
+"""Batches: jobs that share a slot of device memory, and the transfers that fill and empty it.
 
 A slot holds the factors of all jobs, then the weights, then those results that do not take their weight's place;
 all at multiples of 256 bytes. It is filled and emptied in windows of one host block, whatever tensors lie there.
@@ -50,8 +49,7 @@ class Window(Generic[_Content]):
 
 
 def cut(segments: Iterable[Segment[_Content]], limit: int) -> Iterator[Window[_Content]]:
-    """
-    Windows of at most `limit` bytes (a multiple of 256) over `segments`, which are sorted and do not overlap.
+    """Windows of at most `limit` bytes (a multiple of 256) over `segments`, which are sorted and do not overlap.
 
     Segments are cut at multiples of 256 bytes; a window does not span a gap of 256 bytes or more.
     """
@@ -115,15 +113,13 @@ class Batch:
 
 
 def make_batches(jobs: Sequence[Job], base: Checkpoint, target_bytes: int, block_bytes: int) -> list[Batch]:
-    """
-    Group `jobs`, in their order: as many as fit `target_bytes` of a slot, at least one.
+    """Group `jobs`, in their order: as many as fit `target_bytes` of a slot, at least one.
 
     Args:
         jobs: From `make_jobs`.
         base: Holds their tensors.
         target_bytes: Of a slot; a job that is larger has a batch, and a larger slot, of its own.
         block_bytes: Size of the host blocks that transfers go through, a multiple of 256.
-
     """
     batches, group, used = [], [], 0
     for job in jobs:

@@ -23,12 +23,10 @@ _COMPARED = 1 << 22  # elements read again at a time
 
 
 def choose_kernels(jobs: Iterable[Job], device: Device) -> dict[str, int]:
-    """
-    Which kernels compute `jobs`: kernel -> tensors that it computes. Nothing is compiled.
+    """Which kernels compute `jobs`: kernel -> tensors that it computes. Nothing is compiled.
 
     Raises:
         RefusedInput: no plan computes one of them, naming its modules.
-
     """
     chosen = {(_kernel_name(job, device), job.tensor.name) for job in jobs}
     return dict(Counter(name for name, _ in sorted(chosen)))
@@ -49,15 +47,13 @@ def _cast(job: Job) -> CastDescriptor:
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """
-    A batch and the plans that compute it.
+    """A batch and the plans that compute it.
 
     Attributes:
         batch: The batch.
         group: Computes all of its jobs that merge.
         merges: Which of its jobs those are, in the order of the group's members.
         casts: The others, with their plans.
-
     """
 
     batch: Batch
@@ -103,8 +99,7 @@ class Needs:
 
 
 class Computer:
-    """
-    Computes batches one after the other, on a stream of its own.
+    """Computes batches one after the other, on a stream of its own.
 
     Holds the workspace, the table of the group's parameters, and for each job of a batch a flag for results that are
     not finite.
@@ -132,12 +127,10 @@ class Computer:
         return args
 
     def run(self, task: Task, slot: DeviceBuffer, args: GroupedWeightArgs) -> None:
-        """
-        Compute a batch whose inputs are in `slot`, as `prepare` has said; the results are there on return.
+        """Compute a batch whose inputs are in `slot`, as `prepare` has said; the results are there on return.
 
         Raises:
             RefusedInput: a result is not finite though the base was, naming the modules.
-
         """
         device, stream, jobs = self._device, self._stream, task.batch.jobs
         device.fill(self._flags, 0, stream)

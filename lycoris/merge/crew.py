@@ -14,8 +14,7 @@ class _Stopped(Exception):
 
 
 class Crew:
-    """
-    Pools of threads by name, used as a context.
+    """Pools of threads by name, used as a context.
 
     Leaving it waits for the tasks that run and drops those that wait; when it is left by an exception, tasks that
     have not begun do not begin.

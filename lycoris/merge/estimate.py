@@ -30,12 +30,10 @@ def _seconds_a_value(job: Job) -> float:
 
 
 def refuse_long_simulation(jobs: Iterable[Job]) -> None:
-    """
-    Refuse work that the simulator would sit at for more than `LIMIT_SECONDS`.
+    """Refuse work that the simulator would sit at for more than `LIMIT_SECONDS`.
 
     Raises:
         RefusedInput: with the estimate, and what to install.
-
     """
     jobs = list(jobs)
     seconds = simulator_seconds(jobs)

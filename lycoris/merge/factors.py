@@ -16,8 +16,7 @@ _SCAN_BYTES = 4 << 20
 
 @dataclass(frozen=True, slots=True)
 class Factor:
-    """
-    A factor, or a range of one, in an adapter's file.
+    """A factor, or a range of one, in an adapter's file.
 
     Attributes:
         file: The open file.
@@ -25,7 +24,6 @@ class Factor:
         nbytes: Bytes.
         kind: Of its elements.
         where: File, module and key, for messages.
-
     """
 
     file: SafetensorsFile
@@ -50,12 +48,10 @@ class Factor:
         return replace(self, start=self.start + first * size, nbytes=count * size)
 
     def check_finite(self, data: np.ndarray) -> None:
-        """
-        Refuse NaN and infinity among `data`, uint8: some whole elements of the factor.
+        """Refuse NaN and infinity among `data`, uint8: some whole elements of the factor.
 
         Raises:
             RefusedInput: naming file, module and key.
-
         """
         if not all_finite(data, self.kind):
             raise RefusedInput(f"{self.where} holds NaN or infinity: its training failed; give a sound adapter")

@@ -23,6 +23,9 @@ from plans.weight import Dense, Sink, Source, WeightDescriptor, WeightLayout
 # Elementwise work is cut into pieces of about this many elements: whatever a tensor's size, its pieces stream.
 PIECE_ELEMENTS = 1 << 24
 
+# Kernels take scales as float32.
+_LARGEST_SCALE = float(np.finfo(np.float32).max)
+
 _SINKS = {None: Sink.MERGE, "row": Sink.DORA_ROW, "column": Sink.DORA_COLUMN}
 
 
@@ -38,8 +41,7 @@ class LoadedAdapter:
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """
-    What one module does to one tensor.
+    """What one module does to one tensor.
 
     Attributes:
         where: File and module, for messages.
@@ -47,7 +49,6 @@ class Change:
         file: Holds the factors.
         strength: Of the adapter.
         is_bias: Whether the tensor is the layer's bias.
-
     """
 
     where: str
@@ -78,6 +79,18 @@ class Change:
         """Whether the tensor stays as it is, bit for bit."""
         return self.strength == 0 or (self.scale == 0 and not self.is_dora)
 
+    def check_scale(self) -> None:
+        """Refuse a strength, or a scale that it makes, beyond float32.
+
+        Raises:
+            RefusedInput: naming file and module.
+        """
+        for name, value in (("strength", self.strength), ("scale, strength and alpha together,", self.scale)):
+            if not abs(value) <= _LARGEST_SCALE:
+                raise RefusedInput(
+                    f"{self.where}: the {name} is {value:g}, wanted at most {_LARGEST_SCALE:.3g}; lower the strength"
+                )
+
     @property
     def factors(self) -> dict[str, Factor]:
         """The factors that the change takes, by canonical name."""
@@ -97,8 +110,7 @@ class Change:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """
-    One run of a plan: W' from W, for a whole tensor or for elements [first, first + count) of it.
+    """One run of a plan: W' from W, for a whole tensor or for elements [first, first + count) of it.
 
     Attributes:
         tensor: Of the base.
@@ -111,7 +123,6 @@ class Job:
         scales: One for each source.
         magnitude: DoRA's norms.
         strength: DoRA's.
-
     """
 
     tensor: TensorEntry
@@ -142,12 +153,10 @@ class Job:
         return flat if self.magnitude is None else [*flat, self.magnitude]
 
     def check_range(self, data: np.ndarray) -> None:
-        """
-        Refuse values among `data`, uint8, that a mere change of type makes infinite; what is merged, the plan checks.
+        """Refuse values among `data`, uint8, that a mere change of type makes infinite; merged ones the plan checks.
 
         Raises:
             RefusedInput: naming the tensor.
-
         """
         if self.descriptor is None and overflows(data, self.base, self.out):
             raise RefusedInput(
@@ -175,8 +184,7 @@ def collect_changes(adapters: Sequence[LoadedAdapter]) -> dict[str, list[Change]
 
 
 def make_jobs(tensors: Mapping[str, TensorEntry], changes: Mapping[str, list[Change]], dtype: str) -> list[Job]:
-    """
-    The jobs of a merge, in the order of the base's data.
+    """The jobs of a merge, in the order of the base's data.
 
     Args:
         tensors: The base's.
@@ -185,7 +193,6 @@ def make_jobs(tensors: Mapping[str, TensorEntry], changes: Mapping[str, list[Cha
 
     Raises:
         RefusedInput: a type or a combination of modules that is not merged.
-
     """
     jobs: list[Job] = []
     for name, entry in tensors.items():
@@ -209,6 +216,8 @@ def make_jobs(tensors: Mapping[str, TensorEntry], changes: Mapping[str, list[Cha
 
 def _merge_jobs(entry: TensorEntry, changes: list[Change], out: ElementKind) -> list[Job]:
     _refuse_mixtures(entry, changes)
+    for change in changes:
+        change.check_scale()
     where = " and ".join(change.where for change in changes)
     bindings = [change.source(entry.shape) for change in changes]
     if all(isinstance(binding.source, Dense) for binding in bindings) and not changes[0].transposed:

@@ -12,12 +12,10 @@ from plans.core import Device, DeviceBuffer
 
 
 class Lane:
-    """
-    A block of host memory with a stream that copies out of it and into it.
+    """A block of host memory with a stream that copies out of it and into it.
 
     Attributes:
         block: The memory, uint8.
-
     """
 
     def __init__(self, device: Device, nbytes: int, held: ExitStack) -> None:

@@ -22,8 +22,7 @@ class AdapterInput:
 
 @dataclass(frozen=True)
 class MergeOptions:
-    """
-    A merge: `base + sum of strength * adapter -> output`.
+    """A merge: `base + sum of strength * adapter -> output`.
 
     Attributes:
         base: A .safetensors file, an index.json with shards, or a folder that holds either.
@@ -34,7 +33,6 @@ class MergeOptions:
         overwrite: Replace an existing output.
         allow_unmatched: Merge the rest where modules match nothing in a part that the base has.
         dry_run: Check everything and report; compute and write nothing.
-
     """
 
     base: Path
@@ -59,8 +57,7 @@ class MergeOptions:
 
 @dataclass(frozen=True)
 class MergeReport:
-    """
-    What was done.
+    """What was done.
 
     Attributes:
         device: Name of the GPU, or of the simulator.
@@ -74,7 +71,6 @@ class MergeReport:
         output: As given.
         dry_run: Whether nothing was written.
         skus: Kernel -> tensors that it computed.
-
     """
 
     device: str

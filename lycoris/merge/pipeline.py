@@ -1,5 +1,4 @@
-"""
-The pipeline: read, host to device, kernel, device to host and write, of different batches at once.
+"""The pipeline: read, host to device, kernel, device to host and write, of different batches at once.
 
     files --readers--> page-locked blocks --> slot k --main thread: kernels--> slot k --> blocks --writers--> files
 
@@ -33,14 +32,12 @@ SPARE_BYTES = 1 << 29
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """
-    How much of a machine the pipeline uses.
+    """How much of a machine the pipeline uses.
 
     Attributes:
         readers, writers: Threads, each with a block.
         block_bytes: Of page-locked memory that a thread reads into or writes from; a multiple of 256.
         batch_bytes: Of a slot, which grows for a job that is larger.
-
     """
 
     readers: int
@@ -81,8 +78,7 @@ class _Running:
 
 
 class Pipeline:
-    """
-    One merge's data, from the base and the adapters to `writer`.
+    """One merge's data, from the base and the adapters to `writer`.
 
     Call `run` once, in the thread that made the object, inside the writer's block.
     """
@@ -105,14 +101,12 @@ class Pipeline:
         self._lanes = Lanes(device, self._sizes.block_bytes)
 
     def run(self) -> None:
-        """
-        Write every tensor of the output.
+        """Write every tensor of the output.
 
         Raises:
             RefusedInput: a factor or a result is not finite, naming the module.
             MergeFailed: a file could not be read or written.
             DeviceError: the device has too little memory, or failed.
-
         """
         sizes = self._sizes
         threads = {"reader": sizes.readers, "writer": sizes.writers}

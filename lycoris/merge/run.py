@@ -27,8 +27,7 @@ _SCANNERS = 8
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """
-    A merge, planned.
+    """A merge, planned.
 
     Attributes:
         adapters: In the order given.
@@ -36,7 +35,6 @@ class Work:
         factors: What the jobs read.
         idle: Factors whose strength is 0: they change nothing, but have to be sound like all others.
         changed: How many tensors an adapter changes.
-
     """
 
     adapters: tuple[LoadedAdapter, ...]
@@ -47,8 +45,7 @@ class Work:
 
 
 def merge(options: MergeOptions, progress: ProgressCallback | None = None) -> MergeReport:
-    """
-    `base + sum of strength * delta -> output`: every value exact and rounded once, all others byte for byte.
+    """`base + sum of strength * delta -> output`: every value exact and rounded once, all others byte for byte.
 
     The output appears whole or not at all. In the main thread, SIGINT, SIGTERM and SIGHUP unwind the merge.
 
@@ -60,7 +57,6 @@ def merge(options: MergeOptions, progress: ProgressCallback | None = None) -> Me
         RefusedInput: an input, a combination of inputs or an option cannot be used.
         MergeFailed: the disk is full, the device fails or has too little memory, an input changed meanwhile, a
             signal came. No output is left behind.
-
     """
     options.check()
     try:

@@ -8,8 +8,7 @@ from plans.core import ElementKind
 
 
 def cast(x: DeviceArray, kind: ElementKind) -> DeviceArray:
-    """
-    A new tensor of ``kind`` with the values of ``x``, rounded once to nearest even; a copy where it has that kind.
+    """A new tensor of ``kind`` with the values of ``x``, rounded once to nearest even; a copy where it has that kind.
 
     bf16, fp16 and fp32; raises plans.core.NoSku for other kinds.
     """

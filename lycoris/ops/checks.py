@@ -16,8 +16,7 @@ def check_axes(operation: str, name: str, tensor: DeviceArray, ndim: int) -> Non
 
 
 def as_operand(tensor: DeviceArray, operand: Operand) -> DeviceArray:
-    """
-    ``tensor`` under the operand's shape: its axes from the operand's last one on may be several, or left out if 1.
+    """``tensor`` under the operand's shape: its axes from the operand's last one on may be several, or left out if 1.
 
     So [r, I, KH, KW] is read as [r, I * KH * KW], and [O, r, 1, 1] as [O, r]. Nothing else is: raises RefusedInput.
     """

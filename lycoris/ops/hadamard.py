@@ -18,8 +18,7 @@ def make_hadamard_weight(
     scale: float = 1.0,
     kind: ElementKind | None = None,
 ) -> DeviceArray:
-    """
-    The weight scale * (w1_a @ w1_b) * (w2_a @ w2_b), elementwise: [O, r] and [r, I, *kernel] make [O, I, *kernel].
+    """The weight scale * (w1_a @ w1_b) * (w2_a @ w2_b), elementwise: [O, r] and [r, I, *kernel] make [O, I, *kernel].
 
     The result has ``kind``, or w1_a's. Raises RefusedInput where shapes do not fit.
     """
@@ -40,8 +39,7 @@ def make_hadamard_weight_tucker(
     scale: float = 1.0,
     kind: ElementKind | None = None,
 ) -> DeviceArray:
-    """
-    The weight scale * T1 * T2, elementwise, T = sum_ij t[i, j, ...] w_a[i, o] w_b[j, q]; shapes: `rebuild_tucker`.
+    """The weight scale * T1 * T2, elementwise, T = sum_ij t[i, j, ...] w_a[i, o] w_b[j, q]; shapes: `rebuild_tucker`.
 
     The result [O, I, *kernel] has ``kind``, or w1_a's. Raises RefusedInput where shapes do not fit.
     """

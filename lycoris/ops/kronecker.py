@@ -13,8 +13,7 @@ from plans.weight import Kronecker, WeightLayout
 
 
 def factorization(dimension: int, factor: int = -1) -> tuple[int, int]:
-    """
-    (m, n) with m * n = dimension and m <= n, as LyCORIS splits a dimension for LoKr.
+    """(m, n) with m * n = dimension and m <= n, as LyCORIS splits a dimension for LoKr.
 
     A positive ``factor`` that divides the dimension is one of the two. Otherwise m is the largest divisor that is
     at most ``factor`` and at most the square root; any negative ``factor`` sets no limit, which gives the most
@@ -33,8 +32,7 @@ def factorization(dimension: int, factor: int = -1) -> tuple[int, int]:
 def make_kronecker(
     w1: DeviceArray, w2: DeviceArray, scale: float = 1.0, kind: ElementKind | None = None
 ) -> DeviceArray:
-    """
-    The weight scale * kron(w1, w2): w1 [a, b], w2 [c, d, *kernel] -> [a * c, b * d, *kernel].
+    """The weight scale * kron(w1, w2): w1 [a, b], w2 [c, d, *kernel] -> [a * c, b * d, *kernel].
 
     The result has ``kind``, or w1's. Raises RefusedInput where shapes do not fit.
     """
@@ -44,8 +42,7 @@ def make_kronecker(
 def make_kronecker_conv_kernel(
     w1: DeviceArray, w2: DeviceArray, scale: float = 1.0, kind: ElementKind | None = None
 ) -> DeviceArray:
-    """
-    The weight scale * kron(w1, w2) in FLAME's layout: w1 [OL, IM], w2 [OK, IN, KH, KW] -> [KH, KW, IM*IN, OL*OK].
+    """The weight scale * kron(w1, w2) in FLAME's layout: w1 [OL, IM], w2 [OK, IN, KH, KW] -> [KH, KW, IM*IN, OL*OK].
 
     One kernel writes that layout; nothing is permuted before or after. The result has ``kind``, or w1's. Raises
     RefusedInput where shapes do not fit.

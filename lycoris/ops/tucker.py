@@ -27,8 +27,7 @@ def rebuild_tucker(
     kind: ElementKind | None = None,
     layout: WeightLayout = WeightLayout.CHECKPOINT,
 ) -> DeviceArray:
-    """
-    The weight scale * sum_ij core[i, j, ...] left[i, o] right[j, q], of extents [O, I, *kernel].
+    """The weight scale * sum_ij core[i, j, ...] left[i, o] right[j, q], of extents [O, I, *kernel].
 
     core [r1, r2, *kernel], left [r1, O], right [r2, I]. The result is stored as ``layout`` says and has ``kind``, or
     the left factor's. Raises RefusedInput where shapes do not fit.
@@ -45,8 +44,7 @@ def rebuild_conv_tucker(
     scale: float = 1.0,
     kind: ElementKind | None = None,
 ) -> DeviceArray:
-    """
-    The weight scale * down @ core[kh, kw] @ up at every filter tap, all in FLAME's layout.
+    """The weight scale * down @ core[kh, kw] @ up at every filter tap, all in FLAME's layout.
 
     core [KH, KW, R1, R2], down [1, 1, IC, R1], up [1, 1, R2, OC] -> [KH, KW, IC, OC]; any number of filter axes.
     core and down, the small ones, are transposed first. The result has ``kind``, or up's. Raises RefusedInput where

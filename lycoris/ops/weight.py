@@ -18,8 +18,7 @@ def evaluate(
     magnitude: DeviceArray | None = None,
     strength: float = 1.0,
 ) -> DeviceArray:
-    """
-    The weight round(W + sum_i scale_i * source_i), or what else the descriptor says, as a new tensor of its shape.
+    """The weight round(W + sum_i scale_i * source_i), or what else the descriptor says, as a new tensor of its shape.
 
     ``factors`` holds each source's tensors in the order of its operands; their filter axes may be flat or not.
     Raises RefusedInput where a factor's shape is not its operand's, and plans.core.PlanError for a wrong kind, a
@@ -52,8 +51,7 @@ def delta(
     kind: ElementKind | None = None,
     layout: WeightLayout = WeightLayout.CHECKPOINT,
 ) -> DeviceArray:
-    """
-    round(scale * source) over a weight of ``shape`` [out, in, *kernel], stored as ``layout`` says.
+    """round(scale * source) over a weight of ``shape`` [out, in, *kernel], stored as ``layout`` says.
 
     ``kind`` is the result's, the first factor's where none is given.
     """

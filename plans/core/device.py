@@ -1,5 +1,4 @@
-"""
-Devices, streams and memory: cuda.core on a GPU, NumPy arrays under Numba's simulator.
+"""Devices, streams and memory: cuda.core on a GPU, NumPy arrays under Numba's simulator.
 
 device = Device.open("auto")
 stream = device.stream()
@@ -140,8 +139,7 @@ class Device:
 
     @staticmethod
     def open(which: str = "auto") -> Device:
-        """
-        ``auto``: the first GPU, or the simulator where there is none; ``cuda:N``; ``simulator``.
+        """``auto``: the first GPU, or the simulator where there is none; ``cuda:N``; ``simulator``.
 
         Raises :class:`Unsupported` where the device is not there, saying what is, and :class:`DeviceError` where it
         does not answer.
@@ -177,8 +175,7 @@ class Device:
             return self._core.create_stream()
 
     def allocate(self, nbytes: int, stream: Any = None) -> DeviceBuffer:
-        """
-        Memory from the stream-ordered pool, with undefined contents.
+        """Memory from the stream-ordered pool, with undefined contents.
 
         Raises :class:`DeviceError` where there is not so much, naming the bytes asked for.
         """
@@ -192,8 +189,7 @@ class Device:
             return DeviceBuffer(self, memory, int(memory.handle), nbytes)
 
     def pinned(self, nbytes: int) -> HostBuffer:
-        """
-        Page-locked host memory for asynchronous copies.
+        """Page-locked host memory for asynchronous copies.
 
         Raises :class:`DeviceError` where there is not so much, naming the bytes asked for.
         """

@@ -1,5 +1,4 @@
-"""
-Operands: the tensors of a plan declared as data, and every check that follows from the declaration.
+"""Operands: the tensors of a plan declared as data, and every check that follows from the declaration.
 
 Shape, kind, contiguity, device, size, alignment and overlaps are compared here, for all plans alike.
 """
@@ -20,8 +19,7 @@ from plans.core.tensor import TensorMut, TensorRef, contiguous_strides
 
 @dataclass(frozen=True)
 class Operand:
-    """
-    One tensor of a plan: its name, kind, shape, whether it is written, and its alignment in bytes.
+    """One tensor of a plan: its name, kind, shape, whether it is written, and its alignment in bytes.
 
     ``may_alias`` names another operand whose bytes it may be: exactly those, not some of them. One that is ``shared``
     may be the same in all members of a group, although they write it.
@@ -110,8 +108,7 @@ def _check_memory(plan: str, operand: Operand, tensor: TensorRef, device: Device
 
 
 def extents(operands: Sequence[Operand], tensors: Sequence[TensorRef], prefix: str = "") -> list[Extent]:
-    """
-    Where checked operands lie; empty ones and those that another one rightly aliases are left out.
+    """Where checked operands lie; empty ones and those that another one rightly aliases are left out.
 
     ``prefix`` goes before the operands' names, except those of shared ones, which then are the same for all members.
     """

@@ -1,5 +1,4 @@
-"""
-The plan contract: descriptor -> select -> can_implement -> run, the same for every family.
+"""The plan contract: descriptor -> select -> can_implement -> run, the same for every family.
 
 A family is a :class:`Plan` subclass with a name and a table of :class:`Sku` rows, fastest first. Operands are
 declared by the descriptor as data; every check and its message comes from that declaration.
@@ -17,7 +16,7 @@ from plans.core.errors import NoSku, WorkspaceTooSmall
 from plans.core.operand import Operand, check_operands, check_overlaps, extents
 from plans.core.precision import PrecisionGuarantee
 from plans.core.sku import ArchSku, BackendKind, KernelSku
-from plans.core.tensor import TensorRef
+from plans.core.tensor import TensorMut, TensorRef
 from plans.core.workspace import NO_WORKSPACE, Workspace
 
 Launches = list[tuple[Callable, tuple]]
@@ -26,8 +25,7 @@ Launches = list[tuple[Callable, tuple]]
 
 @dataclass(frozen=True)
 class PlanPreference:
-    """
-    What the caller wants of a selection; every field is obeyed.
+    """What the caller wants of a selection; every field is obeyed.
 
     ``prefer_backend`` admits only SKUs of that technique, ``max_workspace_bytes`` only those that need no more,
     and ``allow_sm90a=False`` leaves Hopper-only kernels out.
@@ -54,8 +52,7 @@ class Program(Protocol):
 
 @dataclass(frozen=True)
 class Sku:
-    """
-    One way to compute a family.
+    """One way to compute a family.
 
     ``refuses(descriptor)`` answers with the reason the user will read, or with "". ``guarantee`` and
     ``workspace`` are functions of the descriptor; ``build(descriptor, device)`` compiles. ``suits(descriptor)`` says
@@ -74,8 +71,7 @@ class Sku:
 
 
 class Contract:
-    """
-    What single plans and groups of them share: selection with its cache, and runs that are bound once.
+    """What single plans and groups of them share: selection with its cache, and runs that are bound once.
 
     A subclass says what a selection makes (``make``), what it checks (``can_implement``) and what it launches
     (``launches``). Its objects are immutable and usable from several threads.
@@ -95,8 +91,7 @@ class Contract:
         preference: PlanPreference | None = None,
         device: Device | None = None,
     ) -> Self:
-        """
-        The first SKU that accepts, compiled and bound; cached by device, descriptor and preference.
+        """The first SKU that accepts, compiled and bound; cached by device, descriptor and preference.
 
         Raises :class:`InvalidProblem` for a descriptor that contradicts itself, :class:`NoSku` with every refusal
         where nothing accepts, and :class:`DeviceError` where the device has no room for the kernels.
@@ -132,8 +127,7 @@ class Contract:
         raise TypeError(f"{type(self).__name__} is abstract")
 
     def run(self, stream: Any, workspace: Workspace | None, args: Any) -> None:
-        """
-        Launch on ``stream``; asynchronous, allocates nothing.
+        """Launch on ``stream``; asynchronous, allocates nothing.
 
         Arguments are checked when they are first used with this plan and workspace; running the same argument
         object again costs the launch alone.
@@ -240,6 +234,18 @@ class Arguments:
     def tensors(self) -> Sequence[TensorRef | None]:
         """The operands, None where one is missing."""
         raise TypeError("Arguments is abstract")
+
+
+class UnaryArguments(Arguments):
+    """``out`` from ``source``; the two must not overlap."""
+
+    def __init__(self, out: TensorMut, source: TensorRef) -> None:
+        super().__init__()
+        self.out, self.source = out, source
+
+    def tensors(self) -> list[TensorRef]:
+        """``out`` and ``source``."""
+        return [self.out, self.source]
 
 
 _cache: dict[Hashable, Contract] = {}

@@ -1,5 +1,4 @@
-"""
-Element kinds, arithmetic, and what a SKU promises about its result.
+"""Element kinds, arithmetic, and what a SKU promises about its result.
 
 All tolerances of the library are guarantees, written here or beside the SKU that makes them, each with its
 derivation; tests use them and nothing else.
@@ -60,13 +59,11 @@ class MathPrecision(enum.Enum):
 
     F32 = "f32"
     BF16_TENSOR_CORE = "bf16 products, fp32 sums"
-    F16_TENSOR_CORE = "fp16 products, fp32 sums"
 
 
 @dataclass(frozen=True)
 class PrecisionGuarantee:
-    """
-    What a SKU promises about its result.
+    """What a SKU promises about its result.
 
     The result is some ``x`` rounded once, to nearest even, to the output's kind, with
     ``|x - exact| <= rounding_units * 2**-24 * magnitude``: ``magnitude`` is the family's own (for a merge
@@ -79,6 +76,18 @@ class PrecisionGuarantee:
     bit_stable_on_same_hardware: bool
     rounding_units: float
     derivation: str
+
+    @classmethod
+    def exact(cls, derivation: str) -> PrecisionGuarantee:
+        """Nothing but the final rounding."""
+        return cls(
+            math_precision=MathPrecision.F32,
+            accumulator=ElementKind.F32,
+            deterministic=True,
+            bit_stable_on_same_hardware=True,
+            rounding_units=0.0,
+            derivation=derivation,
+        )
 
     def bound(self, magnitude: np.ndarray) -> np.ndarray:
         """The largest error before the final rounding, for float64 magnitudes."""
@@ -93,8 +102,7 @@ class PrecisionGuarantee:
 
 
 def round_to(exact: np.ndarray, kind: ElementKind) -> np.ndarray:
-    """
-    Round float64 once, to nearest even, to a kind.
+    """Round float64 once, to nearest even, to a kind.
 
     Casting float64 to bf16 goes through fp32, which rounds twice; the fp32 value is therefore made sticky
     (odd in its last bit where it is inexact), so that the second rounding cannot see a false tie.

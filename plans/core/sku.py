@@ -14,7 +14,7 @@ class OpCategory(enum.Enum):
     ADAPTER_WEIGHT = "adapter weight"
     SHAPE_LAYOUT = "shape and layout"
     ELEMENTWISE = "elementwise"
-    GEMM = "gemm"
+    HYPER_CONNECTION = "hyper-connection"
 
 
 class BackendKind(enum.Enum):

@@ -20,8 +20,7 @@ def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TensorRef:
-    """
-    A tensor that a plan reads.
+    """A tensor that a plan reads.
 
     ``data`` is a device address on a GPU and a flat array of the kind's storage dtype in the simulator, where
     element (0, ..., 0) is the first. ``stride`` counts elements; ``available`` is how many elements the buffer

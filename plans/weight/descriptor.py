@@ -31,8 +31,7 @@ class Sink(enum.Enum):
 
 
 class WeightLayout(enum.Enum):
-    """
-    How base and result lie in memory; the value is the kernels' name.
+    """How base and result lie in memory; the value is the kernels' name.
 
     CHECKPOINT: [out, in, *kernel]. FLAME: [in, out], and [*kernel, in, out] for convolutions.
     """
@@ -43,8 +42,7 @@ class WeightLayout(enum.Enum):
 
 @dataclass(frozen=True)
 class WeightDescriptor:
-    """
-    out = round(W + sum_i scale_i * source_i), or the sum alone, or DoRA's form of it.
+    """out = round(W + sum_i scale_i * source_i), or the sum alone, or DoRA's form of it.
 
     With delta = sum_i scale_i * source_i and V = W + delta, DoRA is
     ``W + strength * (magnitude * V / (norm(V) + 2**-23) - W)``, the norm over each output row or each input channel.
@@ -146,8 +144,7 @@ class WeightDescriptor:
         magnitude: np.ndarray | None = None,
         strength: float = 1.0,
     ) -> tuple[np.ndarray, np.ndarray]:
-        """
-        The exact result in float64, in the stored shape, and the magnitude that the guarantee is relative to.
+        """The exact result in float64, in the stored shape, and the magnitude that the guarantee is relative to.
 
         The magnitude is |W| + sum_i |scale_i| * (source_i of the factors' absolute values), through DoRA's gain.
         """
@@ -192,8 +189,7 @@ class WeightDescriptor:
 
 
 class WeightArgs(Arguments):
-    """
-    The tensors and numbers of one run.
+    """The tensors and numbers of one run.
 
     ``factors`` holds, for each source, its tensors in the order of the source's operands; ``scales`` one number
     for each source (strength times alpha / rank); ``strength`` is DoRA's.

@@ -1,5 +1,4 @@
-"""
-Many weights in few launches: members that one kernel computes go in one launch, the others by launches of their own.
+"""Many weights in few launches: members that one kernel computes go in one launch, the others by launches of their own.
 
     plan = GroupedWeightPlan.select(stream, GroupedWeightDescriptor(tuple(descriptors)))
     args = GroupedWeightArgs([WeightArgs(...), ...], table=device.allocate(plan.table_size(), stream))
@@ -42,8 +41,7 @@ class GroupedWeightDescriptor:
 
 
 class GroupedWeightArgs(Arguments):
-    """
-    The arguments of each member in the descriptor's order, and ``table``: at least ``plan.table_size()`` bytes.
+    """The arguments of each member in the descriptor's order, and ``table``: at least ``plan.table_size()`` bytes.
 
     Members may share what they read, and their not-finite flag. No table is needed where its size is 0.
     """
@@ -70,7 +68,8 @@ class _Group:
 
 
 class GroupedWeightPlan(Contract):
-    """
+    """Many weights in few launches.
+
     Each member is computed by the SKU that :class:`WeightPlan` selects for it, with that SKU's guarantee and, bit for
     bit, its result: ``plan.members[i].sku``, ``plan.members[i].precision_guarantee``.
     """
@@ -88,8 +87,7 @@ class GroupedWeightPlan(Contract):
 
     @classmethod
     def make(cls, descriptor: GroupedWeightDescriptor, preference: PlanPreference, device: Device) -> Self:
-        """
-        Select each member's plan, and group what shares a kernel.
+        """Select each member's plan, and group what shares a kernel.
 
         Raises :class:`NoSku` where a member has none, or where all together need more workspace than preferred.
         """
@@ -109,8 +107,7 @@ class GroupedWeightPlan(Contract):
         return self._table_bytes
 
     def can_implement(self, args: GroupedWeightArgs) -> None:
-        """
-        Check every member's arguments, their overlaps with each other, and the table.
+        """Check every member's arguments, their overlaps with each other, and the table.
 
         Raises a :class:`plans.core.PlanError` that names member, operand, found and wanted.
         """
@@ -137,8 +134,7 @@ class GroupedWeightPlan(Contract):
             raise MisalignedOperand(f"{self.name}: the table lies at {table.address:#x}, wanted a multiple of 8 bytes")
 
     def encode(self, args: GroupedWeightArgs, blocks: bool = True) -> np.ndarray:
-        """
-        What ``args.table`` has to hold when ``run`` is executed, as bytes; checks the arguments.
+        """What ``args.table`` has to hold when ``run`` is executed, as bytes; checks the arguments.
 
         Without ``blocks`` only the leading part that depends on the arguments: enough where the rest is there from
         earlier arguments of the same plan.

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from plans.core.errors import InvalidProblem
 from plans.core.plan import Plan
 from plans.weight.descriptor import WeightArgs
 from plans.weight.kronecker import VECTOR
 from plans.weight.portable import PORTABLE
 from plans.weight.tile import MMA
+
+_LARGEST = float(np.finfo(np.float32).max)
 
 
 class WeightPlan(Plan):
@@ -22,6 +26,9 @@ class WeightPlan(Plan):
         wanted = self.descriptor.source_operands
         if len(args.scales) != len(wanted):
             raise InvalidProblem(f"{where}: {len(args.scales)} scales given, wanted {len(wanted)}: one for each source")
+        for number in (*args.scales, args.strength):
+            if not abs(number) <= _LARGEST:
+                raise InvalidProblem(f"{where}: scale or strength {number:g}, wanted a finite fp32 value")
         if [*map(len, args.factors)] != [*map(len, wanted)]:
             names = "; ".join(", ".join(operand.name for operand in group) for group in wanted)
             raise InvalidProblem(f"{where}: factors in groups of {[*map(len, args.factors)]}, wanted them as {names}")

@@ -1,5 +1,4 @@
-"""
-From a descriptor's sources to what kernels evaluate: small factors are contracted into workspace first.
+"""From a descriptor's sources to what kernels evaluate: small factors are contracted into workspace first.
 
 Tucker cores, factored halves of a Kronecker product and transposed factors become plain low-rank or full fp32
 factors, so that the weight kernels know five simple sources.
@@ -50,8 +49,7 @@ class Contraction:
 
 @dataclass(frozen=True)
 class Resolved:
-    """
-    One source as kernels see it: its kernel name and kinds, factors, and integer parameters between them.
+    """One source as kernels see it: its kernel name and kinds, factors, and integer parameters between them.
 
     ``numbers`` are the integers that follow the pointers in the kernel's parameter tuple.
     """

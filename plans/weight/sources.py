@@ -1,5 +1,4 @@
-"""
-Where a weight delta comes from: the adapters' formulas as data.
+"""Where a weight delta comes from: the adapters' formulas as data.
 
 A source describes factors and a formula over a weight of ``out`` rows and ``in * taps`` columns (taps: the
 product of the kernel's extents); its factors' shapes follow. Everything is in checkpoint layout.
@@ -14,7 +13,6 @@ product of the kernel's extents); its factors' shapes follow. Everything is in c
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,8 +24,7 @@ from plans.core.precision import ElementKind
 
 @dataclass(frozen=True)
 class LowRank:
-    """
-    left [out, rank] @ right [rank, in * taps].
+    """left [out, rank] @ right [rank, in * taps].
 
     ``left_transposed``: left is stored [rank, out]. ``core``: the kind of a Tucker core [rank, core_rank, taps];
     right is then [core_rank, in].
@@ -96,8 +93,7 @@ class Hadamard:
 
 @dataclass(frozen=True)
 class Kronecker:
-    """
-    kron(w1, w2): w1 [a, b], w2 [c, d * taps], over a weight of a * c rows and b * d * taps columns.
+    """kron(w1, w2): w1 [a, b], w2 [c, d * taps], over a weight of a * c rows and b * d * taps columns.
 
     Either half is a kind (stored full) or a :class:`LowRank` (w1 with one tap).
     """
@@ -185,8 +181,3 @@ def _half_count(half: ElementKind | LowRank) -> int:
     if isinstance(half, ElementKind):
         return 1
     return 2 if half.core is None else 3
-
-
-def factor_mapping(operands: tuple[Operand, ...], arrays: Mapping[str, np.ndarray]) -> list[np.ndarray]:
-    """The operands' float64 values, reshaped as declared."""
-    return [np.asarray(arrays[o.name], np.float64).reshape(o.shape) for o in operands]

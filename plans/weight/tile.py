@@ -83,7 +83,7 @@ def _base_place(descriptor: WeightDescriptor, words: int) -> str:
     base = descriptor.base
     if base is not None and words >= WALK_WORDS:
         return "walk"
-    shared = base is not None and (ELEMENTS[base.value].words > 4 or words > PRODUCT_WORDS or descriptor.is_dora)
+    shared = base is not None and (ELEMENTS[base.value].words > 4 or words > PRODUCT_WORDS)
     return "shared" if shared else "registers"
 
 
