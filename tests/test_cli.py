@@ -177,6 +177,35 @@ def test_closed_pipe_ends_quietly():
     assert done.stderr == ""
 
 
+@pytest.mark.parametrize("closed", ["stdout", "stderr"])
+@pytest.mark.parametrize("command", ["inspect", "merge"])
+def test_stream_closed_from_the_start_is_no_failure(command: str, closed: str, tmp_path: Path):
+    options = {
+        "inspect": [EXAMPLES / "tiny-unet"],
+        "merge": [EXAMPLES / "tiny-unet", EXAMPLES / "lokr.safetensors", "--output", tmp_path / "out", "--dry-run"],
+    }
+    closing = {"stdout": ">&-", "stderr": "2>&-"}[closed]
+    line = ["bash", "-c", f'"$@" {closing}', "-", sys.executable, "-m", "lycoris", command, *options[command]]
+    done = subprocess.run(line, capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_what_the_terminal_cannot_show_is_escaped(tmp_path: Path):
+    path = tmp_path / "bäse.safetensors"
+    save_file({"größe": np.ones(3, np.float16)}, path)
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    command = [sys.executable, "-m", "lycoris", "inspect"]
+    shown = subprocess.run([*command, path], capture_output=True, text=True, cwd=ROOT, env=environment, check=True)
+    assert "b\\xe4se.safetensors" in shown.stdout
+    assert "gr\\xf6\\xdfe" in shown.stdout
+    path.write_bytes(b"")
+    refused = subprocess.run([*command, path], capture_output=True, text=True, cwd=ROOT, env=environment, check=False)
+    assert refused.returncode == 1
+    assert refused.stderr.startswith("error: ")
+    assert "b\\xe4se.safetensors" in refused.stderr
+
+
 def test_inspect_adapter_as_json():
     result = invoke("inspect", EXAMPLES / "locon.safetensors", "--json")
     assert result.exit_code == 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 import re
 from collections import Counter
 
@@ -283,6 +284,17 @@ def test_descriptors_that_contradict_themselves_are_refused(changes, message):
     WeightDescriptor(**good)
     with pytest.raises(InvalidProblem, match=re.escape(message)):
         WeightDescriptor(**{**good, **changes})
+
+
+@pytest.mark.parametrize("numbers", [{"scales": [1e39]}, {"scales": [math.nan]}, {"strength": -math.inf}])
+def test_scales_beyond_fp32_are_refused(numbers, device):
+    descriptor = describe(EVEN, KRONECKER, BF16)
+    plan = WeightPlan.select(None, descriptor, device=device)
+    args = arguments(operands(device, descriptor))
+    for name, value in numbers.items():
+        setattr(args, name, value)
+    with pytest.raises(InvalidProblem, match="^weight: scale or strength .*, wanted a finite fp32 value"):
+        plan.can_implement(args)
 
 
 def test_every_refusal_is_listed(device):
