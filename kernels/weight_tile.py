@@ -128,10 +128,8 @@ def _single_body(base, out, sources, sink, check, tile, finish) -> Callable:
         if parked:
             memory.copy_async_wait_all()
         warp.block_barrier()
-        trace = all_groups(
-            np.uint32(0), shared, raw, np.uint32(0), held, state, out_pointer, row, rows, lane_column, columns, thread,
-            lane, p, sink_p,
-        )  # fmt: skip
+        place = (row, rows, lane_column, columns, thread, lane)
+        trace = all_groups(np.uint32(0), shared, raw, np.uint32(0), held, state, out_pointer, place, p, sink_p)
         end(state, tile_column, row, rows, lane, sink_p)
         if check and not all_finite(trace):
             flag[0] = np.int32(1)
@@ -181,10 +179,8 @@ def _walk_body(base, out, sources, sink, check, tile, finish) -> Callable:
                 begin(next_state, next_row, rows, lane, sink_p)
             memory.copy_async_commit()
             base_arrived()
-            trace = all_groups(
-                trace, shared, raw, slot0, held, state, out_pointer, row, rows, lane_column, columns, thread, lane, p,
-                sink_p,
-            )  # fmt: skip
+            place = (row, rows, lane_column, columns, thread, lane)
+            trace = all_groups(trace, shared, raw, slot0, held, state, out_pointer, place, p, sink_p)
             end(state, tile_column, row, rows, lane, sink_p)
             for i in range(words_held):
                 held[i] = next_held[i]
@@ -200,14 +196,15 @@ def _walk_body(base, out, sources, sink, check, tile, finish) -> Callable:
 
 
 @device
-def _no_group(
-    trace, shared, raw, slot0, held, state, out_pointer, row, rows, lane_column, columns, thread, lane, p, sink_p
-):
+def _no_group(trace, shared, raw, slot0, held, state, out_pointer, place, p, sink_p):
     return trace
 
 
 def _group_chain(base, out, sources, sink, check, tile) -> Callable:
-    """All groups of 32 columns, one after the other; unrolled, since registers cannot be indexed by a variable."""
+    """All groups of 32 columns, one after the other; unrolled, since registers cannot be indexed by a variable.
+
+    ``place`` is where the lane is: row, rows, its first column, columns, thread, lane.
+    """
     chain = _no_group
     for group in range(tile.groups):
         chain = _then_group(chain, base, out, sources, sink, check, tile, group)
@@ -232,26 +229,9 @@ def _then_group(rest: Callable, base, out, sources, sink, check, tile, group: in
     ordered = _ordered(sources, sink, tile)
 
     @device
-    def groups(
-        trace, shared, raw, slot0, held, state, out_pointer, row, rows, lane_column, columns, thread, lane, p, sink_p
-    ):
-        trace = rest(
-            trace,
-            shared,
-            raw,
-            slot0,
-            held,
-            state,
-            out_pointer,
-            row,
-            rows,
-            lane_column,
-            columns,
-            thread,
-            lane,
-            p,
-            sink_p,
-        )
+    def groups(trace, shared, raw, slot0, held, state, out_pointer, place, p, sink_p):
+        row, rows, lane_column, columns, thread, lane = place
+        trace = rest(trace, shared, raw, slot0, held, state, out_pointer, place, p, sink_p)
         if ordered:
             warp.sync_warp()
         delta = cuda.local.array(results, np.float32)
