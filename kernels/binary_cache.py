@@ -12,12 +12,32 @@ import hashlib
 import json
 import os
 import tempfile
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Protocol
 
-if TYPE_CHECKING:
-    from kernels.target import Binary, ComputeCapability, Kernel
+
+@dataclass(frozen=True)
+class Binary:
+    """A kernel compiled for one architecture."""
+
+    cubin: bytes
+    entry: str
+    log: str
+
+
+class Compilable(Protocol):
+    """What the cache asks of a kernel: everything its binary depends on, and how to make it."""
+
+    key: str
+    parameters: tuple
+    threads: int
+    min_blocks: int
+    max_registers: int | None
+
+    def compile(self, cc: tuple) -> Binary:
+        """Compile for an architecture."""
 
 
 def folder() -> Path | None:
@@ -51,7 +71,7 @@ def _sources_digest() -> str:
     return digest.hexdigest()
 
 
-def _file_name(kernel: Kernel, cc: ComputeCapability) -> str:
+def _file_name(kernel: Compilable, cc: tuple) -> str:
     identity = (_sources_digest(), kernel.key, str(kernel.parameters), kernel.threads, kernel.min_blocks,
                 kernel.max_registers, cc)  # fmt: skip
     return hashlib.sha256(repr(identity).encode()).hexdigest() + ".kernel"
@@ -59,8 +79,6 @@ def _file_name(kernel: Kernel, cc: ComputeCapability) -> str:
 
 def _read(path: Path) -> Binary | None:
     """The cached binary; None if the file is absent or is not what was written."""
-    from kernels.target import Binary
-
     if not path.is_file():
         return None
     digest, _, content = path.read_bytes().partition(b"\n")
@@ -71,7 +89,7 @@ def _read(path: Path) -> Binary | None:
     return Binary(cubin, header["entry"], header["log"])
 
 
-def _write(path: Path, kernel: Kernel, binary: Binary) -> None:
+def _write(path: Path, kernel: Compilable, binary: Binary) -> None:
     """Store a binary; the file appears whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     header = json.dumps({"entry": binary.entry, "log": binary.log, "key": kernel.key})
@@ -89,7 +107,7 @@ def _digest(content: bytes) -> bytes:
     return hashlib.sha256(content).hexdigest().encode()
 
 
-def load_or_compile(kernel: Kernel, cc: ComputeCapability) -> Binary:
+def load_or_compile(kernel: Compilable, cc: tuple) -> Binary:
     """The kernel's machine code for ``cc``, from the cache if it is there, else compiled and stored."""
     root = folder()
     if root is None:

@@ -39,7 +39,8 @@ from numba.cuda import types  # noqa: E402
 from numba.cuda.core import config as _numba_config  # noqa: E402
 from numba.cuda.np import numpy_support  # noqa: E402
 
-from kernels import simulator  # noqa: E402
+from kernels import binary_cache, simulator  # noqa: E402
+from kernels.binary_cache import Binary  # noqa: E402
 
 SIMULATOR = bool(_numba_config.ENABLE_CUDASIM)
 if SIMULATOR:
@@ -64,15 +65,6 @@ f32 = types.float32
 def device(fn: Callable) -> Callable:
     """Mark a device function: inlined into its kernels on a GPU, a plain function in the simulator."""
     return fn if SIMULATOR else cuda.jit(device=True, forceinline=True)(fn)
-
-
-@dataclass(frozen=True)
-class Binary:
-    """A kernel compiled for one architecture."""
-
-    cubin: bytes
-    entry: str
-    log: str
 
 
 @dataclass(frozen=True, eq=False)
@@ -185,8 +177,6 @@ def _handle(kernel: Kernel, shared: int) -> tuple[Any, Binary]:
     """The loaded kernel on the current device: compiled, or read from the disk cache, once."""
     from cuda.bindings import driver
     from cuda.core import Device, ObjectCode
-
-    from kernels import binary_cache
 
     current = Device()
     with _compile_lock:
