@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -48,14 +47,6 @@ class Replay:
         stop = self._stream.record(options=options)
         stop.sync()
         return (stop - start) * 1e-3 / self._count
-
-
-def device_seconds(device: Device, calls: Sequence[Callable[[Any], None]], rounds: int = 15) -> float:
-    """Median seconds of one call, over replays of a graph of all of them."""
-    replay = Replay(device, calls)
-    for _ in range(2):
-        replay.seconds()
-    return statistics.median(replay.seconds() for _ in range(rounds))
 
 
 def copy_call(target: int, source: int, nbytes: int) -> Callable[[Any], None]:

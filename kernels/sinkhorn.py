@@ -1,4 +1,4 @@
-"""Sinkhorn-Knopp normalisation of small square matrices and its gradient: one block a matrix, all of it in shared memory.
+"""Sinkhorn-Knopp normalisation of small square matrices and its gradient: one block a matrix, in shared memory.
 
 A thread owns one row in a row step and one column in a column step and adds up alone, so that every sum has one order.
 The modes, "exp" and "softmax", are said in ``plans/sinkhorn.py``. The gradient is carried with respect to the logarithm
@@ -269,8 +269,9 @@ def _unwind(mode: str, extent: int) -> Callable:
 
 @kernel_factory(*_EXAMPLES)
 def sinkhorn_backward(mode, extent):
-    """The gradient of the logits through every iteration. Parameters: logits, d_out, d_logits, entered, n, iterations, eps.
+    """The gradient of the logits through every iteration; one block a matrix.
 
+    Parameters: logits, d_out, d_logits, entered, n, iterations, eps.
     ``entered`` [batch, iterations, n, n] is scratch: the matrix that enters each iteration, kept on the way forward.
     The way back recomputes from it what lies within the iteration, with the bits of the way forward.
     """

@@ -6,7 +6,16 @@ from plans.cast import CastDescriptor, CastPlan
 from plans.core.device import Device
 from plans.core.plan import Plan, PlanPreference
 from plans.core.precision import ElementKind
+from plans.hyper_connection import HyperConnectionDescriptor, HyperConnectionPlan
+from plans.hyper_connection_backward import HyperConnectionBackwardDescriptor, HyperConnectionBackwardPlan
 from plans.layout import Conversion, LayoutDescriptor, LayoutPlan
+from plans.sinkhorn import (
+    SinkhornBackwardDescriptor,
+    SinkhornBackwardPlan,
+    SinkhornDescriptor,
+    SinkhornMode,
+    SinkhornPlan,
+)
 from plans.weight import (
     Hadamard,
     Kronecker,
@@ -42,6 +51,22 @@ EXAMPLES: tuple[tuple[type[Plan], str, object], ...] = (
     ),
     (CastPlan, "bf16 to fp32", CastDescriptor(3072 * 3072, _BF16, _F32)),
     (LayoutPlan, "NHWC to NCHW", LayoutDescriptor((2, 64, 64, 320), _BF16, Conversion.TO_NCHW)),
+    (
+        HyperConnectionPlan,
+        "static hyper-connection, 4 streams, bf16",
+        HyperConnectionDescriptor(1280, 2560, 4, 20, 1e-5, _BF16),
+    ),
+    (
+        HyperConnectionBackwardPlan,
+        "gradient of the static hyper-connection",
+        HyperConnectionBackwardDescriptor(1280, 2560, 4, 20, 1e-5, _BF16),
+    ),
+    (SinkhornPlan, "Sinkhorn as in mHC.cu, n = 4", SinkhornDescriptor(8192, 4, 20, 1e-5, SinkhornMode.EXP)),
+    (
+        SinkhornBackwardPlan,
+        "gradient of Sinkhorn as in TileLang, n = 4",
+        SinkhornBackwardDescriptor(8192, 4, 20, 1e-6, SinkhornMode.SOFTMAX),
+    ),
 )
 
 

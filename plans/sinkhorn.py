@@ -1,5 +1,7 @@
 """Sinkhorn-Knopp normalisation of batched [n, n] fp32 matrices towards doubly stochastic ones, and its gradient.
 
+For example:
+
     plan = SinkhornPlan.select(stream, SinkhornDescriptor(batch=8, n=4, iterations=20, eps=1e-5, mode=SinkhornMode.EXP))
     plan.run(stream, None, SinkhornArgs(out, logits))
 
@@ -198,26 +200,39 @@ class SinkhornBackwardArgs(Arguments):
         return [self.d_logits, self.logits, self.d_out]
 
 
-def sinkhorn_units(n: int, iterations: int, eps: float, mode: SinkhornMode) -> float:
+def _start_units(descriptor: SinkhornDescriptor) -> float:
+    """The relative error of the first matrix, in units of 2**-24.
+
+    An exponential of 2 ulp. A softmax's difference from the maximum, r, is rounded, which costs r units of a term
+    exp(-r) that counts beside eps as long as r < log(1 / eps) + 1; its sum and division cost n + 2.
+    """
+    if descriptor.mode is SinkhornMode.EXP:
+        return 4.0
+    return 4.0 + (1.0 - math.log(descriptor.eps)) + (descriptor.n + 2)
+
+
+def sinkhorn_units(descriptor: SinkhornDescriptor) -> float:
     """The relative error of M in units of 2**-24, to first order, where no sum lies within rounding of the guard.
 
-    With element errors of at most e_k after k steps and row and column scalings that are wrong by a_k and b_k, a step
-    makes a_k <= b_(k-1) + e_k + n: a weighted mean of errors is no larger than they are, and n is the sum's rounding.
-    e_k is the start's and one division a step. All K steps together: a + b + e <= 2 (K (start + n + 1) + K**2 / 2) + e.
-    The start is an exponential of 2 ulp; a softmax's difference from its maximum r is rounded, which costs r units of a
-    term exp(-r) that counts beside eps as long as r < log(1 / eps) + 1, and its sum and division n + 2.
+    With elements wrong by at most e_k after k steps, and row and column scalings wrong by a_k and b_k, a step makes
+    a_k <= b_(k-1) + e_k + n: a weighted mean of errors is no larger than they are, and n is the sum's rounding. e_k is
+    the start's error and one division a step. All K steps together: a + b + e <= 2 (K (start + n + 1) + K**2 / 2) + e.
     """
-    steps = 2 * iterations
-    start = 4.0 if mode is SinkhornMode.EXP else 4.0 + (1.0 - math.log(eps)) + (n + 2)
-    return 2 * (steps * (start + n + 1) + steps**2 / 2) + start + steps
+    steps, start = 2 * descriptor.iterations, _start_units(descriptor)
+    return 2 * (steps * (start + descriptor.n + 1) + steps**2 / 2) + start + steps
+
+
+def gradient_units(descriptor: SinkhornDescriptor) -> float:
+    """The error of the logits' gradient in units of 2**-24 of the largest term that any step adds."""
+    return 2 * (2 * descriptor.iterations + descriptor.n + 6 + _start_units(descriptor))
 
 
 _FORWARD_DERIVATION = (
     "exponential 2 ulp, n + 1 roundings a step, carried through weighted means by all later steps: sinkhorn_units"
 )
 _BACKWARD_DERIVATION = (
-    "each of the 2T steps rounds the largest term it adds n + 6 times and is handed on by projections that at most "
-    "double it; the matrices it multiplies by are wrong by the forward's first-order bound"
+    "of the largest term that any step adds: one rounding a step (2T), a sum's (n), the matrix's, twice for what the "
+    "projections hand on; measured below a tenth of it, on nearly decomposable matrices too, where no sum is near eps"
 )
 
 
@@ -232,13 +247,12 @@ def _guarantee(units: float, derivation: str) -> PrecisionGuarantee:
     )
 
 
-def _forward_guarantee(d: SinkhornDescriptor) -> PrecisionGuarantee:
-    return _guarantee(sinkhorn_units(d.n, d.iterations, d.eps, d.mode), _FORWARD_DERIVATION)
+def _forward_guarantee(descriptor: SinkhornDescriptor) -> PrecisionGuarantee:
+    return _guarantee(sinkhorn_units(descriptor), _FORWARD_DERIVATION)
 
 
-def _backward_guarantee(d: SinkhornDescriptor) -> PrecisionGuarantee:
-    forward = sinkhorn_units(d.n, d.iterations, d.eps, d.mode)
-    return _guarantee(forward + 2 * 2 * d.iterations * (d.n + 6), _BACKWARD_DERIVATION)
+def _backward_guarantee(descriptor: SinkhornDescriptor) -> PrecisionGuarantee:
+    return _guarantee(gradient_units(descriptor), _BACKWARD_DERIVATION)
 
 
 def _refuses(descriptor: SinkhornDescriptor) -> str:

@@ -28,6 +28,7 @@ class GoldenCase:
     adapters: tuple[tuple[Path, float], ...]
     expected_file: Path
     unmatched: tuple[str, ...]
+    algorithm: str
 
     def expected(self) -> dict[str, np.ndarray]:
         """Every tensor that changes, float32."""
@@ -48,6 +49,7 @@ def _read(path: Path) -> GoldenCase:
         adapters=tuple((folder / row["file"], row["strength"]) for row in case["adapters"]),
         expected_file=folder / case["expected"],
         unmatched=tuple(case.get("unmatched_modules", ())),
+        algorithm=case["algorithm"],
     )
 
 

@@ -31,13 +31,19 @@ def test_all_cases_are_there():
     assert len(CASES) == 41
 
 
+# Of the rows of the weights that PEFT's DoRA cases change.
+SMALLEST_NORM = 0.05
+
+
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_merged_values(case):
     tensors, values, merged, matchings = merged_case(case)
     expected = case.expected()
     assert merged.keys() == expected.keys()
+    # PEFT divides DoRA's magnitude by the norm alone, a merge always by the norm plus 2^-23.
+    eps_shift = 2.0**-23 / SMALLEST_NORM if case.algorithm == "lora+dora" else 0.0
     for name, wanted in expected.items():
-        np.testing.assert_allclose(merged[name], wanted, rtol=1e-6, atol=1e-12, err_msg=name)
+        np.testing.assert_allclose(merged[name], wanted, rtol=1e-6 + eps_shift, atol=1e-12, err_msg=name)
         dtype = DTYPES[tensors[name].dtype]
         assert_golden(merged[name].astype(dtype), wanted, values[name], dtype)
     absent = [stem for matching in matchings for stems in matching.absent.values() for stem in stems]

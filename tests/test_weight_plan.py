@@ -293,7 +293,7 @@ def test_scales_beyond_fp32_are_refused(numbers, device):
     args = arguments(operands(device, descriptor))
     for name, value in numbers.items():
         setattr(args, name, value)
-    with pytest.raises(InvalidProblem, match="^weight: scale or strength .*, wanted a finite fp32 value"):
+    with pytest.raises(InvalidProblem, match=r"^weight: scale or strength .*, wanted a finite fp32 value"):
         plan.can_implement(args)
 
 

@@ -31,6 +31,8 @@ class AdapterType(click.ParamType):
         if isinstance(value, AdapterArgument):
             return value
         path, equals, strength = value.rpartition("=")
+        if not value:
+            self.fail("the path of an adapter is empty; give ADAPTER or ADAPTER=STRENGTH", param, ctx)
         if not equals or Path(value).exists():
             return AdapterArgument(Path(value), 1.0)
         if not path:

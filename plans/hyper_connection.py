@@ -1,0 +1,211 @@
+"""Manifold-constrained hyper-connections with a static H, forward.
+
+For example:
+
+    descriptor = HyperConnectionDescriptor(320, 1280, 4, sinkhorn_iters=20, eps=1e-5, element=ElementKind.BF16)
+    plan = HyperConnectionPlan.select(stream, descriptor)
+    plan.run(stream, workspace, HyperConnectionArgs(out, x_expanded, rmsnorm_weight, h_pre, h_post, h_res))
+
+DeepSeek-AI, arXiv:2512.24880, in the form of mHC.cu (github.com/AndreSlavescu/mHC.cu), where RMSNorm stands in the
+place of the paper's sublayer F.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from kernels import hyper_connection as kernel
+from kernels.sinkhorn import EXTENTS, extent_for
+from plans.core import (
+    ArchSku,
+    BackendKind,
+    Device,
+    ElementKind,
+    InvalidProblem,
+    MathPrecision,
+    OpCategory,
+    Operand,
+    Plan,
+    PrecisionGuarantee,
+    Sku,
+    TensorMut,
+    TensorRef,
+    Workspace,
+)
+from plans.core.plan import Arguments
+from plans.sinkhorn import SinkhornDescriptor, SinkhornMode, check_sinkhorn, sinkhorn_reference, sinkhorn_units
+
+_KINDS = (ElementKind.F32, ElementKind.BF16)
+_BLOCKS = 2**31
+_F32 = ElementKind.F32
+
+
+@dataclass(frozen=True)
+class HyperConnectionDescriptor:
+    """out = M x + s_post y, of ``batch`` samples x [n_streams, hidden_dim].
+
+    M = Sinkhorn(exp(H_res)) (:attr:`plans.sinkhorn.SinkhornMode.EXP`), s_pre = sigmoid(H_pre), s_post =
+    2 sigmoid(H_post), a = sum_i s_pre[i] x[i] and y = gamma * a / sqrt(mean(a**2) + eps). ``element`` is the kind of x
+    and out, ``gamma`` that of the norm's weight, both fp32 or bf16; the mixing parameters and all arithmetic are fp32,
+    out is rounded once.
+    """
+
+    batch: int
+    hidden_dim: int
+    n_streams: int
+    sinkhorn_iters: int
+    eps: float
+    element: ElementKind
+    gamma: ElementKind = ElementKind.BF16
+
+    category = OpCategory.HYPER_CONNECTION
+
+    def __post_init__(self) -> None:
+        if min(self.batch, self.hidden_dim, self.n_streams) < 1:
+            raise InvalidProblem(
+                f"hyper-connection: batch {self.batch}, hidden_dim {self.hidden_dim} and n_streams {self.n_streams}, "
+                f"wanted all positive"
+            )
+        if self.hidden_dim < self.n_streams:
+            raise InvalidProblem(
+                f"hyper-connection: hidden_dim {self.hidden_dim} < n_streams {self.n_streams}, wanted at least one "
+                f"channel a stream"
+            )
+        check_sinkhorn("hyper-connection", self.sinkhorn_iters, self.eps)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """The shape of x and out."""
+        return (self.batch, self.n_streams, self.hidden_dim)
+
+    @property
+    def sinkhorn(self) -> SinkhornDescriptor:
+        """The projection of H_res."""
+        return SinkhornDescriptor(1, self.n_streams, self.sinkhorn_iters, self.eps, SinkhornMode.EXP)
+
+    def operands(self) -> tuple[Operand, ...]:
+        """``out``, ``x_expanded``, ``h_pre``, ``h_post``, ``h_res`` and ``rmsnorm_weight``."""
+        n = self.n_streams
+        return (
+            Operand("out", self.element, self.shape, writes=True),
+            Operand("x_expanded", self.element, self.shape),
+            Operand("h_pre", _F32, (n,)),
+            Operand("h_post", _F32, (n,)),
+            Operand("h_res", _F32, (n, n)),
+            Operand("rmsnorm_weight", self.gamma, (self.hidden_dim,)),
+        )
+
+    def reference(
+        self,
+        x_expanded: np.ndarray,
+        rmsnorm_weight: np.ndarray,
+        h_pre: np.ndarray,
+        h_post: np.ndarray,
+        h_res: np.ndarray,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The result in float64 before its rounding, and its magnitude.
+
+        The magnitude is M |x| + s_post |gamma| (A + |a| rms(A) / r) / r with A = sum_i s_pre[i] |x[i]| and r the root:
+        what cancels in a is not lost from it, and r is wrong by no more than rms(A) / r says.
+        """
+        eps = float(np.float32(self.eps))
+        x, gamma, pre, post = (v.astype(np.float64) for v in (x_expanded, rmsnorm_weight, h_pre, h_post))
+        mixing = sinkhorn_reference(h_res, self.sinkhorn_iters, eps, SinkhornMode.EXP)
+        s_pre, s_post = sigmoid(pre)[:, None], 2 * sigmoid(post)[:, None]
+        a = (s_pre * x).sum(1, keepdims=True)
+        root = np.sqrt((a * a).mean(-1, keepdims=True) + eps)
+        exact = mixing @ x + s_post * (gamma * a / root)
+        terms = (s_pre * np.abs(x)).sum(1, keepdims=True)
+        spread = np.sqrt((terms * terms).mean(-1, keepdims=True)) / root
+        normalised = np.abs(gamma) * (terms + np.abs(a) * spread) / root
+        return exact, mixing @ np.abs(x) + s_post * normalised + 2.0**-100
+
+
+def sigmoid(x: np.ndarray) -> np.ndarray:
+    """1 / (1 + exp(-x)), of the side of exp that does not overflow."""
+    return np.exp(np.minimum(x, 0)) / (1 + np.exp(-np.abs(x)))
+
+
+class HyperConnectionArgs(Arguments):
+    """The tensors of one run: x_expanded and out [B, n, C], rmsnorm_weight [C], h_pre and h_post [n], h_res [n, n].
+
+    ``out`` must not overlap any other.
+    """
+
+    def __init__(
+        self,
+        out: TensorMut,
+        x_expanded: TensorRef,
+        rmsnorm_weight: TensorRef,
+        h_pre: TensorRef,
+        h_post: TensorRef,
+        h_res: TensorRef,
+    ) -> None:
+        super().__init__()
+        self.out, self.x_expanded, self.rmsnorm_weight = out, x_expanded, rmsnorm_weight
+        self.h_pre, self.h_post, self.h_res = h_pre, h_post, h_res
+
+    def tensors(self) -> list[TensorRef]:
+        """The operands in the order of their declaration."""
+        return [self.out, self.x_expanded, self.h_pre, self.h_post, self.h_res, self.rmsnorm_weight]
+
+
+def refuses(descriptor: HyperConnectionDescriptor) -> str:
+    """Why the portable kernels, forward and backward, do not compute a descriptor, or ""."""
+    for name, kind in (("element", descriptor.element), ("gamma", descriptor.gamma)):
+        if kind not in _KINDS:
+            return f"takes {name} {' or '.join(k.value for k in _KINDS)}, not {kind.value}"
+    if descriptor.n_streams > EXTENTS[-1]:
+        return f"takes 1 to {EXTENTS[-1]} streams, not {descriptor.n_streams}"
+    return "" if descriptor.batch < _BLOCKS else "takes fewer than 2**31 samples"
+
+
+def _guarantee(descriptor: HyperConnectionDescriptor) -> PrecisionGuarantee:
+    n, squares = descriptor.n_streams, -(-descriptor.hidden_dim // kernel.THREADS)
+    return PrecisionGuarantee(
+        math_precision=MathPrecision.F32,
+        accumulator=_F32,
+        deterministic=True,
+        bit_stable_on_same_hardware=True,
+        rounding_units=sinkhorn_units(descriptor.sinkhorn) + 2 * (n + 8) + (squares + 16) / 2 + 12,
+        derivation="M's own error; sums over n streams of products with sigmoids (n + 8, in a and again in the root); "
+        "half the sum of squares' roundings (a thread's channels and 16); the root, two products and the sums 12",
+    )
+
+
+class _PortableProgram:
+    """Two launches: M, s_pre and s_post into the workspace, then every sample with them."""
+
+    def __init__(self, descriptor: HyperConnectionDescriptor, device: Device) -> None:
+        d, eps = descriptor, np.float32(descriptor.eps)
+        self.weigh = kernel.mixing_weights(SinkhornMode.EXP.value, extent_for(d.n_streams)).launcher((1, 1, 1))
+        self.connect = kernel.connect(d.element.value, d.gamma.value).launcher((d.batch, 1, 1))
+        self.weigh_scalars = (d.n_streams, d.sinkhorn_iters, eps)
+        self.connect_scalars = (d.hidden_dim, d.n_streams, eps)
+
+    def bind(self, args: HyperConnectionArgs, workspace: Workspace) -> list[tuple[Callable, tuple]]:
+        """Both launches."""
+        weights = workspace.buffer.pointer(np.float32)
+        parameters = (args.h_pre.data, args.h_post.data, args.h_res.data, weights)
+        streams = (args.x_expanded.data, args.rmsnorm_weight.data, weights, args.out.data)
+        return [(self.weigh, (*parameters, *self.weigh_scalars)), (self.connect, (*streams, *self.connect_scalars))]
+
+
+class HyperConnectionPlan(Plan):
+    """Hyper-connection, static H, forward; see :class:`HyperConnectionDescriptor`."""
+
+    name = "hyper-connection"
+    skus = (
+        Sku(
+            name="portable",
+            backend=BackendKind.PORTABLE,
+            arch=ArchSku.ANY,
+            refuses=refuses,
+            guarantee=_guarantee,
+            build=_PortableProgram,
+            workspace=lambda d: 4 * d.n_streams * (d.n_streams + 2),
+        ),
+    )
