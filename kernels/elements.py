@@ -19,6 +19,21 @@ from kernels.target import cuda, device, f32p, u16p
 KINDS = ("bf16", "f16", "f32")
 
 
+def _fetch8(load128: Callable, accesses: int) -> Callable:
+    """``fetch8(pointer, index, words, at)``: eight elements as words in registers, by one or two 16-byte accesses."""
+
+    @device
+    def fetch8(pointer, index, words, at):
+        for access in range(accesses):
+            a, b, c, d = load128(pointer, index + 4 * access)
+            words[at + 4 * access] = a
+            words[at + 4 * access + 1] = b
+            words[at + 4 * access + 2] = c
+            words[at + 4 * access + 3] = d
+
+    return fetch8
+
+
 def _sixteen_bit(to_f32, from_f32, low, high, pack, follow) -> SimpleNamespace:
     @device
     def load(pointer, index):
@@ -27,22 +42,6 @@ def _sixteen_bit(to_f32, from_f32, low, high, pack, follow) -> SimpleNamespace:
     @device
     def store(pointer, index, value):
         pointer[index] = from_f32(value)
-
-    @device
-    def fetch8(pointer, index, words, at):
-        a, b, c, d = memory.load128_stream(pointer, index)
-        words[at] = a
-        words[at + 1] = b
-        words[at + 2] = c
-        words[at + 3] = d
-
-    @device
-    def fetch8_cached(pointer, index, words, at):
-        a, b, c, d = memory.load128(pointer, index)
-        words[at] = a
-        words[at + 1] = b
-        words[at + 2] = c
-        words[at + 3] = d
 
     @device
     def unpack8(words, at, values, to):
@@ -64,8 +63,8 @@ def _sixteen_bit(to_f32, from_f32, low, high, pack, follow) -> SimpleNamespace:
         return to_f32(from_f32(value))
 
     return SimpleNamespace(
-        pointer=u16p, words=4, load=load, store=store, fetch8=fetch8, fetch8_cached=fetch8_cached,
-        unpack8=unpack8, store8=store8, rounded=rounded,
+        pointer=u16p, words=4, load=load, store=store, fetch8=_fetch8(memory.load128_stream, 1),
+        fetch8_cached=_fetch8(memory.load128, 1), unpack8=unpack8, store8=store8, rounded=rounded,
     )  # fmt: skip
 
 
@@ -77,24 +76,6 @@ def _thirty_two_bit() -> SimpleNamespace:
     @device
     def store(pointer, index, value):
         pointer[index] = value
-
-    @device
-    def fetch8(pointer, index, words, at):
-        for half in range(2):
-            a, b, c, d = memory.load128_stream(pointer, index + 4 * half)
-            words[at + 4 * half] = a
-            words[at + 4 * half + 1] = b
-            words[at + 4 * half + 2] = c
-            words[at + 4 * half + 3] = d
-
-    @device
-    def fetch8_cached(pointer, index, words, at):
-        for half in range(2):
-            a, b, c, d = memory.load128(pointer, index + 4 * half)
-            words[at + 4 * half] = a
-            words[at + 4 * half + 1] = b
-            words[at + 4 * half + 2] = c
-            words[at + 4 * half + 3] = d
 
     @device
     def unpack8(words, at, values, to):
@@ -117,8 +98,8 @@ def _thirty_two_bit() -> SimpleNamespace:
         return np.float32(value)
 
     return SimpleNamespace(
-        pointer=f32p, words=8, load=load, store=store, fetch8=fetch8, fetch8_cached=fetch8_cached,
-        unpack8=unpack8, store8=store8, rounded=rounded,
+        pointer=f32p, words=8, load=load, store=store, fetch8=_fetch8(memory.load128_stream, 2),
+        fetch8_cached=_fetch8(memory.load128, 2), unpack8=unpack8, store8=store8, rounded=rounded,
     )  # fmt: skip
 
 
