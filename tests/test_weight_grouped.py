@@ -257,7 +257,17 @@ def test_plans_are_cached(device):
     members = GroupedWeightDescriptor((member("locon r1", WHOLE),) * 2)
     plan = GroupedWeightPlan.select(None, members, device=device)
     assert GroupedWeightPlan.select(None, GroupedWeightDescriptor(members.members), device=device) is plan
-    assert plan.members[0] is plan.members[1] is WeightPlan.select(None, members.members[0], device=device)
+    assert plan.members[0] is plan.members[1]
+    assert plan.members[0].chosen is WeightPlan.select(None, members.members[0], device=device).chosen
+
+
+def test_members_of_a_group_do_not_compile_a_kernel_of_their_own(device):
+    (grouped,) = GroupedWeightPlan.select(
+        None, GroupedWeightDescriptor((member("locon r17", WHOLE),)), device=device
+    ).members
+    assert grouped.program.group_kernel is not None
+    assert "merge" not in vars(grouped.program)
+    assert "merge" in vars(WeightPlan.select(None, member("locon r17", WHOLE), device=device).program)
 
 
 def test_wrong_arguments_are_refused_with_their_member(device, make):

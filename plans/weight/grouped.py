@@ -94,7 +94,7 @@ class GroupedWeightPlan(Contract):
         plans: dict[WeightDescriptor, WeightPlan] = {}
         for member in descriptor.members:
             if member not in plans:
-                plans[member] = WeightPlan.select(None, member, preference, device)
+                plans[member] = WeightPlan.member(member, preference, device)
         plan = cls(descriptor, [plans[member] for member in descriptor.members], device)
         needed, allowed = plan.workspace_size(), preference.max_workspace_bytes
         if needed > allowed:

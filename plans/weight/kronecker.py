@@ -102,7 +102,7 @@ class KroneckerProgram(WeightProgram):
         kinds = (base, descriptor.out.value, *self.resolved[0].kernel[1:])
         choices = (*kinds, descriptor.check_finite, walk.slots, walk.ragged)
         self.grid = (walk.tiles, source.a, walk.chunks)
-        self.merge = kernel.kronecker_merge(*choices).launcher(self.grid)
+        self.kernel = kernel.kronecker_merge(*choices)
         if not self.contractions:
             self.group_kernel = kernel.kronecker_merge_grouped(*choices)
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
+from plans.core.device import Device
 from plans.core.errors import InvalidProblem
-from plans.core.plan import Plan
-from plans.weight.descriptor import WeightArgs
+from plans.core.plan import Plan, PlanPreference, Sku
+from plans.weight.descriptor import WeightArgs, WeightDescriptor
 from plans.weight.kronecker import VECTOR
 from plans.weight.portable import PORTABLE
 from plans.weight.tile import MMA
@@ -19,6 +20,18 @@ class WeightPlan(Plan):
 
     name = "weight"
     skus = (VECTOR, MMA, PORTABLE)
+
+    def __init__(self, descriptor: WeightDescriptor, chosen: Sku, device: Device, grouped: bool = False) -> None:
+        """Build the SKU; ``grouped`` plans leave their own kernel uncompiled until it is used."""
+        super().__init__(descriptor, chosen, device)
+        if self.program.kernel is not None and not grouped:
+            _ = self.program.merge
+
+    @classmethod
+    def member(cls, descriptor: WeightDescriptor, preference: PlanPreference | None, device: Device) -> WeightPlan:
+        """The plan of one weight of a group."""
+        chosen = cls.choose(descriptor, preference or PlanPreference(), device)
+        return cls(descriptor, chosen, device, grouped=True)
 
     def check(self, where: str, args: WeightArgs) -> None:
         """Compare operands with their declaration, and factors and scales with the sources."""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
-from kernels.target import Kernel
+from kernels.target import Kernel, Launcher
 from plans.core.device import Device
 from plans.core.workspace import Workspace
 from plans.weight.descriptor import Sink, WeightArgs, WeightDescriptor
@@ -39,6 +40,13 @@ class WeightProgram:
     """The grouped kernel that computes this weight as a member of a group; None where it cannot be a member."""
     grid: tuple[int, int, int] = (0, 0, 0)
     """The grid of the member's own launch."""
+    kernel: Kernel | None = None
+    """The kernel of its own launch, where it can be a member of a group."""
+
+    @functools.cached_property
+    def merge(self) -> Launcher:
+        """The launch over the weight, compiled when it is first asked for: members of a group never need it."""
+        return self.kernel.launcher(self.grid)
 
     def __init__(self, descriptor: WeightDescriptor, device: Device) -> None:
         self.descriptor, self.device = descriptor, device

@@ -158,7 +158,7 @@ class TileProgram(WeightProgram):
             self.norm, self.merge = norm.launcher(self.grid), dora.launcher(self.grid)
             return
         choices = (base, out, sources, "delta" if base is None else "merge", check, tile)
-        self.merge = weight_tile.weight_tile(*choices).launcher(self.grid)
+        self.kernel = weight_tile.weight_tile(*choices)
         if not self.contractions:
             self.group_kernel = weight_tile.weight_tile_grouped(*choices)
 
