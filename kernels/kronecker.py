@@ -156,7 +156,6 @@ def _options(base: str | None) -> dict:
         "threads": THREADS,
         "min_blocks": min(5, blocks_by_shared(shared)),
         "shared_bytes": shared,
-        "architectures": (8, 0),
     }
 
 

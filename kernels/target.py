@@ -56,9 +56,6 @@ i32p = types.CPointer(types.int32)
 i64p = types.CPointer(types.int64)
 f32p = types.CPointer(types.float32)
 i64 = types.int64
-u64 = types.uint64
-i32 = types.int32
-u32 = types.uint32
 f32 = types.float32
 
 

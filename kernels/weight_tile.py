@@ -99,8 +99,23 @@ def _tile_body(base, out, sources, sink, check, tile) -> Callable:
     return make(base, out, sources, sink, check and finish.stores, tile, finish)
 
 
+@functools.cache
+def _lane_place(tile: Tile) -> Callable:
+    """``place()``: the thread, its lane, and its first row and column in a tile."""
+    rows_of_warp = 16 * tile.row_blocks
+
+    @device
+    def place():
+        thread = warp.thread_index()
+        lane = np.uint32(thread & np.uint32(31))
+        row = np.uint32((thread >> np.uint32(5)) * np.uint32(rows_of_warp) + (lane >> np.uint32(2)))
+        return thread, lane, np.int64(row), np.int64((lane & np.uint32(3)) * np.uint32(8))
+
+    return place
+
+
 def _single_body(base, out, sources, sink, check, tile, finish) -> Callable:
-    rows_of_warp, state_words = 16 * tile.row_blocks, 4 * tile.row_blocks
+    lane_place, state_words = _lane_place(tile), 4 * tile.row_blocks
     tile_rows, tile_columns = tile.rows, tile.columns
     every = summed(sources, tile)
     stage, hold, words_held = every.stage, every.hold, max(1, held_words(sources, tile))
@@ -112,12 +127,10 @@ def _single_body(base, out, sources, sink, check, tile, finish) -> Callable:
 
     @device
     def body(shared, tile_row, tile_column, base_pointer, out_pointer, rows, columns, walk, flag, p, sink_p):
-        thread = warp.thread_index()
-        lane = np.uint32(thread & np.uint32(31))
-        row_in_tile = np.uint32((thread >> np.uint32(5)) * np.uint32(rows_of_warp) + (lane >> np.uint32(2)))
-        row = tile_row * np.int64(tile_rows) + np.int64(row_in_tile)
+        thread, lane, row_in_tile, column_in_tile = lane_place()
+        row = tile_row * np.int64(tile_rows) + row_in_tile
         column0 = tile_column * np.int64(tile_columns)
-        lane_column = column0 + np.int64((lane & np.uint32(3)) * np.uint32(8))
+        lane_column = column0 + column_in_tile
         raw = cuda.local.array(raw_words, np.uint32)
         held = cuda.local.array(words_held, np.uint32)
         state = cuda.local.array(state_words, np.float32)
@@ -138,7 +151,7 @@ def _single_body(base, out, sources, sink, check, tile, finish) -> Callable:
 
 
 def _walk_body(base, out, sources, sink, check, tile, finish) -> Callable:
-    rows_of_warp, state_words = 16 * tile.row_blocks, 4 * tile.row_blocks
+    lane_place, state_words = _lane_place(tile), 4 * tile.row_blocks
     tile_rows, tile_columns, slots = tile.rows, tile.columns, 2 * tile.row_blocks * tile.groups
     every = summed(sources, tile)
     stage, hold, words_held = every.stage, every.hold, max(1, held_words(sources, tile))
@@ -149,14 +162,12 @@ def _walk_body(base, out, sources, sink, check, tile, finish) -> Callable:
 
     @device
     def body(shared, walk_row, tile_column, base_pointer, out_pointer, rows, columns, walk, flag, p, sink_p):
-        thread = warp.thread_index()
-        lane = np.uint32(thread & np.uint32(31))
-        row_in_tile = np.uint32((thread >> np.uint32(5)) * np.uint32(rows_of_warp) + (lane >> np.uint32(2)))
+        thread, lane, row_in_tile, column_in_tile = lane_place()
         first = walk_row * walk * np.int64(tile_rows)
-        row = first + np.int64(row_in_tile)
+        row = first + row_in_tile
         last = min(first + walk * np.int64(tile_rows), rows)
         column0 = tile_column * np.int64(tile_columns)
-        lane_column = column0 + np.int64((lane & np.uint32(3)) * np.uint32(8))
+        lane_column = column0 + column_in_tile
         raw = cuda.local.array(1, np.uint32)
         held = cuda.local.array(words_held, np.uint32)
         next_held = cuda.local.array(words_held, np.uint32)
@@ -274,7 +285,6 @@ def _options(base: str | None, sources: tuple[Source, ...], sink: str, tile: Til
         "threads": 32 * tile.warps,
         "min_blocks": min(by_registers, blocks_by_shared(shared)),
         "shared_bytes": shared,
-        "architectures": (8, 0),
     }
 
 
