@@ -1,4 +1,4 @@
-"""bf16 and fp16 as bits: conversions in registers, one rounding (to nearest, ties to even) on the way down."""
+"""Bits of numbers in registers: bf16 and fp16 conversions, one rounding (to nearest, ties to even) on the way down."""
 
 from __future__ import annotations
 
@@ -37,6 +37,18 @@ def high_bf16(pair):
     return np.uint32(pair & _HIGH_HALF).view(np.float32)
 
 
+def _multiply_high(a, b):
+    return np.uint32(int(a) * int(b) >> 32)
+
+
+def _low_halves(a, b):
+    return np.uint32(int(a) & 0xFFFF | (int(b) & 0xFFFF) << 16)
+
+
+def _high_halves(a, b):
+    return np.uint32(int(a) >> 16 | int(b) >> 16 << 16)
+
+
 def _f32_to_bf16(x):
     return np.uint16(_bf16_bits(x))
 
@@ -65,6 +77,9 @@ def _high_f16(pair):
     return np.uint16(int(pair) >> 16).view(np.float16).astype(np.float32)
 
 
+multiply_high = instruction("mul.hi.u32 $0, $1, $2;", "rr", "r", twin=_multiply_high, pure=True)
+low_halves = instruction("prmt.b32 $0, $1, $2, 0x5410;", "rr", "r", twin=_low_halves, pure=True)
+high_halves = instruction("prmt.b32 $0, $1, $2, 0x7632;", "rr", "r", twin=_high_halves, pure=True)
 f32_to_bf16 = instruction("cvt.rn.bf16.f32 $0, $1;", "f", "h", twin=_f32_to_bf16, pure=True)
 pack_bf16 = instruction("cvt.rn.bf16x2.f32 $0, $2, $1;", "ff", "r", twin=_pack_bf16, pure=True)
 f16_to_f32 = instruction("cvt.f32.f16 $0, $1;", "h", "f", twin=_f16_to_f32, pure=True)

@@ -25,9 +25,13 @@ def _words(array, index, count):
     elements = count * _WORD // array.itemsize
     if start < 0 or start + elements > len(array):
         raise IndexError(f"elements {start}..{start + elements} of an array of {len(array)}")
-    if (array.ctypes.data + start * array.itemsize) % (count * _WORD):
-        raise IndexError(f"element {start} is not aligned to {count * _WORD} bytes")
+    _refuse_misaligned(array, start, count * _WORD)
     return array[start : start + elements].view(np.uint32)
+
+
+def _refuse_misaligned(array, index, size):
+    if (array.ctypes.data + int(index) * array.itemsize) % size:
+        raise IndexError(f"element {int(index)} is not aligned to {size} bytes")
 
 
 def _load128(pointer, index):
@@ -40,6 +44,10 @@ def _load64(pointer, index):
 
 def _store128(pointer, index, a, b, c, d):
     _words(pointer, index, 4)[:] = (a, b, c, d)
+
+
+def _store64(pointer, index, a, b):
+    _words(pointer, index, 2)[:] = (a, b)
 
 
 def _load32(pointer, index):
@@ -58,6 +66,7 @@ store128_stream = instruction("st.global.cs.v4.b32 [$0], {$1,$2,$3,$4};", (GLOBA
 load64 = instruction("ld.global.nc.v2.u32 {$0,$1}, [$2];", (GLOBAL,), "rr", twin=_load64)
 load32 = instruction("ld.global.nc.b32 $0, [$1];", (GLOBAL,), "r", twin=_load32)
 shared_load128 = instruction("ld.shared.v4.u32 {$0,$1,$2,$3}, [$4];", (SHARED,), "rrrr", twin=_load128)
+shared_store64 = instruction("st.shared.v2.b32 [$0], {$1,$2};", (SHARED, *"rr"), twin=_store64)
 shared_store128 = instruction("st.shared.v4.b32 [$0], {$1,$2,$3,$4};", (SHARED, *"rrrr"), twin=_store128)
 shared_store32 = instruction("st.shared.b32 [$0], $1;", (SHARED, "r"), twin=_store32)
 
@@ -95,6 +104,26 @@ def copy_async_wait(pending: int) -> Callable:
         del thread.copy_groups[:done]
 
     return instruction(f"cp.async.wait_group {pending};", "", twin=_copy_async_wait)
+
+
+@functools.cache
+def copy_async_fill(size: int) -> Callable:
+    """``copy(shared, index, pointer, source, count)``: ``size`` bytes (4, 8 or 16) of 16-bit elements, asynchronously.
+
+    Only the first ``count`` bytes are read; the rest of the destination becomes zero.
+    """
+
+    def _copy_async_fill(shared, index, pointer, source, count):
+        target, words = _words(shared, index, size // _WORD), np.zeros(size // 2, np.uint16)
+        taken = int(count) // 2
+        if taken:
+            words[:taken] = pointer[int(source) : int(source) + taken]
+            _refuse_misaligned(pointer, source, size)
+        current_thread().copies.append((target, words.view(np.uint32)))
+
+    cached = "cg" if size == 16 else "ca"
+    template = f"cp.async.{cached}.shared.global [$0], [$1], {size}, $2;"
+    return instruction(template, (SHARED, GLOBAL, "r"), twin=_copy_async_fill)
 
 
 copy_async16 = instruction("cp.async.cg.shared.global.L2::128B [$0], [$1], 16;", (SHARED, GLOBAL), twin=_copy_async16)

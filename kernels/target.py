@@ -69,7 +69,8 @@ class Kernel:
     """A kernel function with everything its compilation depends on.
 
     ``parameters`` are Numba types; tuples of types are passed flattened. ``key`` names the function and the
-    compile-time choices that made it: with the package's sources it is the disk cache's key.
+    compile-time choices that made it: with the package's sources it is the disk cache's key. ``cluster`` blocks along x
+    run together (sm_90).
     """
 
     function: Callable
@@ -79,6 +80,7 @@ class Kernel:
     min_blocks: int = 1
     max_registers: int | None = None
     shared_bytes: int = 0
+    cluster: int = 1
     architectures: ComputeCapability = (8, 0)
     _handles: dict = field(default_factory=dict)
 
@@ -118,7 +120,7 @@ class SimulatedLauncher(Launcher):
         nested = tuple(_take_argument(kernel.key, parameter, rest) for parameter in kernel.parameters)
         if unused := len(list(rest)):
             raise TypeError(f"{kernel.key}: {unused} of {len(arguments)} arguments too many")
-        simulator.launch(kernel.function, self._grid, kernel.threads, self._shared, nested)
+        simulator.launch(kernel.function, self._grid, kernel.threads, self._shared, nested, kernel.cluster)
 
 
 def _take_argument(key: str, parameter: types.Type, arguments: Iterator[Any]) -> Any:
@@ -149,7 +151,14 @@ class GpuLauncher(Launcher):
         from cuda.core import LaunchConfig, launch
 
         self._handle, self.binary = _handle(kernel, shared)
-        self._config = LaunchConfig(grid=grid, block=kernel.threads, shmem_size=shared)
+        if kernel.cluster > 1:
+            assert grid[0] % kernel.cluster == 0, (kernel.key, grid)
+            clusters = (grid[0] // kernel.cluster, *grid[1:])
+            self._config = LaunchConfig(
+                grid=clusters, cluster=(kernel.cluster, 1, 1), block=kernel.threads, shmem_size=shared
+            )
+        else:
+            self._config = LaunchConfig(grid=grid, block=kernel.threads, shmem_size=shared)
         self._launch = launch
 
     def __call__(self, stream: Any, arguments: tuple) -> None:

@@ -56,6 +56,10 @@ def _f16_f32(u):
     return u.astype(np.uint16).view(np.float16).astype(np.float32)
 
 
+HALVES_TO_F32 = {"bf16": _bf16_f32, "f16": _f16_f32}
+"""Twins' conversions of arrays of 16-bit values."""
+
+
 def _mma(to_f32):
     def combine(lanes):
         fragment_a = _halves([v[0:4] for v in lanes], to_f32)

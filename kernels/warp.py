@@ -26,6 +26,10 @@ if SIMULATOR:
         """The block's third coordinate, int64."""
         return np.int64(current_thread().block.index[2])
 
+    def grid_x():
+        """How many blocks there are along the first coordinate, int64."""
+        return np.int64(current_thread().block.launch.grid[0])
+
     def block_barrier():
         """Wait for all threads of the block; orders shared memory among them."""
         block_collective(len, None)
@@ -57,6 +61,11 @@ else:
         return np.int64(cuda.blockIdx.z)
 
     @device
+    def grid_x():
+        """How many blocks there are along the first coordinate, int64."""
+        return np.int64(cuda.gridDim.x)
+
+    @device
     def block_barrier():
         """Wait for all threads of the block; orders shared memory among them."""
         cuda.syncthreads()
@@ -75,11 +84,20 @@ def _shuffle_xor(value, mask):
     return collective(_exchange, (np.float32(value), mask))
 
 
+def _take_from(lanes):
+    return [lanes[int(source) & WARP - 1][0] for _, source in lanes]
+
+
+def _shuffle_from(value, lane):
+    return collective(_take_from, (np.float32(value), lane))
+
+
 def _sync_warp():
     collective(list, None)
 
 
 shuffle_xor = instruction("shfl.sync.bfly.b32 $0, $1, $2, 31, 0xffffffff;", "fr", "f", twin=_shuffle_xor)
+shuffle_from = instruction("shfl.sync.idx.b32 $0, $1, $2, 31, 0xffffffff;", "fr", "f", twin=_shuffle_from)
 sync_warp = instruction("bar.warp.sync 0xffffffff;", "", twin=_sync_warp)
 
 

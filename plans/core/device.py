@@ -128,7 +128,7 @@ class Device:
         self.ordinal = ordinal
         self.is_simulator = SIMULATOR
         if SIMULATOR:
-            self.name, self.arch, self._core = "Numba CUDA simulator", (8, 0), None
+            self.name, self.arch, self._core = "Numba CUDA simulator", (9, 0), None
         else:
             from cuda.core import Device as CoreDevice
 
@@ -278,14 +278,14 @@ def _open(which: str) -> Device:
         raise Unsupported("device simulator: this process runs on a GPU; set NUMBA_ENABLE_CUDASIM=1 before it starts")
     kind, _, number = which.partition(":")
     if kind != "cuda" or not number.isdigit():
-        raise Unsupported(f"device {which!r}: wanted auto, cuda:N or simulator")
+        raise Unsupported(f"device {which!r} is not known; name one of auto, cuda:N and simulator")
     if SIMULATOR:
         raise Unsupported(f"device {which}: no NVIDIA driver with a GPU was found; use auto or simulator")
     from cuda.core import Device as CoreDevice
 
     found = len(CoreDevice.get_all_devices())
     if int(number) >= found:
-        raise Unsupported(f"device {which}: this machine has {found} GPU(s), numbered from cuda:0")
+        raise Unsupported(f"device {which}: this machine has {found} GPU(s); name one of them, numbered from cuda:0")
     return Device(int(number))
 
 

@@ -22,7 +22,8 @@ class Operand:
     """One tensor of a plan: its name, kind, shape, whether it is written, and its alignment in bytes.
 
     ``may_alias`` names another operand whose bytes it may be: exactly those, not some of them. One that is ``shared``
-    may be the same in all members of a group, although they write it.
+    may be the same in all members of a group, although they write it. ``layout`` are the strides, in elements, of a
+    tensor that is not contiguous; its last axis still is.
     """
 
     name: str
@@ -32,11 +33,12 @@ class Operand:
     alignment: int = 0
     may_alias: str = ""
     shared: bool = False
+    layout: tuple[int, ...] | None = None
 
     @functools.cached_property
     def strides(self) -> tuple[int, ...]:
-        """Strides of the contiguous tensor, in elements."""
-        return contiguous_strides(self.shape)
+        """Strides of the tensor, in elements."""
+        return contiguous_strides(self.shape) if self.layout is None else self.layout
 
     @functools.cached_property
     def count(self) -> int:
@@ -44,9 +46,23 @@ class Operand:
         return math.prod(self.shape)
 
     @functools.cached_property
+    def span(self) -> int:
+        """Elements from the first to the last, with what lies between."""
+        if not self.count:
+            return 0
+        return 1 + sum((extent - 1) * stride for extent, stride in zip(self.shape, self.strides, strict=True))
+
+    @functools.cached_property
     def nbytes(self) -> int:
-        """Bytes of the whole tensor."""
-        return self.count * self.element.itemsize
+        """Bytes of the whole tensor, with what lies between its elements."""
+        return self.span * self.element.itemsize
+
+    def fits(self, tensor: TensorRef) -> bool:
+        """Whether a tensor of the same shape has these strides, where they matter."""
+        if tensor.stride == self.strides:
+            return True
+        pairs = zip(tensor.stride, self.strides, self.shape, strict=True)
+        return not self.count or all(s == w or extent == 1 for s, w, extent in pairs)
 
 
 class Extent(NamedTuple):
@@ -68,7 +84,9 @@ def check_operands(
     """Compare tensors with their declaration, one by one; raises naming operand, found and wanted."""
     if len(tensors) != len(operands):
         names = ", ".join(o.name for o in operands)
-        raise InvalidProblem(f"{plan}: {len(tensors)} operands given, wanted {len(operands)}: {names}")
+        raise InvalidProblem(
+            f"{plan}: {len(tensors)} operands given, wanted {len(operands)}: {names}; give one for each"
+        )
     for operand, tensor in zip(operands, tensors, strict=True):
         if not isinstance(tensor, TensorRef) or tensor.element is not operand.element or tensor.shape != operand.shape:
             _refuse_kind(f"{plan}: operand {operand.name}", operand, tensor)
@@ -82,20 +100,22 @@ def _refuse_kind(where: str, operand: Operand, tensor: TensorRef | None) -> None
         raise InvalidProblem(f"{where} is a {type(tensor).__name__}; wanted a TensorRef")
     if tensor.element is not operand.element:
         raise InvalidProblem(f"{where} holds {tensor.element.value}, wanted {operand.element.value}; cast it first")
-    raise InvalidProblem(f"{where} has shape {tensor.shape}, wanted {operand.shape}")
+    raise InvalidProblem(
+        f"{where} has shape {tensor.shape}, wanted {operand.shape}; reshape it, or select a plan for it"
+    )
 
 
 def _check_memory(plan: str, operand: Operand, tensor: TensorRef, device: Device, alignment: int) -> None:
-    if tensor.stride != operand.strides and not tensor.contiguous:
-        raise InvalidProblem(
-            f"{plan}: operand {operand.name} has strides {tensor.stride}; wanted it contiguous, copy it first"
-        )
+    if not operand.fits(tensor):
+        wanted = "it contiguous, copy it first" if operand.layout is None else f"{operand.strides} as the plan was made"
+        raise InvalidProblem(f"{plan}: operand {operand.name} has strides {tensor.stride}; wanted {wanted}")
     if tensor.device != device.ordinal:
         raise InvalidProblem(
-            f"{plan}: operand {operand.name} is on device {tensor.device}, the plan is for device {device.ordinal}"
+            f"{plan}: operand {operand.name} is on device {tensor.device}, the plan is for device {device.ordinal}; "
+            "copy it there"
         )
-    if tensor.available < operand.count:
-        raise BufferTooSmall(f"{plan}: {operand.name}", operand.count, tensor.available)
+    if tensor.available < operand.span:
+        raise BufferTooSmall(f"{plan}: {operand.name}", operand.span, tensor.available)
     if operand.writes and not isinstance(tensor, TensorMut):
         raise InvalidProblem(
             f"{plan}: operand {operand.name} is written, but a read-only TensorRef was given; wanted a TensorMut"
@@ -103,7 +123,8 @@ def _check_memory(plan: str, operand: Operand, tensor: TensorRef, device: Device
     wanted = max(operand.alignment, alignment, operand.element.itemsize)
     if operand.count and tensor.address % wanted:
         raise MisalignedOperand(
-            f"{plan}: operand {operand.name} lies at address {tensor.address:#x}, wanted a multiple of {wanted} bytes"
+            f"{plan}: operand {operand.name} lies at address {tensor.address:#x}, wanted a multiple of {wanted} bytes; "
+            "copy it to memory of its own"
         )
 
 

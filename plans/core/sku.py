@@ -15,6 +15,15 @@ class OpCategory(enum.Enum):
     SHAPE_LAYOUT = "shape and layout"
     ELEMENTWISE = "elementwise"
     HYPER_CONNECTION = "hyper-connection"
+    REDUCTION = "reduction"
+    SOFTMAX = "softmax"
+    NORMALIZATION = "normalization"
+    LOSS = "loss"
+    INDEXING = "indexing"
+    RANDOM = "random"
+    OPTIMIZER = "optimizer"
+    MATMUL = "matrix product"
+    CONVOLUTION = "convolution"
 
 
 class BackendKind(enum.Enum):
@@ -23,6 +32,7 @@ class BackendKind(enum.Enum):
     PORTABLE = "portable"
     VECTOR = "vector"
     MMA = "mma"
+    WGMMA = "wgmma"
 
 
 class ArchSku(enum.Enum):

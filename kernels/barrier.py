@@ -1,0 +1,94 @@
+"""Hopper's asynchronous machinery (sm_90): mbarriers, clusters, the bulk tensor copy engine (TMA), register hand-over.
+
+Shared memory is named by 32-bit addresses here (:data:`shared_address`), tensor maps by 64-bit global addresses;
+a map describes a matrix and the box of it that is copied. Twins are in `simulator_hopper.py`.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+from kernels import simulator_hopper as twins
+from kernels.ptx import SHARED, instruction
+
+shared_address = instruction("mov.u32 $0, $1;", (SHARED,), "r", twin=twins.shared_address, pure=True)
+
+# (barrier, arrivals that complete a phase)
+barrier_init = instruction("mbarrier.init.shared::cta.b64 [$0], $1;", "rr", twin=twins.barrier_init)
+barrier_init_visible = instruction("fence.mbarrier_init.release.cluster;", "", twin=twins.nothing)
+# (barrier, bytes): arrives, and lets the phase wait for so many bytes.
+barrier_expect_bytes = instruction(
+    "mbarrier.arrive.expect_tx.shared::cta.b64 _, [$0], $1;", "rr", twin=twins.barrier_expect_bytes
+)
+barrier_arrive = instruction("mbarrier.arrive.shared::cta.b64 _, [$0];", "r", twin=twins.barrier_arrive)
+# (barrier, rank): arrives at the barrier of the same address in another block of the cluster. A release of cluster scope
+# would wait for all of the thread's memory operations; what is handed back here was read by products already done.
+barrier_arrive_remote = instruction(
+    "{ .reg .b32 there; mapa.shared::cluster.u32 there, $0, $1; mbarrier.arrive.shared::cluster.b64 _, [there]; }",
+    "rr",
+    twin=twins.barrier_arrive_remote,
+)
+# (barrier, parity): waits until the phase of that parity is complete; a barrier begins in phase 0, so 1 passes at once.
+barrier_wait = instruction(
+    "{ .reg .pred done; WAIT_${:uid}: mbarrier.try_wait.parity.shared::cta.b64 done, [$0], $1; "
+    "@!done bra WAIT_${:uid}; }",
+    "rr",
+    twin=twins.barrier_wait,
+)
+
+cluster_rank = instruction("mov.u32 $0, %cluster_ctarank;", "", "r", twin=twins.cluster_rank, pure=True)
+cluster_barrier = instruction(
+    "barrier.cluster.arrive.release.aligned; barrier.cluster.wait.acquire.aligned;", "", twin=twins.cluster_barrier
+)
+
+# (shared address, map, barrier, column, row): one box of a matrix to shared memory, its bytes counted at the barrier.
+tma_load = instruction(
+    "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [$0], [$1, {$3, $4}], [$2];",
+    "rlrrr",
+    twin=twins.tma_load,
+)
+# The same to every block of the cluster whose bit is set in the last operand, counted at each one's own barrier.
+tma_load_multicast = instruction(
+    "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
+    "[$0], [$1, {$3, $4}], [$2], $5;",
+    "rlrrrh",
+    twin=twins.tma_load_multicast,
+)
+# (map, shared address, column, row): one box from shared memory to a matrix, clipped at its edges.
+tma_store = instruction(
+    "cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [$0, {$2, $3}], [$1];", "lrrr", twin=twins.tma_store
+)
+tma_store_commit = instruction("cp.async.bulk.commit_group;", "", twin=twins.tma_store_commit)
+tma_prefetch_map = instruction("prefetch.tensormap [$0];", "l", twin=twins.nothing)
+# Orders a thread's ordinary writes to shared memory before later reads by TMA and wgmma.
+shared_visible_to_tma = instruction("fence.proxy.async.shared::cta;", "", twin=twins.nothing)
+# (shared address, 4 words): four 8x8 matrices of 16-bit values; lane 8 j + i gives the address of row i of matrix j.
+store_matrix = instruction(
+    "stmatrix.sync.aligned.m8n8.x4.shared.b16 [$0], {$1,$2,$3,$4};", "rrrrr", twin=twins.store_matrix
+)
+
+# (shared address, 2 words)
+shared_store64 = instruction("st.shared.v2.b32 [$0], {$1,$2};", "rrr", twin=twins.shared_store64)
+
+
+@functools.cache
+def tma_store_wait_read(pending: int) -> Callable:
+    """A primitive that waits until at most ``pending`` of the thread's groups of stores still read shared memory."""
+
+    def wait_read():
+        twins.tma_store_wait_read(pending)
+
+    return instruction(f"cp.async.bulk.wait_group.read {pending};", "", twin=wait_read)
+
+
+@functools.cache
+def registers_give(count: int) -> Callable:
+    """A primitive by which a warpgroup keeps ``count`` registers a thread and gives the rest back."""
+    return instruction(f"setmaxnreg.dec.sync.aligned.u32 {count};", "", twin=twins.nothing)
+
+
+@functools.cache
+def registers_take(count: int) -> Callable:
+    """A primitive by which a warpgroup waits for ``count`` registers a thread."""
+    return instruction(f"setmaxnreg.inc.sync.aligned.u32 {count};", "", twin=twins.nothing)

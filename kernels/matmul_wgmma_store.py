@@ -1,0 +1,259 @@
+"""What becomes of a warpgroup's sums: the epilogue, one rounding, and the way to memory.
+
+"tma": each warp rounds 16 rows of a chunk of columns into a slot of shared memory and has TMA store it, clipped at the
+result's edges, while it goes on with the next slot. "direct": guarded stores of single elements, for results whose
+rows TMA cannot address.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from kernels import barrier, bits, wgmma
+from kernels.elements import ELEMENTS
+from kernels.matmul_epilogue import epilogue
+from kernels.target import device
+from kernels.warp import sync_warp, thread_index
+
+CHUNK_BYTES = 64
+"""Bytes of a row of a slot: what TMA swizzles by, so that the 16-byte units of eight rows fall into all banks."""
+
+WARP_ROWS = 16
+SLOTS = 4
+SLOT_BYTES = WARP_ROWS * CHUNK_BYTES
+STAGING_BYTES = 8 * SLOTS * SLOT_BYTES
+"""Shared memory of the eight storing warps."""
+
+_u32 = np.uint32
+_PACK = {"bf16": bits.pack_bf16, "f16": bits.pack_f16}
+
+
+def chunk_columns(kind: str) -> int:
+    """Columns of a slot."""
+    return CHUNK_BYTES // (4 if kind == "f32" else 2)
+
+
+def tile_store(out_kind: str, tile_columns: int, mode: str, steps: tuple) -> tuple:
+    """(pointer type of the result, ``store``, ``finish``).
+
+    ``store(sums, staging, row, column, rows, columns, batch, out, p)`` stores a warpgroup's 64 rows; ``out``
+    is (map, pointer, first element, row stride). ``finish()`` waits until shared memory may be given up.
+    """
+    element = ELEMENTS[out_kind]
+    if mode == "direct":
+        return element.pointer, _direct(element, tile_columns, steps), _nothing
+    assert mode == "tma", mode
+    return element.pointer, _by_tma(out_kind, tile_columns, steps), _finish
+
+
+@device
+def _nothing():
+    pass
+
+
+_wait_all = barrier.tma_store_wait_read(0)
+
+
+@device
+def _finish():
+    _wait_all()
+
+
+def _pairs(steps: tuple) -> Callable:
+    """A device function: two neighbouring results of two sums and, where there is a gate, of the two beside them."""
+    last = epilogue(steps)
+    two, plain = last.two, last.plain
+    if last.gated:
+
+        @device
+        def gated_pair(a, b, second_a, second_b, row, column, rows, columns, batch, p):
+            row, column = min(row, rows - _u32(1)), min(column, columns - _u32(2))
+            return two(a, b, second_a, second_b, batch, np.int64(row), np.int64(column), np.int64(columns), p)
+
+        return gated_pair
+
+    @device
+    def pair(a, b, second_a, second_b, row, column, rows, columns, batch, p):
+        if plain:
+            return a, b
+        row, column = min(row, rows - _u32(1)), min(column, columns - _u32(2))
+        return two(a, b, batch, np.int64(row), np.int64(column), p)
+
+    return pair
+
+
+def _values(tile_columns: int, steps: tuple, first: int, count: int) -> tuple[Callable, Callable]:
+    """Primitives for ``count`` sums from ``first`` on, and for those of the tile's other half (no gate: the same)."""
+    half = tile_columns // 4 if epilogue(steps).gated else 0
+    return wgmma.part_of_sums(tile_columns, first, count), wgmma.part_of_sums(tile_columns, first + half, count)
+
+
+def _in_order(parts: list[Callable]) -> Callable:
+    """A device function that calls several, one after the other, with the same arguments."""
+
+    @device
+    def nothing(sums, staging, row, column, rows, columns, batch, out, p):
+        pass
+
+    chain = nothing
+    for part in reversed(parts):
+        chain = _before(part, chain)
+    return chain
+
+
+def _before(part: Callable, rest: Callable) -> Callable:
+    @device
+    def both(sums, staging, row, column, rows, columns, batch, out, p):
+        part(sums, staging, row, column, rows, columns, batch, out, p)
+        rest(sums, staging, row, column, rows, columns, batch, out, p)
+
+    return both
+
+
+def _by_tma(kind: str, tile_columns: int, steps: tuple) -> Callable:
+    gated = epilogue(steps).gated
+    width = chunk_columns(kind)
+    result_columns = tile_columns // 2 if gated else tile_columns
+    make = _wide_chunk if kind == "f32" else _packed_chunk
+    count = result_columns // width
+    return _in_order([make(kind, tile_columns, steps, i, _slot(i, count)) for i in range(count)])
+
+
+def _stores_since(number: int, count: int) -> int:
+    """How many stores a warp has begun since it last used the slot of a chunk, tile after tile of ``count`` chunks."""
+    if number >= SLOTS:
+        return SLOTS - 1
+    last_use = (count - 1 - number) // SLOTS * SLOTS + number
+    return count - 1 - last_use + number
+
+
+def _slot(number: int, count: int) -> Callable:
+    """A device function: the warp's slot for a chunk, free to be written, and the warp's first row."""
+    own, wait_slot = _u32(number % SLOTS * SLOT_BYTES), barrier.tma_store_wait_read(_stores_since(number, count))
+
+    @device
+    def slot(staging, row):
+        thread = thread_index()
+        warp = _u32((thread >> _u32(5)) - _u32(4))
+        if thread & _u32(31) == _u32(0):
+            wait_slot()
+        sync_warp()
+        return _u32(staging + warp * _u32(SLOTS * SLOT_BYTES) + own), _u32(row + (warp & _u32(3)) * _u32(WARP_ROWS))
+
+    return slot
+
+
+@device
+def _send(slot, row, column, rows, columns, out):
+    """Have TMA store a slot that all lanes have written; a chunk wholly outside the result is not sent."""
+    barrier.shared_visible_to_tma()
+    sync_warp()
+    if thread_index() & _u32(31) == _u32(0):
+        if row < rows and column < columns:
+            barrier.tma_store(out[0], slot, column, row)
+        barrier.tma_store_commit()
+
+
+def _packed_chunk(kind: str, tile_columns: int, steps: tuple, number: int, slot_of: Callable) -> Callable:
+    """16-bit results: 32 columns, four products' widths, two stmatrix."""
+    first_half, second_half = _values(tile_columns, steps, 16 * number, 16)
+    pair, pack, start = _pairs(steps), _PACK[kind], _u32(32 * number)
+
+    @device
+    def store_quarter(a, b, i, slot, row, column, rows, columns, batch, p):
+        """Sums of 16 columns: values i to i + 7."""
+        lane = _u32(thread_index() & _u32(31))
+        top, left = _u32(row + (lane >> _u32(2))), _u32(column + ((lane & _u32(3)) << _u32(1)))
+        below, right = _u32(top + _u32(8)), _u32(left + _u32(8))
+        v0, v1 = pair(a[0], a[1], b[0], b[1], top, left, rows, columns, batch, p)
+        v2, v3 = pair(a[2], a[3], b[2], b[3], below, left, rows, columns, batch, p)
+        v4, v5 = pair(a[4], a[5], b[4], b[5], top, right, rows, columns, batch, p)
+        v6, v7 = pair(a[6], a[7], b[6], b[7], below, right, rows, columns, batch, p)
+        line = _u32(lane & _u32(15))
+        unit = _u32((_u32(2) * i + (lane >> _u32(4))) ^ ((line >> _u32(1)) & _u32(3)))
+        place = _u32(slot + line * _u32(CHUNK_BYTES) + unit * _u32(16))
+        barrier.store_matrix(place, pack(v0, v1), pack(v2, v3), pack(v4, v5), pack(v6, v7))
+
+    @device
+    def chunk(sums, staging, row, column, rows, columns, batch, out, p):
+        slot, row = slot_of(staging, row)
+        column = _u32(column + start)
+        a, b = first_half(sums), second_half(sums)
+        store_quarter(a[:8], b[:8], _u32(0), slot, row, column, rows, columns, batch, p)
+        store_quarter(a[8:], b[8:], _u32(1), slot, row, _u32(column + _u32(16)), rows, columns, batch, p)
+        _send(slot, row, column, rows, columns, out)
+
+    return chunk
+
+
+def _wide_chunk(kind: str, tile_columns: int, steps: tuple, number: int, slot_of: Callable) -> Callable:
+    """fp32 results: 16 columns, two products' widths, 8-byte stores."""
+    first_half, second_half = _values(tile_columns, steps, 8 * number, 8)
+    pair, start = _pairs(steps), _u32(16 * number)
+
+    @device
+    def put(slot, line, unit, half, first, second):
+        place = _u32(slot + line * _u32(CHUNK_BYTES) + (unit ^ ((line >> _u32(1)) & _u32(3))) * _u32(16) + half)
+        barrier.shared_store64(place, bits.f32_bits(first), bits.f32_bits(second))
+
+    @device
+    def chunk(sums, staging, row, column, rows, columns, batch, out, p):
+        slot, row = slot_of(staging, row)
+        column = _u32(column + start)
+        a, b = first_half(sums), second_half(sums)
+        lane = _u32(thread_index() & _u32(31))
+        line, across = _u32(lane >> _u32(2)), _u32((lane & _u32(3)) << _u32(1))
+        top, left = _u32(row + line), _u32(column + across)
+        below, right = _u32(top + _u32(8)), _u32(left + _u32(8))
+        unit, half = _u32(across >> _u32(2)), _u32((across & _u32(2)) << _u32(2))
+        v0, v1 = pair(a[0], a[1], b[0], b[1], top, left, rows, columns, batch, p)
+        put(slot, line, unit, half, v0, v1)
+        v2, v3 = pair(a[2], a[3], b[2], b[3], below, left, rows, columns, batch, p)
+        put(slot, _u32(line + _u32(8)), unit, half, v2, v3)
+        v4, v5 = pair(a[4], a[5], b[4], b[5], top, right, rows, columns, batch, p)
+        put(slot, line, _u32(unit + _u32(2)), half, v4, v5)
+        v6, v7 = pair(a[6], a[7], b[6], b[7], below, right, rows, columns, batch, p)
+        put(slot, _u32(line + _u32(8)), _u32(unit + _u32(2)), half, v6, v7)
+        _send(slot, row, column, rows, columns, out)
+
+    return chunk
+
+
+def _direct(element, tile_columns: int, steps: tuple) -> Callable:
+    last = epilogue(steps)
+    result_columns = tile_columns // 2 if last.gated else tile_columns
+    return _in_order([_direct_part(element, tile_columns, steps, i) for i in range(result_columns // 8)])
+
+
+def _direct_part(element, tile_columns: int, steps: tuple, number: int) -> Callable:
+    """Eight columns, guarded one by one."""
+    last = epilogue(steps)
+    gated, one, store_one = last.gated, last.one, element.store
+    first_half, second_half = _values(tile_columns, steps, 4 * number, 4)
+    start = _u32(8 * number)
+
+    @device
+    def put(value, second, row, column, rows, columns, batch, out, p):
+        if row < rows and column < columns:
+            if gated:
+                value = one(value, second, batch, np.int64(row), np.int64(column), np.int64(columns), p)
+            else:
+                value = one(value, batch, np.int64(row), np.int64(column), p)
+            store_one(out[1], out[2] + np.int64(row) * out[3] + np.int64(column), value)
+
+    @device
+    def part(sums, staging, row, column, rows, columns, batch, out, p):
+        thread = thread_index()
+        lane, warp = _u32(thread & _u32(31)), _u32((thread >> _u32(5)) & _u32(3))
+        top = _u32(row + warp * _u32(WARP_ROWS) + (lane >> _u32(2)))
+        left = _u32(column + start + ((lane & _u32(3)) << _u32(1)))
+        below, right = _u32(top + _u32(8)), _u32(left + _u32(1))
+        a, b = first_half(sums), second_half(sums)
+        put(a[0], b[0], top, left, rows, columns, batch, out, p)
+        put(a[1], b[1], top, right, rows, columns, batch, out, p)
+        put(a[2], b[2], below, left, rows, columns, batch, out, p)
+        put(a[3], b[3], below, right, rows, columns, batch, out, p)
+
+    return part

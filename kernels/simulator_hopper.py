@@ -1,0 +1,314 @@
+"""Twins of Hopper's asynchronous operations: mbarriers, clusters, TMA and wgmma as NumPy on the simulator's blocks.
+
+Loads happen when they are asked for, products and stores when they are waited for: the orders in which a stage
+that is given back too soon, or a buffer written too soon, shows in the result.
+
+A shared address is the offset in the block's dynamic shared memory plus 1024. A simulated tensor map is eight
+64-bit words: address, rows, columns, bytes between rows, rows and columns of the box, bytes of an element, swizzle.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from kernels.simulator import cluster_collective, collective, current_thread, warpgroup_collective
+
+_BASE = 1024
+MAP_WORDS = 16
+"""64-bit words of a tensor map."""
+
+
+@dataclass
+class _Barrier:
+    count: int
+    pending: int
+    phase: int = 0
+    transactions: int = 0
+
+    def settle(self) -> None:
+        """Begin the next phase if nothing is missing from this one."""
+        if self.pending < 0:
+            raise RuntimeError(f"more than {self.count} arrivals at an mbarrier in one phase")
+        if self.pending == 0 and self.transactions == 0:
+            self.pending, self.phase = self.count, self.phase + 1
+
+
+def nothing() -> None:
+    """A fence, a hint, or registers: the simulator has none of them."""
+
+
+def shared_address(array, index):
+    """The address of an element of the block's dynamic shared memory."""
+    dynamic = _dynamic(current_thread().block)
+    return np.uint32(_BASE + array.ctypes.data + int(index) * array.itemsize - dynamic.ctypes.data)
+
+
+def _dynamic(block) -> np.ndarray:
+    for key, array in block.shared.items():
+        if key[0] == "dynamic":
+            assert key[1] % 1024 == 0, "kernels that use TMA align their dynamic shared memory to 1024 bytes"
+            return array
+    raise RuntimeError(f"{block}: no dynamic shared memory")
+
+
+def _bytes_at(block, addresses: np.ndarray, width: int) -> np.ndarray:
+    """Indices into the block's shared memory of ``width`` bytes at each address."""
+    start = np.asarray(addresses, np.int64) - _BASE
+    size = len(_dynamic(block))
+    if start.size and (start.min() < 0 or start.max() + width > size):
+        raise IndexError(f"{block}: shared addresses {start.min()}..{start.max() + width} of {size} bytes")
+    return start[..., None] + np.arange(width)
+
+
+def _barrier(block, address) -> _Barrier:
+    found = block.barriers.get(int(address))
+    if found is None:
+        raise RuntimeError(f"{block}: no mbarrier was initialised at shared address {int(address)}")
+    return found
+
+
+def barrier_init(address, count) -> None:
+    """Make a barrier."""
+    assert int(address) % 8 == 0, address
+    current_thread().block.barriers[int(address)] = _Barrier(int(count), int(count))
+
+
+def barrier_expect_bytes(address, nbytes) -> None:
+    """Arrive, and expect bytes."""
+    found = _barrier(current_thread().block, address)
+    found.transactions += int(nbytes)
+    found.pending -= 1
+    found.settle()
+
+
+def barrier_arrive(address) -> None:
+    """Arrive."""
+    barrier_arrive_remote(address, cluster_rank())
+
+
+def barrier_arrive_remote(address, rank) -> None:
+    """Arrive in another block."""
+    found = _barrier(current_thread().block.cluster[int(rank)], address)
+    found.pending -= 1
+    found.settle()
+
+
+def barrier_wait(address, parity) -> None:
+    """Wait for the phase of a parity."""
+    found = _barrier(current_thread().block, address)
+    current_thread().wait_for(lambda: found.phase % 2 != int(parity))
+
+
+def cluster_rank():
+    """The block's number in its cluster."""
+    block = current_thread().block
+    return np.uint32(block.cluster.index(block))
+
+
+def cluster_barrier() -> None:
+    """A barrier of the cluster."""
+    cluster_collective()
+
+
+def _swizzled(addresses: np.ndarray, span: int) -> np.ndarray:
+    """Addresses with the 16-byte unit exchanged within ``span`` bytes, as TMA and wgmma do; 0 for not at all."""
+    if span == 0:
+        return addresses
+    return addresses ^ ((addresses >> 7 & span // 16 - 1) << 4)
+
+
+@dataclass(frozen=True)
+class _Map:
+    address: int
+    rows: int
+    columns: int
+    row_bytes: int
+    box_rows: int
+    box_columns: int
+    itemsize: int
+    swizzle: int
+
+    @classmethod
+    def at(cls, address) -> _Map:
+        return cls(*(ctypes.c_int64 * 8).from_address(int(address)))
+
+    @property
+    def box_bytes(self) -> int:
+        return self.box_rows * self.box_columns * self.itemsize
+
+    def places(self, address) -> np.ndarray:
+        """Shared addresses of the box's 16-byte units, a row of the box a row."""
+        across = self.box_columns * self.itemsize
+        assert int(address) % 128 == 0, f"TMA wants shared addresses that are multiples of 128, found {int(address)}"
+        units = np.arange(0, self.box_bytes, 16).reshape(self.box_rows, across // 16)
+        return _swizzled(int(address) + units, self.swizzle)
+
+    def row(self, row: int, column: int, count: int) -> np.ndarray:
+        """Bytes of a part of a row of the matrix."""
+        start = self.address + row * self.row_bytes + column * self.itemsize
+        return np.frombuffer((ctypes.c_uint8 * (count * self.itemsize)).from_address(start), np.uint8)
+
+    def inside(self, column: int, row: int) -> tuple[range, int]:
+        """Rows of the box that lie in the matrix, and how many of its columns."""
+        return range(max(0, min(self.box_rows, self.rows - row))), max(0, min(self.box_columns, self.columns - column))
+
+
+def _signed(coordinate) -> int:
+    return int(np.uint32(coordinate).view(np.int32))
+
+
+def _load(blocks, address, tensor_map, barrier, column, row) -> None:
+    found, column, row = _Map.at(tensor_map), _signed(column), _signed(row)
+    assert column >= 0 and row >= 0, (column, row)
+    box = np.zeros((found.box_rows, found.box_columns * found.itemsize), np.uint8)
+    rows, count = found.inside(column, row)
+    for i in rows:
+        box[i, : count * found.itemsize] = found.row(row + i, column, count) if count else 0
+    for block in blocks:
+        _dynamic(block)[_bytes_at(block, found.places(address), 16)] = box.reshape(found.box_rows, -1, 16)
+        signalled = _barrier(block, barrier)
+        signalled.transactions -= found.box_bytes
+        signalled.settle()
+
+
+def tma_load(address, tensor_map, barrier, column, row) -> None:
+    """A box to the block's shared memory."""
+    _load([current_thread().block], address, tensor_map, barrier, column, row)
+
+
+def tma_load_multicast(address, tensor_map, barrier, column, row, mask) -> None:
+    """A box to several blocks of the cluster."""
+    cluster = current_thread().block.cluster
+    blocks = [block for rank, block in enumerate(cluster) if int(mask) >> rank & 1]
+    _load(blocks, address, tensor_map, barrier, column, row)
+
+
+def tma_store(tensor_map, address, column, row) -> None:
+    """A box from the block's shared memory, read when the store is waited for."""
+    thread, found, column, row = current_thread(), _Map.at(tensor_map), _signed(column), _signed(row)
+
+    def write() -> None:
+        box = _dynamic(thread.block)[_bytes_at(thread.block, found.places(address), 16)]
+        box = box.reshape(found.box_rows, -1)
+        rows, count = found.inside(column, row)
+        for i in rows if count else ():
+            found.row(row + i, column, count)[:] = box[i, : count * found.itemsize]
+
+    thread.stores.append(write)
+
+
+def tma_store_commit() -> None:
+    """Make a group of the stores since the last."""
+    thread = current_thread()
+    thread.store_groups.append(thread.stores)
+    thread.stores = []
+
+
+def tma_store_wait_read(pending: int) -> None:
+    """Do all but the last groups of stores."""
+    thread = current_thread()
+    done = max(0, len(thread.store_groups) - pending)
+    for group in thread.store_groups[:done]:
+        for write in group:
+            write()
+    del thread.store_groups[:done]
+
+
+def _store_matrices(lanes) -> list[None]:
+    block = lanes[0][0]
+    for matrix in range(4):
+        rows = np.array([int(lane[1]) for lane in lanes[8 * matrix : 8 * matrix + 8]])
+        assert not (rows % 16).any(), rows
+        words = np.array([lane[2][matrix] for lane in lanes], np.uint32).reshape(8, 4)
+        _dynamic(block)[_bytes_at(block, rows, 16)] = words.view(np.uint8).reshape(8, 16)
+    return [None] * len(lanes)
+
+
+def store_matrix(address, *words) -> None:
+    """Four 8x8 matrices to shared memory."""
+    collective(_store_matrices, (current_thread().block, address, words))
+
+
+def shared_store64(address, low, high) -> None:
+    """Two words to shared memory."""
+    assert int(address) % 8 == 0, address
+    block = current_thread().block
+    _dynamic(block)[_bytes_at(block, np.array([int(address)]), 8)[0]] = np.array([low, high], np.uint32).view(np.uint8)
+
+
+@dataclass(frozen=True)
+class Products:
+    """A committed group of wgmma: descriptors, and the element type's conversion to fp32."""
+
+    a: int
+    b: int
+    steps: int
+    step_a: int
+    step_b: int
+    a_k_major: bool
+    b_k_major: bool
+    to_f32: object
+
+
+@dataclass(frozen=True)
+class Sums:
+    """What a warpgroup's accumulators stand for: a 64 x N matrix and products not yet waited for."""
+
+    matrix: np.ndarray
+    pending: tuple[Products, ...] = field(default=())
+
+
+def _operand(block, descriptor: int, k_major: bool, extent: int, to_f32) -> np.ndarray:
+    """The extent x 16 values that a descriptor names, in fp32; the address arithmetic is the PTX ISA's."""
+    start, leading, stride = ((descriptor >> shift & 0x3FFF) << 4 for shift in (0, 16, 32))
+    assert descriptor >> 62 == 1, "twins know the 128-byte swizzle only"
+    along, k = np.arange(extent)[:, None], np.arange(16)[None, :]
+    if k_major:
+        addresses = start + along // 8 * stride + along % 8 * 128 + 2 * k
+    else:
+        addresses = start + along // 64 * leading + k // 8 * stride + k % 8 * 128 + along % 64 * 2
+    raw = _dynamic(block)[_bytes_at(block, _swizzled(addresses, 128), 2)]
+    return to_f32(np.ascontiguousarray(raw).view(np.uint16)[..., 0])
+
+
+def _multiply(block, matrix: np.ndarray, group: Products) -> np.ndarray:
+    for step in range(group.steps):
+        a = _operand(block, group.a + step * group.step_a, group.a_k_major, 64, group.to_f32)
+        b = _operand(block, group.b + step * group.step_b, group.b_k_major, matrix.shape[1], group.to_f32)
+        matrix = matrix + a @ b.T
+    return matrix
+
+
+def wait_products(sums: Sums, pending: int) -> Sums:
+    """Do all but the last groups of products, for the whole warpgroup."""
+
+    def combine(lanes):
+        block, first, _ = lanes[0]
+        if any(lane[1].pending != first.pending for lane in lanes):
+            raise RuntimeError(f"{block}: threads of a warpgroup wait for different products")
+        done = max(0, len(first.pending) - pending)
+        matrix = first.matrix
+        for group in first.pending[:done]:
+            matrix = _multiply(block, matrix, group)
+        return [Sums(matrix, first.pending[done:])] * len(lanes)
+
+    return warpgroup_collective(combine, (current_thread().block, sums, pending))
+
+
+def part_of_sums(sums: Sums, first: int, count: int) -> tuple:
+    """The thread's values ``first`` to ``first + count`` of a settled matrix."""
+    assert not sums.pending, "sums are read while products are under way"
+    thread = current_thread().thread_id % 128
+    warp, g, t = thread // 32, thread % 32 // 4, thread % 4
+    index = np.arange(first, first + count)
+    rows, columns = 16 * warp + g + 8 * (index >> 1 & 1), 8 * (index // 4) + 2 * t + (index & 1)
+    return tuple(sums.matrix[rows, columns])
+
+
+def scaled_sums(sums: Sums, factor) -> Sums:
+    """A settled matrix times a factor."""
+    assert not sums.pending, "sums are scaled while products are under way"
+    return Sums(sums.matrix * np.float32(factor))

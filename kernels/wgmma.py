@@ -1,0 +1,171 @@
+"""Warpgroup products of sm_90a: wgmma m64nNk16, both operands in shared memory, sums in registers.
+
+The sums of a warpgroup's 64 x N tile are a tuple of N / 2 fp32 values a thread. In warp w of the group, lane
+4 g + t, value 4 j + i is row 16 w + g + 8 (i >> 1), column 8 j + 2 t + (i & 1). Operand tiles are 64 deep with
+128-byte swizzle, as TMA writes them, at multiples of 1024 bytes.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import numpy as np
+
+from kernels import simulator_hopper as twins
+from kernels.target import SIMULATOR, types
+from kernels.tensor_core import HALVES_TO_F32
+
+DEPTH = 64
+"""Values of K in a shared-memory tile: 128 bytes, the swizzle's width."""
+
+STEPS = DEPTH // 16
+"""Instructions to go through it."""
+
+_SWIZZLE_128 = 1 << 62
+_ATOM = 1024 >> 4
+# Encoded (16-byte) distances. K-major: 8 rows of 128 bytes are an atom, a step of 16 values is 32 bytes along the row.
+# MN-major: 64 values of M or N by 8 of K are an atom, a step is two atoms, the next 64 values are 64 rows away.
+_K_MAJOR = (_SWIZZLE_128 | _ATOM << 32 | 1 << 16, 2)
+_MN_MAJOR = (_SWIZZLE_128 | _ATOM << 32 | (DEPTH * 128 >> 4) << 16, 2 * _ATOM)
+
+
+def descriptor_bits(k_major: bool) -> int:
+    """The constant part of an operand's descriptor; its start address / 16 is added to it."""
+    return (_K_MAJOR if k_major else _MN_MAJOR)[0]
+
+
+def step_words(k_major: bool) -> int:
+    """What 16 further values of K add to a descriptor."""
+    return (_K_MAJOR if k_major else _MN_MAJOR)[1]
+
+
+def _accumulators(columns: int) -> types.Type:
+    return types.UniTuple(types.float32, columns // 2)
+
+
+def _emit(text: str, columns: int, extra: str, code: Callable) -> Callable:
+    """An intrinsic over the accumulators, tied in and out, and further 64-bit operands, an "l" each."""
+    from llvmlite import ir
+    from numba.cuda.extending import intrinsic
+
+    count, tuple_type = columns // 2, _accumulators(columns)
+
+    def generate(context, builder, signature, arguments):
+        sums = [builder.extract_value(arguments[0], i) for i in range(count)]
+        operands = [ir.FloatType()] * count + [ir.IntType(64)] * len(extra)
+        function = ir.FunctionType(ir.LiteralStructType([ir.FloatType()] * count), operands)
+        constraints = ",".join(["=f"] * count + [str(i) for i in range(count)] + list(extra) + ["~{memory}"])
+        assembly = ir.InlineAsm(function, text, constraints, side_effect=True)
+        result = builder.call(assembly, [*sums, *arguments[1:]], attrs=("convergent",))
+        return context.make_tuple(builder, tuple_type, [builder.extract_value(result, i) for i in range(count)])
+
+    signature = tuple_type(tuple_type, *[types.uint64] * len(extra))
+    return intrinsic(code(signature, generate))
+
+
+@functools.cache
+def zero_sums(columns: int) -> Callable:
+    """A primitive: accumulators of zero."""
+    if SIMULATOR:
+        return lambda: twins.Sums(np.zeros((64, columns), np.float32))
+    from llvmlite import ir
+    from numba.cuda.extending import intrinsic
+
+    tuple_type = _accumulators(columns)
+
+    def zero_sums(_context):
+        def generate(context, builder, _signature, _arguments):
+            return context.make_tuple(builder, tuple_type, [ir.Constant(ir.FloatType(), 0.0)] * (columns // 2))
+
+        return tuple_type(), generate
+
+    return intrinsic(zero_sums)
+
+
+@functools.cache
+def multiply_add(columns: int, steps: int, a_k_major: bool, b_k_major: bool, kind: str) -> Callable:
+    """A primitive ``sums = f(sums, a, b)``: issues ``steps`` products of 16 and commits them as a group.
+
+    ``a`` and ``b`` are descriptors. The sums may be used after :func:`wait_products`.
+    """
+    step_a, step_b = step_words(a_k_major), step_words(b_k_major)
+    if SIMULATOR:
+
+        def multiply_twin(sums, a, b):
+            group = twins.Products(int(a), int(b), steps, step_a, step_b, a_k_major, b_k_major, HALVES_TO_F32[kind])
+            return twins.Sums(sums.matrix, (*sums.pending, group))
+
+        return multiply_twin
+    count = columns // 2
+    registers = "{" + ",".join(f"${i}" for i in range(count)) + "}"
+    a, b = (f"${2 * count + i}" for i in range(2))
+    lines = ["{ .reg .b64 a, b; wgmma.fence.sync.aligned;"]
+    for step in range(steps):
+        lines.append(f"add.u64 a, {a}, {step * step_a}; add.u64 b, {b}, {step * step_b};")
+        lines.append(
+            f"wgmma.mma_async.sync.aligned.m64n{columns}k16.f32.{kind}.{kind} {registers}, a, b, "
+            f"1, 1, 1, {int(not a_k_major)}, {int(not b_k_major)};"
+        )
+    lines.append("wgmma.commit_group.sync.aligned; }")
+
+    def code(signature, generate):
+        def multiply_add(_context, _sums, _a, _b):
+            return signature, generate
+
+        return multiply_add
+
+    return _emit(" ".join(lines), columns, "ll", code)
+
+
+@functools.cache
+def wait_products(columns: int, pending: int) -> Callable:
+    """A primitive ``sums = f(sums)`` that waits until at most ``pending`` groups of products are under way."""
+    if SIMULATOR:
+        return lambda sums: twins.wait_products(sums, pending)
+
+    def code(signature, generate):
+        def wait_products(_context, _sums):
+            return signature, generate
+
+        return wait_products
+
+    return _emit(f"wgmma.wait_group.sync.aligned {pending};", columns, "", code)
+
+
+@functools.cache
+def part_of_sums(columns: int, first: int, count: int) -> Callable:
+    """A primitive: ``count`` of the sums from ``first`` on, as a tuple."""
+    if SIMULATOR:
+        return lambda sums: twins.part_of_sums(sums, first, count)
+    from numba.cuda.extending import intrinsic
+
+    tuple_type = types.UniTuple(types.float32, count)
+
+    def part_of_sums(_context, _sums):
+        def generate(context, builder, _signature, arguments):
+            taken = [builder.extract_value(arguments[0], first + i) for i in range(count)]
+            return context.make_tuple(builder, tuple_type, taken)
+
+        return tuple_type(_accumulators(columns)), generate
+
+    return intrinsic(part_of_sums)
+
+
+@functools.cache
+def scaled_sums(columns: int) -> Callable:
+    """A primitive ``sums = f(sums, factor)``: every sum times a factor; no products may be under way."""
+    if SIMULATOR:
+        return twins.scaled_sums
+    from numba.cuda.extending import intrinsic
+
+    tuple_type = _accumulators(columns)
+
+    def scaled_sums(_context, _sums, _factor):
+        def generate(context, builder, _signature, arguments):
+            old = [builder.extract_value(arguments[0], i) for i in range(columns // 2)]
+            return context.make_tuple(builder, tuple_type, [builder.fmul(value, arguments[1]) for value in old])
+
+        return tuple_type(tuple_type, types.float32), generate
+
+    return intrinsic(scaled_sums)

@@ -1,0 +1,138 @@
+"""Tensor maps, and constants in device memory: what kernels read that is too large to be a launch's argument.
+
+A tensor map is what TMA needs to know of a matrix, encoded by the driver: address, shape, stride, and the box that one
+operation moves. Maps, and the tables of segments that name them, are constants: equal words are kept once a device,
+and for good, since a captured graph may name them long after the arguments that they were made for are gone.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from kernels.simulator_hopper import MAP_WORDS
+from kernels.target import SIMULATOR
+from plans.core.device import Device, DeviceBuffer, _check
+from plans.core.precision import ElementKind
+
+MAP_BYTES = 8 * MAP_WORDS
+_SLAB_BYTES = 1 << 17
+
+
+@dataclass(frozen=True)
+class Box:
+    """A matrix in row-major order and the box of it that one TMA operation moves.
+
+    ``row_stride`` counts elements; ``swizzle`` is 128 or 64 bytes, at least a row of the box.
+    """
+
+    address: int
+    element: ElementKind
+    rows: int
+    columns: int
+    row_stride: int
+    box_rows: int
+    box_columns: int
+    swizzle: int = 128
+
+
+def reason_against(element: ElementKind, row_stride: int, columns: int) -> str:
+    """Why TMA cannot address such a matrix; "" where it can (its address must be a multiple of 16 besides)."""
+    if row_stride * element.itemsize % 16:
+        return f"TMA wants rows a multiple of 16 bytes apart, found {row_stride} elements of {element.itemsize}"
+    return "" if columns else "TMA wants at least one column"
+
+
+def encode(box: Box) -> np.ndarray:
+    """The map's 16 words of 64 bits; in the simulator, its own."""
+    size = box.element.itemsize
+    assert box.address % 16 == 0 and box.row_stride * size % 16 == 0, box
+    assert 16 <= box.box_columns * size <= box.swizzle and box.box_rows <= 256, box
+    if SIMULATOR:
+        words = np.zeros(MAP_WORDS, np.int64)
+        words[:8] = (
+            box.address, box.rows, box.columns, box.row_stride * size, box.box_rows, box.box_columns, size, box.swizzle
+        )  # fmt: skip
+        return words
+    return _encode_for_driver(box)
+
+
+def _encode_for_driver(box: Box) -> np.ndarray:
+    import ctypes
+
+    from cuda.bindings import driver
+
+    kinds = {
+        ElementKind.BF16: driver.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+        ElementKind.F16: driver.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
+        ElementKind.F32: driver.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_FLOAT32,
+    }
+    swizzles = {
+        128: driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B,
+        64: driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_64B,
+    }
+    u32, u64 = driver.cuuint32_t, driver.cuuint64_t
+    status, encoded = driver.cuTensorMapEncodeTiled(
+        kinds[box.element],
+        2,
+        box.address,
+        [u64(box.columns), u64(box.rows)],
+        [u64(box.row_stride * box.element.itemsize)],
+        [u32(box.box_columns), u32(box.box_rows)],
+        [u32(1), u32(1)],
+        driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
+        swizzles[box.swizzle],
+        driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+        driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+    )
+    _check(status, f"encoding a tensor map of {box}")
+    return np.frombuffer(ctypes.string_at(encoded.getPtr(), MAP_BYTES), np.int64)
+
+
+class Constants:
+    """Words in the memory of a device, by their content."""
+
+    def __init__(self, device: Device) -> None:
+        self._device, self._lock = device, threading.Lock()
+        self._found: dict[bytes, tuple[DeviceBuffer, int]] = {}
+        self._slab: DeviceBuffer | None = None
+        self._used = 0
+
+    def pointer(self, words: np.ndarray) -> Any:
+        """Where the words are, as a kernel argument of 64-bit integers; they are copied there if they are not yet."""
+        key = words.tobytes()
+        with self._lock:
+            if key not in self._found:
+                self._found[key] = self._place(words)
+            slab, offset = self._found[key]
+        return slab.pointer(np.int64, offset)
+
+    def address(self, words: np.ndarray) -> int:
+        """The same as an address."""
+        pointer = self.pointer(words)
+        return pointer.ctypes.data if SIMULATOR else pointer
+
+    def _place(self, words: np.ndarray) -> tuple[DeviceBuffer, int]:
+        stream, nbytes = self._device._own_stream, -(-words.nbytes // MAP_BYTES) * MAP_BYTES
+        if self._slab is None or self._used + nbytes > self._slab.nbytes:
+            self._slab, self._used = self._device.allocate(max(_SLAB_BYTES, nbytes), stream), 0
+        offset, self._used = self._used, self._used + nbytes
+        self._device.copy_in(self._slab, offset, words, stream)
+        self._device.synchronize(stream)
+        return self._slab, offset
+
+
+@functools.cache
+def constants(device: Device) -> Constants:
+    """The constants of a device."""
+    return Constants(device)
+
+
+@functools.lru_cache(maxsize=1 << 16)
+def map_address(device: Device, box: Box) -> int:
+    """The address of a box's map in the memory of a device."""
+    return constants(device).address(encode(box))

@@ -1,0 +1,28 @@
+"""Matrix products with epilogues: one, sums of several in one launch, batches, and groups of different shapes."""
+
+from plans.matmul.descriptor import (
+    MatmulArgs,
+    MatmulDescriptor,
+    Segment,
+    SegmentedMatmulArgs,
+    SegmentedMatmulDescriptor,
+)
+from plans.matmul.epilogue import Activation, Bias, ColumnScale, Gate, Residual, RowScale, Step
+from plans.matmul.plan import MatmulPlan, SegmentedMatmulPlan
+
+__all__ = [
+    "Activation",
+    "Bias",
+    "ColumnScale",
+    "Gate",
+    "MatmulArgs",
+    "MatmulDescriptor",
+    "MatmulPlan",
+    "Residual",
+    "RowScale",
+    "Segment",
+    "SegmentedMatmulArgs",
+    "SegmentedMatmulDescriptor",
+    "SegmentedMatmulPlan",
+    "Step",
+]

@@ -1,0 +1,212 @@
+"""The tensor-core SKUs of sm_80 and later: one launch, or for few tiles the sum split in two stages."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterable
+
+import numpy as np
+
+from kernels import matmul_reduce
+from kernels.matmul_mma import Problem, matmul_mma, matmul_mma_grouped
+from kernels.matmul_mma_tile import MmaTile
+from kernels.target import SIMULATOR
+from plans.core.device import Device
+from plans.core.operand import Operand
+from plans.core.plan import Launches, Sku
+from plans.core.precision import ElementKind, MathPrecision, PrecisionGuarantee
+from plans.core.sku import ArchSku, BackendKind
+from plans.core.workspace import Workspace
+from plans.matmul.descriptor import SegmentedMatmulArgs, SegmentedMatmulDescriptor
+from plans.matmul.program import MOST_BLOCKS, MatmulProgram, kernel_steps, matmul_guarantee, tile_count
+
+TILES = (
+    (MmaTile(32, 32, 32, 2, 1, 3), MmaTile(16, 32, 16, 1, 2, 3))
+    if SIMULATOR
+    else (MmaTile(128, 128, 32, 2, 4, 4), MmaTile(128, 64, 32, 4, 2, 4), MmaTile(64, 64, 32, 2, 2, 4))
+)
+"""Tiles, the largest first: the larger, the fewer bytes go through shared memory for a product."""
+SLOTS = 8 if SIMULATOR else 2 * 132
+"""Blocks that run at once. The workspace must not depend on the device, so one chip stands for all."""
+MOST_PARTS, LEAST_DEPTH = 16, 16 if SIMULATOR else 512
+_KINDS = (ElementKind.BF16, ElementKind.F16)
+_LARGEST = 1 << 31
+_UNIT = 8
+
+
+def tile_of(descriptor: SegmentedMatmulDescriptor) -> MmaTile:
+    """The largest tile that leaves no multiprocessor idle, else the smallest."""
+    return next((tile for tile in TILES if _tiles(descriptor, tile) >= SLOTS // 2), TILES[-1])
+
+
+def _tiles(descriptor: SegmentedMatmulDescriptor, tile: MmaTile) -> int:
+    return tile_count(descriptor, tile.rows, tile.columns // 2 if descriptor.gated else tile.columns)
+
+
+def _vector(operands: Iterable[Operand], *more: int) -> int:
+    """Elements, of at most eight, that every line of the operands begins at a multiple of."""
+    strides = [stride for operand in operands for stride in operand.strides[:-1]]
+    return math.gcd(_UNIT, *strides, *more)
+
+
+def _wide(descriptor: SegmentedMatmulDescriptor) -> bool:
+    """Whether results and the epilogue's operands lie in whole 16-byte units."""
+    operands = [descriptor.operands()[0], *(o for o in descriptor.step_operands if o is not None)]
+    return descriptor.columns % _UNIT == 0 and _vector(operands) == _UNIT
+
+
+@functools.cache
+def _problem(descriptor: SegmentedMatmulDescriptor, tile: MmaTile, split: bool) -> Problem:
+    """The kernel's compile-time shape; where the sum is split, its parts are plain fp32 products."""
+    layout, kind = descriptor.segments[0].layout, descriptor.segments[0].a
+    halves = (descriptor.columns,) if descriptor.gated else ()
+    a_vector = _vector(a for a, _ in descriptor.segment_operands)
+    b_vector = _vector((b for _, b in descriptor.segment_operands), *(halves if layout[1] == "N" else ()))
+    gated = descriptor.gated and not split
+    columns = descriptor.columns if gated else descriptor.n
+    whole = columns % (tile.columns // 2 if gated else tile.columns) == 0 and descriptor.m % tile.rows == 0
+    whole = whole and all(segment.k % tile.depth == 0 for segment in descriptor.segments)
+    return Problem(
+        layout,
+        kind.value,
+        len(descriptor.segments),
+        "f32" if split else descriptor.out.value,
+        () if split else kernel_steps(descriptor),
+        a_vector,
+        b_vector,
+        descriptor.n % _UNIT == 0 if split else _wide(descriptor),
+        not (whole and a_vector == b_vector == _UNIT),
+    )
+
+
+def depth_tiles(descriptor: SegmentedMatmulDescriptor, tile: MmaTile) -> int:
+    """Tiles of depth of all segments together."""
+    return sum(-(-segment.k // tile.depth) for segment in descriptor.segments)
+
+
+def parts_of(descriptor: SegmentedMatmulDescriptor) -> int:
+    """How many parts the sum is best split into; 1 where the tiles fill the chip as they are."""
+    tile = tile_of(descriptor)
+    tiles, total = _split_tiles(descriptor, tile), depth_tiles(descriptor, tile)
+    wanted = min(SLOTS // max(1, tiles), MOST_PARTS, total * tile.depth // LEAST_DEPTH)
+    if wanted <= 1:
+        return 1
+    return -(-total // -(-total // wanted))
+
+
+def _split_tiles(descriptor: SegmentedMatmulDescriptor, tile: MmaTile) -> int:
+    """Tiles of the product before any gate."""
+    batch = 1 if descriptor.batch is None else descriptor.batch
+    return batch * -(-descriptor.m // tile.rows) * -(-descriptor.n // tile.columns)
+
+
+def _refuses(descriptor: SegmentedMatmulDescriptor) -> str:
+    if max(descriptor.m, descriptor.n, *(segment.k for segment in descriptor.segments)) >= _LARGEST:
+        return "wants extents below 2**31"
+    for segment in descriptor.segments:
+        if segment.a is not segment.b or segment.a not in _KINDS:
+            return f"wants A and B both bf16 or both fp16, found {segment.a.value} and {segment.b.value}"
+        first = descriptor.segments[0]
+        if segment.layout != first.layout or segment.a is not first.a:
+            return "wants all segments in one layout and of one kind"
+    blocks = _split_tiles(descriptor, TILES[-1]) * MOST_PARTS
+    return f"wants fewer than 2**31 blocks, found {blocks}" if blocks > MOST_BLOCKS else ""
+
+
+def _split_refuses(descriptor: SegmentedMatmulDescriptor) -> str:
+    if reason := _refuses(descriptor):
+        return reason
+    elements = descriptor.m * descriptor.n * (1 if descriptor.batch is None else descriptor.batch)
+    if not 0 < elements < _LARGEST:
+        return f"wants 1 to 2**31 elements, found {elements}"
+    return "" if parts_of(descriptor) > 1 else "its tiles fill the chip without splitting the sum"
+
+
+def _guarantee(descriptor: SegmentedMatmulDescriptor) -> PrecisionGuarantee:
+    units = 2.0 * descriptor.depth + 2.0 * len(descriptor.segments) + MOST_PARTS + 10.0
+    derivation = (
+        "the tensor core truncates each aligned term at fp32's last place (2 units a term); a rescaling between "
+        "segments 2, the last scale 2, the parts of a split sum 16, and 8 for the sums' own alignment; then the "
+        "epilogue's steps"
+    )
+    return matmul_guarantee(descriptor, MathPrecision.BF16_TENSOR_CORE, units, derivation)
+
+
+class MmaProgram(MatmulProgram):
+    """One launch, a block a tile."""
+
+    def __init__(self, descriptor: SegmentedMatmulDescriptor, device: Device) -> None:
+        super().__init__(descriptor, device)
+        tile = tile_of(descriptor)
+        self.batches = 1 if descriptor.batch is None else descriptor.batch
+        self.choices = (_problem(descriptor, tile, False), tile)
+        self.blocks = _tiles(descriptor, tile)
+        self.part = depth_tiles(descriptor, tile)
+        self.group_kernel = matmul_mma_grouped(*self.choices)
+        self.launch = None if self.empty else matmul_mma(*self.choices).launcher((self.blocks, 1, 1))
+
+    def bind(self, args: SegmentedMatmulArgs, workspace: Workspace) -> Launches:
+        """The launch; none where Y is empty."""
+        return [] if self.empty else [(self.launch, self.arguments(args))]
+
+    def arguments(self, args: SegmentedMatmulArgs) -> tuple:
+        """The flat parameters: the work's, the result's, the segments', the epilogue's."""
+        segments = self.segment_arguments(args, self.smallest_first(args))
+        return (self.batches, self.part, *self.result_arguments(args), *segments, *self.epilogue_arguments(args))
+
+
+class SplitProgram(MatmulProgram):
+    """Two launches: the parts of the sum in fp32 to workspace, and their sum through the epilogue."""
+
+    def __init__(self, descriptor: SegmentedMatmulDescriptor, device: Device) -> None:
+        super().__init__(descriptor, device)
+        tile, self.parts = tile_of(descriptor), parts_of(descriptor)
+        self.batches = 1 if descriptor.batch is None else descriptor.batch
+        self.part = -(-depth_tiles(descriptor, tile) // self.parts)
+        self.plane = self.batches * descriptor.m * descriptor.n
+        blocks = _split_tiles(descriptor, tile) * self.parts
+        units = self.batches * descriptor.m * -(-descriptor.columns // _UNIT)
+        reduce = matmul_reduce.matmul_reduce(
+            descriptor.out.value, kernel_steps(descriptor), _wide(descriptor) and descriptor.n % _UNIT == 0
+        )
+        self.multiply = matmul_mma(_problem(descriptor, tile, True), tile).launcher((blocks, 1, 1))
+        self.reduce = reduce.launcher((-(-units // matmul_reduce.THREADS), 1, 1))
+
+    def bind(self, args: SegmentedMatmulArgs, workspace: Workspace) -> Launches:
+        """Both launches."""
+        m, n = self.descriptor.m, self.descriptor.n
+        parts = workspace.buffer.pointer(np.float32)
+        segments = self.segment_arguments(args, self.smallest_first(args))
+        result = (parts, m, n, n, m * n)
+        head = (parts, self.parts, self.plane, n, self.batches)
+        return [
+            (self.multiply, (self.batches, self.part, *result, *segments)),
+            (self.reduce, (*head, *self.result_arguments(args), *self.epilogue_arguments(args))),
+        ]
+
+
+def _split_workspace(descriptor: SegmentedMatmulDescriptor) -> int:
+    batches = 1 if descriptor.batch is None else descriptor.batch
+    return 4 * parts_of(descriptor) * batches * descriptor.m * descriptor.n
+
+
+MMA_SPLIT = Sku(
+    name="mma, split sum",
+    backend=BackendKind.MMA,
+    arch=ArchSku.SM80,
+    refuses=_split_refuses,
+    guarantee=_guarantee,
+    build=SplitProgram,
+    workspace=_split_workspace,
+    alignment=16,
+)
+MMA = Sku(
+    name="mma",
+    backend=BackendKind.MMA,
+    arch=ArchSku.SM80,
+    refuses=_refuses,
+    guarantee=_guarantee,
+    build=MmaProgram,
+    alignment=16,
+)

@@ -1,0 +1,58 @@
+"""The product plans: one product, and sums of several in one launch."""
+
+from __future__ import annotations
+
+from typing import Any, Self
+
+import numpy as np
+
+from plans.core.device import Device
+from plans.core.errors import InvalidProblem
+from plans.core.plan import Plan, PlanPreference, Sku
+from plans.matmul.descriptor import MatmulDescriptor, SegmentedMatmulArgs, SegmentedMatmulDescriptor
+from plans.matmul.mma import MMA, MMA_SPLIT
+from plans.matmul.portable import PORTABLE
+from plans.matmul.wgmma import WGMMA
+
+_LARGEST = float(np.finfo(np.float32).max)
+
+
+class SegmentedMatmulPlan(Plan):
+    """Y = epilogue(sum_s scale_s A_s B_s^T); see :class:`plans.matmul.SegmentedMatmulDescriptor`.
+
+    A segment of scale 0 is left out: what its operands hold, NaN included, does not matter.
+    """
+
+    name = "segmented matmul"
+    skus = (WGMMA, MMA_SPLIT, MMA, PORTABLE)
+
+    def check(self, where: str, args: SegmentedMatmulArgs) -> None:
+        """Compare operands with their declaration, and scales with the segments."""
+        super().check(where, args)
+        wanted = len(self.descriptor.segments)
+        if len(args.segments) != wanted or len(args.scales) != wanted:
+            found = f"{len(args.segments)} segments and {len(args.scales)} scales"
+            raise InvalidProblem(f"{where}: {found} given, wanted {wanted} of each")
+        for number in (*args.scales, *args.numbers):
+            if not abs(number) <= _LARGEST:
+                raise InvalidProblem(f"{where}: scale or beta {number:g}, wanted a finite fp32 value")
+
+
+class MatmulPlan(SegmentedMatmulPlan):
+    """Y = epilogue(A B^T): the one-segment case; see :class:`plans.matmul.MatmulDescriptor`."""
+
+    name = "matmul"
+
+    @classmethod
+    def make(cls, descriptor: MatmulDescriptor, preference: PlanPreference, device: Device) -> Self:
+        """The plan of the first SKU that accepts the sum of one product."""
+        return super().make(_segmented(descriptor), preference, device)
+
+    @classmethod
+    def choose(cls, descriptor: Any, preference: PlanPreference, device: Device) -> Sku:
+        """The SKU that ``select`` takes."""
+        return super().choose(_segmented(descriptor), preference, device)
+
+
+def _segmented(descriptor: MatmulDescriptor | SegmentedMatmulDescriptor) -> SegmentedMatmulDescriptor:
+    return descriptor.segmented if isinstance(descriptor, MatmulDescriptor) else descriptor

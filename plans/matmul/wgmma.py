@@ -1,0 +1,196 @@
+"""The wgmma SKU of the matmul family (sm_90a): TMA, warp-specialised persistent blocks, any number of segments."""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+
+from kernels.matmul_wgmma import PART_WORDS, ROWS, SEGMENT_WORDS, WgmmaTile, multiply_wgmma
+from kernels.matmul_wgmma_store import WARP_ROWS, chunk_columns
+from kernels.target import SIMULATOR
+from kernels.wgmma import DEPTH
+from plans.core.device import Device
+from plans.core.operand import Operand
+from plans.core.plan import Launches, Sku
+from plans.core.precision import ElementKind, MathPrecision, PrecisionGuarantee
+from plans.core.sku import ArchSku, BackendKind
+from plans.core.tensor import TensorRef
+from plans.core.tensor_map import Box, constants, map_address
+from plans.core.workspace import Workspace
+from plans.matmul.descriptor import SegmentedMatmulArgs, SegmentedMatmulDescriptor
+from plans.matmul.program import MatmulProgram, kernel_steps, matmul_guarantee
+
+PANEL_ROWS = 2048
+"""Rows that blocks running together go through before they turn to the next columns: theirs of A stay in L2."""
+
+_KINDS = (ElementKind.BF16, ElementKind.F16)
+_COLUMNS = (256, 192, 160, 128, 96, 64)
+_SHARED_BYTES = 227 * 1024
+_LARGEST = 1 << 31
+# What the choice of a tile reckons with, in cycles: a stage's products, its bytes from L2, and a tile's beginning and
+# end, when its products do not run.
+_CYCLES_A_COLUMN, _BYTES_A_CYCLE, _TILE_CYCLES = 4.0, 40.0, 1500.0
+
+
+def _row_strides(descriptor: SegmentedMatmulDescriptor) -> list[Operand]:
+    return [operand for pair in descriptor.segment_operands for operand in pair]
+
+
+def _refuses(descriptor: SegmentedMatmulDescriptor) -> str:
+    first = descriptor.segments[0]
+    kinds = {segment.a for segment in descriptor.segments} | {segment.b for segment in descriptor.segments}
+    if len(kinds) > 1 or first.a not in _KINDS:
+        return f"wants all factors bf16 or all fp16, found {', '.join(sorted(kind.value for kind in kinds))}"
+    if len(layouts := {segment.layout for segment in descriptor.segments}) > 1:
+        return f"wants one layout for all segments, found {', '.join(sorted(layouts))}"
+    if max(descriptor.m, descriptor.n, descriptor.depth) >= _LARGEST:
+        return f"wants fewer than 2**31 rows, columns and terms, found {descriptor.m} x {descriptor.n}"
+    for operand in _row_strides(descriptor):
+        if any(stride * operand.element.itemsize % 16 for stride in operand.strides[:-1]):
+            return f"TMA wants rows of {operand.name} a multiple of 16 bytes apart, found strides {operand.strides}"
+    return ""
+
+
+def _suits(descriptor: SegmentedMatmulDescriptor) -> bool:
+    """Whether there are rows enough for tiles of 128; the simulator's 384 threads are for tests that ask for them."""
+    return not SIMULATOR and descriptor.m > ROWS // 2
+
+
+def _guarantee(descriptor: SegmentedMatmulDescriptor) -> PrecisionGuarantee:
+    units = 2.0 * descriptor.depth + 3.0 * len(descriptor.segments)
+    derivation = (
+        "the tensor core truncates each aligned term at fp32's last place (2 units a term); for each segment its "
+        "scale's rounding, a product and a sum; then the epilogue's steps"
+    )
+    return matmul_guarantee(descriptor, MathPrecision.BF16_TENSOR_CORE, units, derivation)
+
+
+def _stores_by_tma(descriptor: SegmentedMatmulDescriptor) -> bool:
+    """Whether the result's rows lie as TMA wants them, and operands of the epilogue as pairs of columns."""
+    out = descriptor.operands()[0]
+    if descriptor.columns % 2 or any(stride * out.element.itemsize % 16 for stride in out.strides[:-1]):
+        return False
+    return all(stride % 2 == 0 for o in descriptor.step_operands if o is not None for stride in o.strides[:-1])
+
+
+def stages_of(tile: WgmmaTile, staging: int) -> int:
+    """As many as shared memory has room for beside ``staging`` bytes."""
+    return min(8, (_SHARED_BYTES - staging) // (tile.stage_bytes + 16))
+
+
+def _seconds_like(descriptor: SegmentedMatmulDescriptor, tile: WgmmaTile, multiprocessors: int) -> float:
+    """Cycles that the product would take on so many multiprocessors, for comparing tiles."""
+    batch = descriptor.batch or 1
+    tiles = -(-descriptor.m // (ROWS * tile.cluster)) * -(-descriptor.columns // tile.result_columns) * batch
+    waves = -(-tiles // max(1, multiprocessors // tile.cluster))
+    from_l2 = tile.a_bytes + tile.columns * DEPTH * 2 / tile.cluster
+    stage = max(_CYCLES_A_COLUMN * tile.columns, from_l2 / _BYTES_A_CYCLE)
+    stages = sum(segment.k / DEPTH for segment in descriptor.segments)
+    return waves * (stages * stage + _TILE_CYCLES)
+
+
+def candidate_tiles(descriptor: SegmentedMatmulDescriptor) -> list[WgmmaTile]:
+    """Tiles that can compute the product."""
+    a_k_major, b_k_major = (descriptor.segments[0].layout in pair for pair in (("NT", "NN"), ("NT", "TT")))
+    found = []
+    for columns in _COLUMNS:
+        for cluster in (2, 1):
+            tile = WgmmaTile(columns, 1, cluster, a_k_major, b_k_major, descriptor.gated)
+            piece = columns // tile.pieces
+            if piece % (8 if b_k_major else 64) == 0 and tile.result_columns % 32 == 0:
+                found.append(tile)
+    return found
+
+
+@functools.lru_cache(maxsize=4096)
+def choose_tile(descriptor: SegmentedMatmulDescriptor, multiprocessors: int, staging: int) -> WgmmaTile:
+    """The tile that a count of cycles finds fastest."""
+    best = min(candidate_tiles(descriptor), key=lambda tile: _seconds_like(descriptor, tile, multiprocessors))
+    return WgmmaTile(best.columns, stages_of(best, staging), best.cluster, best.a_k_major, best.b_k_major, best.gated)
+
+
+class WgmmaProgram(MatmulProgram):
+    """One launch of a persistent grid over a table of parts and segments."""
+
+    def __init__(self, descriptor: SegmentedMatmulDescriptor, device: Device, tile: WgmmaTile | None = None) -> None:
+        super().__init__(descriptor, device)
+        self.mode = "tma" if _stores_by_tma(descriptor) else "direct"
+        self.tile = tile or choose_tile(descriptor, device.multiprocessors, 0 if self.mode == "direct" else 1 << 15)
+        kind = descriptor.segments[0].a.value
+        self.kernel = multiply_wgmma(kind, descriptor.out.value, self.tile, self.mode, kernel_steps(descriptor))
+        if self.empty:
+            return
+        batch, cluster = descriptor.batch or 1, self.tile.cluster
+        tiles = -(-descriptor.m // (ROWS * cluster)) * -(-descriptor.columns // self.tile.result_columns) * batch
+        clusters = max(1, min(device.multiprocessors // cluster, tiles))
+        self.launch = self.kernel.launcher((clusters * cluster, 1, 1))
+
+    def bind(self, args: SegmentedMatmulArgs, workspace: Workspace) -> Launches:
+        """The launch; none where Y is empty."""
+        if self.empty:
+            return []
+        order = self.smallest_first(args)
+        factor = next((args.scales[i] for i in reversed(order) if args.scales[i]), 1.0)
+        table = constants(self.device).pointer(self._table(args, order))
+        _, rows, columns, row_stride, _ = self.result_arguments(args)
+        numbers = (self.descriptor.batch or 1, rows, columns, max(1, PANEL_ROWS // (ROWS * self.tile.cluster)))
+        result = (args.out.data, row_stride, np.float32(factor))
+        return [(self.launch, (table, *numbers, *result, *self.epilogue_arguments(args)))]
+
+    def _table(self, args: SegmentedMatmulArgs, order: list[int]) -> np.ndarray:
+        """Parts, then their segments."""
+        batch = self.descriptor.batch or 1
+        out = self.descriptor.operands()[0]
+        parts, segments = [], []
+        for part in range(batch):
+            rows = self._segment_rows(args, order, part)
+            first = batch * PART_WORDS + len(segments) * SEGMENT_WORDS
+            start = part * out.strides[0] if self.descriptor.batch else 0
+            parts.append((first, len(rows), self._result_map(args.out, out, start), start))
+            segments += rows
+        return np.concatenate([np.array(parts, np.int64).ravel(), np.array(segments, np.int64).ravel()])
+
+    def _segment_rows(self, args: SegmentedMatmulArgs, order: list[int], part: int) -> list[tuple[int, ...]]:
+        boxes, found, previous = self.tile.boxes(), [], 0.0
+        for i in order:
+            segment, scale = self.descriptor.segments[i], args.scales[i]
+            if not scale or not segment.k:
+                continue
+            ratio = np.float32(previous / scale if previous else 1.0)
+            previous = scale
+            maps = [
+                self._operand_map(tensor, operand, part, box)
+                for tensor, operand, box in zip(
+                    args.segments[i], self.descriptor.segment_operands[i], boxes, strict=True
+                )
+            ]
+            tiles = -(-segment.k // DEPTH)
+            last = -(-(segment.k - (tiles - 1) * DEPTH) // 16)
+            found.append((*maps, tiles, last, 0, int(ratio.view(np.uint32)), 0, 0))
+        return found
+
+    def _operand_map(self, tensor: TensorRef, operand: Operand, part: int, box: tuple[int, int]) -> int:
+        start = part * operand.strides[0] if len(operand.shape) > 2 else 0
+        rows, columns = operand.shape[-2:]
+        address = tensor.address + start * operand.element.itemsize
+        return map_address(self.device, Box(address, operand.element, rows, columns, operand.strides[-2], *box))
+
+    def _result_map(self, tensor: TensorRef, out: Operand, start: int) -> int:
+        if self.mode == "direct":
+            return 0
+        address, columns = tensor.address + start * out.element.itemsize, chunk_columns(out.element.value)
+        box = Box(address, out.element, *out.shape[-2:], out.strides[-2], WARP_ROWS, columns, swizzle=64)
+        return map_address(self.device, box)
+
+
+WGMMA = Sku(
+    name="wgmma",
+    backend=BackendKind.WGMMA,
+    arch=ArchSku.SM90A,
+    refuses=_refuses,
+    guarantee=_guarantee,
+    build=WgmmaProgram,
+    alignment=16,
+    suits=_suits,
+)
