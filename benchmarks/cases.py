@@ -22,6 +22,7 @@ class Limit(enum.Enum):
     PEER = "lycoris-lora"
     CP = "cp"
     CP_SYNCED = "cp, synced"
+    DISK = "write and sync"
     BUDGET = "budget"
 
 

@@ -14,6 +14,7 @@ from collections.abc import Callable
 import numpy as np
 
 from kernels import memory, warp
+from kernels.division import divide
 from kernels.elements import ELEMENTS, all_finite, parked8
 from kernels.parameters import flat_length, table_reader
 from kernels.target import SIMULATOR, blocks_by_shared, cuda, device, f32, i32p, i64, i64p, kernel_factory, types
@@ -24,17 +25,16 @@ RUNS_IN_BATCH = 8
 
 @functools.cache
 def _place_of(slots: int, ragged: bool) -> Callable:
-    """``place(tile, thread, span, height, runs)``: the thread's first row and run of w2, which of the ``span``
-    neighbouring blocks is its own, and whether there is such a row.
+    """``place(tile, thread, span, height, runs, by_span_runs, by_runs)``: the thread's first row and run of w2, which
+    of the ``span`` neighbouring blocks is its own, and whether there is such a row. The last two are reciprocals.
     """
 
     @device
-    def place(tile, thread, span, height, runs):
-        wide = np.uint32(np.uint32(runs) * np.uint32(span))
+    def place(tile, thread, span, height, runs, by_span_runs, by_runs):
         flat = np.uint32(np.uint32(tile) * np.uint32(THREADS) + thread)
-        row_group = np.uint32(flat // wide)
-        position = np.uint32(flat - np.uint32(row_group * wide))
-        sub = np.int64(np.uint32(position // np.uint32(runs)))
+        row_group = divide(flat, by_span_runs)
+        position = np.uint32(flat - np.uint32(row_group * np.uint32(np.uint32(runs) * np.uint32(span))))
+        sub = np.int64(divide(position, by_runs))
         i = np.int64(row_group) * np.int64(slots)
         mine = not ragged or i < height
         if ragged:
@@ -95,23 +95,23 @@ def _body(base, out, first, second, check, slots, ragged) -> tuple[tuple, Callab
 
     @device
     def body(
-        shared, tile, block_row, chunk, base_pointer, out_pointer, w1, w2_pointer, blocks, span, chunk_blocks, height,
-        runs, scale, flag,
+        shared, tile, block_row, chunk, base_pointer, out_pointer, w1, w2_pointer, blocks, span, steps, chunk_steps,
+        height, runs, by_span_runs, by_runs, scale, flag,
     ):  # fmt: skip
-        """``blocks`` are b, ``height`` c, ``runs`` e / 8; ``chunk_blocks`` steps of ``span`` blocks are walked."""
+        """``blocks`` are b = ``steps`` * ``span``; ``chunk_steps`` are walked; ``height`` is c, ``runs`` e / 8."""
         values = cuda.local.array(values_held, np.float32)
         weights = cuda.local.array(batch, np.float32)
         next_weights = cuda.local.array(batch, np.float32)
         result = cuda.local.array(8, np.float32)
         w = cuda.local.array(8, np.float32)
         thread = warp.thread_index()
-        i, run, sub, mine = place_of(tile, thread, span, height, runs)
+        i, run, sub, mine = place_of(tile, thread, span, height, runs, by_span_runs, by_runs)
         row_stride = blocks * runs * np.int64(8)
         stride = span * runs * np.int64(8)
         at = block_row * height * row_stride + (sub * runs + run) * np.int64(8)
         row_at = block_row * blocks
-        block = chunk * chunk_blocks
-        last_block = min(block + chunk_blocks, np.int64(np.uint32(blocks) // np.uint32(span)))
+        block = chunk * chunk_steps
+        last_block = min(block + chunk_steps, steps)
         half = np.uint32(0)
         trace = np.uint32(0)
         ahead = block + np.int64(batch)
@@ -143,8 +143,8 @@ def _body(base, out, first, second, check, slots, ragged) -> tuple[tuple, Callab
             flag[0] = np.int32(1)
 
     parameters = (
-        ELEMENTS[base or out].pointer, ELEMENTS[out].pointer, ELEMENTS[first].pointer, w2.pointer, i64, i64, i64, i64,
-        i64, f32, i32p,
+        ELEMENTS[base or out].pointer, ELEMENTS[out].pointer, ELEMENTS[first].pointer, w2.pointer, *(i64,) * 8, f32,
+        i32p,
     )  # fmt: skip
     return parameters, body
 
@@ -168,14 +168,18 @@ def _options(base: str | None) -> dict:
 def kronecker_merge(base, out, first, second, check, slots, ragged):
     """One weight.
 
-    Parameters: base, out, w1, w2, b, span, steps of a chunk, c, e / 8, scale, flag; grid (tiles of w2, a, chunks of b).
+    Parameters: base, out, w1, w2, b, span, b / span, steps of a chunk, c, e / 8, the reciprocals of span * e / 8 and
+    e / 8, scale, flag; grid (tiles of w2, a, chunks of b).
     """
     parameters, body = _body(base, out, first, second, check, slots, ragged)
 
-    def kernel(base_pointer, out_pointer, w1, w2, blocks, span, chunk_blocks, height, runs, scale, flag):
+    def kernel(
+        base_pointer, out_pointer, w1, w2, blocks, span, steps, chunk_steps, height, runs, by_span_runs, by_runs, scale,
+        flag,
+    ):  # fmt: skip
         shared = cuda.shared.array(0, np.uint16, alignment=128)
         body(shared, warp.block_x(), warp.block_y(), warp.block_z(), base_pointer, out_pointer, w1, w2, blocks, span,
-             chunk_blocks, height, runs, scale, flag)  # fmt: skip
+             steps, chunk_steps, height, runs, by_span_runs, by_runs, scale, flag)  # fmt: skip
 
     return kernel, parameters, _options(base)
 
@@ -196,6 +200,6 @@ def kronecker_merge_grouped(base, out, first, second, check, slots, ragged):
         at = 4 * warp.block_x()
         q = read(table, np.int64(blocks[at]) * np.int64(width))
         body(shared, np.int64(blocks[at + 1]), np.int64(blocks[at + 2]), np.int64(blocks[at + 3]),
-             q[0], q[1], q[2], q[3], q[4], q[5], q[6], q[7], q[8], q[9], q[10])  # fmt: skip
+             q[0], q[1], q[2], q[3], q[4], q[5], q[6], q[7], q[8], q[9], q[10], q[11], q[12], q[13])  # fmt: skip
 
     return kernel, (i64p, i32p), _options(base)

@@ -1,8 +1,8 @@
 """A low-rank product on tensor cores, as a part of a weight tile: left [rows, rank] @ right [rank, columns].
 
-A warp owns 16 or 32 rows and all columns of its tile, in groups of 32. The columns of ``right`` are permuted on their
+A warp owns 16 rows and all columns of its tile, in groups of 32. The columns of ``right`` are permuted on their
 way into shared memory, so that lane 4 g + t ends up with eight neighbouring results, columns 8 t to 8 t + 7 of a
-group, for rows g, g + 8 (and g + 16, g + 24): the base then moves in 16-byte accesses without a shuffle. Its ranks are
+group, for rows g and g + 8: the base then moves in 16-byte accesses without a shuffle. Its ranks are
 permuted too, so that a lane's part of ``left`` is four or eight neighbouring ranks, one access.
 
 Factors of other kinds than the tensor core's are split into exact bf16 parts (bf16 1, fp16 2, fp32 3 parts of 8 bits);
@@ -19,6 +19,7 @@ from types import SimpleNamespace
 import numpy as np
 
 from kernels import bits, memory, tensor_core
+from kernels.division import remainder
 from kernels.elements import ELEMENTS
 from kernels.target import cuda, device
 
@@ -26,6 +27,8 @@ _PARTS = {"bf16": 1, "f16": 2, "f32": 3}
 STEP = 16
 MAX_HELD_WORDS = 64
 MAX_FETCHED_WORDS = 32
+ROWS_OF_LANE = 2
+RESULTS = 8 * ROWS_OF_LANE
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,14 @@ class Product:
         """Whether the fp16 instruction multiplies the factors as they are."""
         return self.left == self.right == "f16"
 
+    def interleaved(self, tile: Tile) -> bool:
+        """Whether words of the left factor are made of every other rank instead of two neighbours.
+
+        Where one access brings several words that need no splitting, the tensor core's operands would be copies of
+        them, which ptxas makes anew for every product; a walk copies them once a tile anyway.
+        """
+        return self.vector > 2 and self.parts[0] == 1 and self.left != "f32" and tile.base != "walk"
+
     @property
     def part_pairs(self) -> tuple[tuple[int, int], ...]:
         """Which parts are multiplied, smallest products first."""
@@ -62,15 +73,16 @@ class Product:
         """16-bit elements of shared memory for the right factor."""
         return self.parts[1] * self.steps * STEP * 32 * tile.groups
 
-    def held_words(self, tile: Tile) -> int:
+    @property
+    def held_words(self) -> int:
         """Registers for the left factor; 0 where there would be too many and each use loads it again."""
-        words = 4 * self.steps * self.parts[0] * tile.row_blocks
+        words = 4 * self.steps * self.parts[0]
         return words if words <= MAX_HELD_WORDS else 0
 
 
 @dataclass(frozen=True)
 class Tile:
-    """16 * row_blocks * warps rows by 32 * groups columns; ``ragged`` where weights are not whole tiles.
+    """16 * warps rows by 32 * groups columns; ``ragged`` where weights are not whole tiles.
 
     ``base``: where a tile's base waits: "registers", "shared" memory, or in shared memory for two tiles at a time of a
     "walk" over several below each other.
@@ -80,12 +92,11 @@ class Tile:
     groups: int
     ragged: bool
     base: str
-    row_blocks: int = 1
 
     @property
     def rows(self) -> int:
         """Rows of the tile."""
-        return 16 * self.row_blocks * self.warps
+        return 16 * self.warps
 
     @property
     def columns(self) -> int:
@@ -103,20 +114,20 @@ def product(
     ``stage(p, shared, column0, columns, thread)`` brings the right factor to shared memory.
     ``hold(p, held, row, rows, lane)`` brings the left factor of the lane's rows to registers.
     ``multiply(p, shared, held, result, group, row, rows, lane)`` writes the lane's results of a group: eight of each of
-    the rows ``row``, ``row + 8``, and so on.
-    ``periods``: positions of two parameters by which rows and columns are reduced first, as in a Kronecker product.
+    the rows ``row`` and ``row + 8``.
+    ``periods``: positions of two parameters by which rows and columns are reduced first, as in a Kronecker product;
+    their reciprocals are two positions further.
     """
     fragment = _left_fragment(spec, tile, at, periods)
-    left_parts, row_blocks, steps = spec.parts[0], tile.row_blocks, spec.steps
-    results = 16 * row_blocks
+    steps = spec.steps
     columns_of_tile = tile.columns
     swizzle = np.uint32(min(columns_of_tile // 8, 8) - 1)
     multiply_parts = _multiply_nothing
     for left_part, right_part in spec.part_pairs:
         plane = right_part * steps * STEP * columns_of_tile
-        multiply_parts = _multiply_part(multiply_parts, spec, tile, 4 * left_part, shared_at + plane)
-    holds = spec.held_words(tile) > 0
-    step_words = 4 * left_parts * row_blocks
+        multiply_parts = _multiply_part(multiply_parts, spec, 4 * left_part, 2 * (shared_at + plane))
+    holds = spec.held_words > 0
+    step_words = 4 * spec.parts[0]
     steps_at_once = 2 if spec.vector == 8 else 1
     loads, words_at_once = steps // steps_at_once, steps_at_once * step_words
 
@@ -128,50 +139,49 @@ def product(
 
     @device
     def multiply(p, shared, held, result, group, row, rows, lane):
-        for i in range(results):
+        for i in range(RESULTS):
             result[i] = np.float32(0)
-        row_in_step = np.uint32((lane & np.uint32(7)) + (lane & np.uint32(8)))
+        # Units of eight columns are permuted by the row's last bits; bits of row, unit and group stay apart.
+        unit = np.uint32((lane >> np.uint32(4)) ^ (lane & swizzle))
+        lane_at = np.uint32((lane & np.uint32(15)) * np.uint32(columns_of_tile) | unit * np.uint32(8))
         words = held if holds else cuda.local.array(words_at_once, np.uint32)
         for load in range(loads):
             words_at = held_at + words_at_once * load if holds else 0
             if not holds:
                 fragment(p, words, 0, row, rows, lane, load)
             for sub in range(steps_at_once):
-                k = np.uint32(np.uint32((load * steps_at_once + sub) * STEP) + row_in_step)
+                step_bytes = 2 * STEP * columns_of_tile * (load * steps_at_once + sub)
                 for pair in range(2):
-                    unit = np.uint32(np.uint32(group * 4 + 2 * pair) + (lane >> np.uint32(4)))
-                    shared_row = np.uint32(k * np.uint32(columns_of_tile) + (unit ^ (k & swizzle)) * np.uint32(8))
-                    multiply_parts(shared, np.int64(shared_row), words, words_at + step_words * sub, result, pair)
+                    index = np.int64(np.uint32(lane_at ^ np.uint32(8 * (4 * group + 2 * pair))))
+                    multiply_parts(shared, index, step_bytes, words, words_at + step_words * sub, result, pair)
 
     return SimpleNamespace(stage=_stage(spec, tile, shared_at, at, periods), hold=hold, multiply=multiply)
 
 
 @device
-def _multiply_nothing(shared, shared_row, words, words_at, result, pair):
+def _multiply_nothing(shared, index, step_bytes, words, words_at, result, pair):
     pass
 
 
-def _multiply_part(rest: Callable, spec: Product, tile: Tile, left_at: int, right_at: int) -> Callable:
+def _multiply_part(rest: Callable, spec: Product, left_at: int, right_bytes: int) -> Callable:
     """``rest``, then the product of one part of each factor for two of a group's four 8-column tiles."""
     mma = tensor_core.mma_f16 if spec.native_f16 else tensor_core.mma_bf16
-    row_blocks, block_words = tile.row_blocks, 4 * spec.parts[0]
 
     @device
-    def multiply(shared, shared_row, words, words_at, result, pair):
-        rest(shared, shared_row, words, words_at, result, pair)
-        b = tensor_core.ldmatrix_transposed(shared, right_at + shared_row)
-        for row_block in range(row_blocks):
-            a = words_at + row_block * block_words + left_at
-            for half in range(2):
-                i = 16 * row_block + 4 * pair + 2 * half
-                c = mma(
-                    words[a], words[a + 1], words[a + 2], words[a + 3], b[2 * half], b[2 * half + 1],
-                    result[i], result[i + 1], result[i + 8], result[i + 9],
-                )  # fmt: skip
-                result[i] = c[0]
-                result[i + 1] = c[1]
-                result[i + 8] = c[2]
-                result[i + 9] = c[3]
+    def multiply(shared, index, step_bytes, words, words_at, result, pair):
+        rest(shared, index, step_bytes, words, words_at, result, pair)
+        b = tensor_core.ldmatrix_transposed_ahead(shared, index, np.uint32(right_bytes + step_bytes))
+        a = words_at + left_at
+        for half in range(2):
+            i = 4 * pair + 2 * half
+            c = mma(
+                words[a], words[a + 1], words[a + 2], words[a + 3], b[2 * half], b[2 * half + 1],
+                result[i], result[i + 1], result[i + 8], result[i + 9],
+            )  # fmt: skip
+            result[i] = c[0]
+            result[i + 1] = c[1]
+            result[i + 8] = c[2]
+            result[i + 9] = c[3]
 
     return multiply
 
@@ -184,12 +194,13 @@ def _left_fragment(spec: Product, tile: Tile, at: int, periods: tuple[int, int] 
     """
     i_left, _, i_rank, i_row, i_step, _ = range(at, at + 6)
     i_period = periods[0] if periods else 0
+    i_reciprocal = i_period + 2
     periodic, ragged, full, vector = periods is not None, tile.ragged, spec.full, spec.vector
-    element, parts, row_blocks = ELEMENTS[spec.left], spec.parts[0], tile.row_blocks
+    element, parts = ELEMENTS[spec.left], spec.parts[0]
     load, fetch8, unpack8 = element.load, element.fetch8_cached, element.unpack8
     pack = bits.pack_f16 if spec.native_f16 else bits.pack_bf16
-    step_words, block_words = 4 * parts * row_blocks, 4 * parts
-    packed = element.words == 4 and parts == 1
+    step_words = 4 * parts
+    packed, interleaved = element.words == 4 and parts == 1, spec.interleaved(tile)
     ranks_at_once = 8 if vector == 8 else 4
     words_of_8 = element.words
 
@@ -236,21 +247,27 @@ def _left_fragment(spec: Product, tile: Tile, at: int, periods: tuple[int, int] 
         for i in range(8):
             raw[i] = np.uint32(0)
         first = np.int64(load_index * 4 * ranks_at_once) + np.int64(lane & np.uint32(3)) * np.int64(ranks_at_once)
-        for part_row in range(2 * row_blocks):
+        for part_row in range(ROWS_OF_LANE):
             o = row + np.int64(8 * part_row)
             if ragged:
                 o = min(o, rows - np.int64(1))
             if periodic:
-                o = np.int64(np.uint32(o) % np.uint32(p[i_period]))
+                o = np.int64(remainder(o, p[i_period], p[i_reciprocal]))
             load_ranks(p, o * p[i_row], first, values, raw)
-            to = at_word + (part_row >> 1) * block_words + (part_row & 1)
+            to = at_word + part_row
             for sub in range(ranks_at_once // 4):
-                for side in range(2):
-                    if packed and vector > 1:
-                        words[to + step_words * sub + 2 * side] = raw[2 * sub + side]
-                    else:
+                word_at = to + step_words * sub
+                first_word, second_word = raw[2 * sub], raw[2 * sub + 1]
+                if interleaved:
+                    words[word_at] = bits.low_halves(first_word, second_word)
+                    words[word_at + 2] = bits.high_halves(first_word, second_word)
+                elif packed and vector > 1:
+                    words[word_at] = first_word
+                    words[word_at + 2] = second_word
+                else:
+                    for side in range(2):
                         pair = 4 * sub + 2 * side
-                        split(words, values[pair], values[pair + 1], to + step_words * sub + 2 * side)
+                        split(words, values[pair], values[pair + 1], word_at + 2 * side)
 
     return fragment
 
@@ -259,6 +276,7 @@ def _stage(spec: Product, tile: Tile, shared_at: int, at: int, periods: tuple[in
     """Copy the right factor's columns of a tile to shared memory: permuted, split into parts, zero beyond the rank."""
     _, i_right, i_rank, _, _, i_next = range(at, at + 6)
     i_period = periods[1] if periods else 0
+    i_reciprocal = i_period + 2
     periodic, ragged, full, parts = periods is not None, tile.ragged, spec.full, spec.parts[1]
     pack = bits.pack_f16 if spec.native_f16 else bits.pack_bf16
     element = ELEMENTS[spec.right]
@@ -273,7 +291,7 @@ def _stage(spec: Product, tile: Tile, shared_at: int, at: int, periods: tuple[in
     even = chunks % (threads * at_once) == 0
     plane = spec.steps * STEP * columns_of_tile
     as_stored = parts == 1
-    by_eight = spec.vector == 8
+    by_eight, interleaved = spec.vector == 8, spec.interleaved(tile)
 
     @device
     def locate(chunk):
@@ -282,7 +300,10 @@ def _stage(spec: Product, tile: Tile, shared_at: int, at: int, periods: tuple[in
     @device
     def place_of_rank(k):
         """Where the tensor core meets rank k, so that lanes hold neighbouring ranks of left."""
-        odd = np.uint32((k & np.uint32(1)) | ((k & np.uint32(2)) << np.uint32(2)))
+        first, second = np.uint32(k & np.uint32(1)), np.uint32((k >> np.uint32(1)) & np.uint32(1))
+        if interleaved:
+            first, second = second, first
+        odd = np.uint32(first | (second << np.uint32(3)))
         if by_eight:
             lane = np.uint32((k >> np.uint32(3)) & np.uint32(3))
             step = np.uint32((k & np.uint32(~31 & 0xFFFFFFFF)) | ((k & np.uint32(4)) << np.uint32(2)))
@@ -298,7 +319,7 @@ def _stage(spec: Product, tile: Tile, shared_at: int, at: int, periods: tuple[in
         if ragged:
             column = min(column, columns - np.int64(8))
         if periodic:
-            column = np.int64(np.uint32(column) % np.uint32(p[i_period]))
+            column = np.int64(remainder(column, p[i_period], p[i_reciprocal]))
         row = np.int64(k) if full else min(np.int64(k), p[i_rank] - np.int64(1))
         fetch8(p[i_right], row * p[i_next] + column, words, to)
         if not full and np.int64(k) >= p[i_rank]:

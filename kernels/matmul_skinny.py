@@ -1,20 +1,18 @@
 """Products of at most 16 rows of A with a large B [n, k]: bound by reading B once, in 16-byte loads.
 
 Each warp of a block takes every so-manyth 32 depths of the block's rows of B, straight from memory into the tensor
-core's registers: a lane loads eight neighbouring depths of a row, which serve as its fragments of two ``mma`` steps, and
-A is loaded with the same depths in the same places. B's rows are the instruction's rows, A's its columns. The warps' sums
-are added up in shared memory, always in the same order.
+core's registers: a lane loads eight neighbouring depths of a row, its fragments of two ``mma`` steps, and A is loaded
+with the same depths in the same places. B's rows are the instruction's rows, A's its columns. The warps' sums are added
+up in shared memory, always in the same order.
 
-A factored segment, scale (A D^T) B^T with a small D [rank, k], takes D's rows as more rows of B, in every block: A D^T
-(fp32) stays in shared memory and never takes a launch of its own.
+A low-rank segment, scale (A D^T) U^T with a small D [rank, k], has D's rows follow B's in every block, which costs
+reads of L2 only: A D^T stays in shared memory, in fp32, and takes no launch of its own.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import SimpleNamespace
 
 import numpy as np
 
@@ -35,71 +33,91 @@ from kernels.matmul_problem import (
     result_parameters,
     segment_parameters,
 )
+from kernels.matmul_skinny_sums import D_BATCH, D_STRIDE, RANK, D, SkinnyTile, low_rank_parameters, sums_of_block
 from kernels.matmul_store import UNIT, storer
-from kernels.target import cuda, device, kernel_factory, types
+from kernels.target import cuda, device, i64, kernel_factory, types
 
 CHUNK = 32
-"""Depths of one step of a warp: eight a lane in groups of four."""
-GROUP = 16
-"""Rows of B in one fragment."""
+"""Depths of one step of a warp: eight for each of four lanes."""
 
 
 @dataclass(frozen=True)
-class SkinnyTile:
-    """How a block works: fragments of B's rows, of A's rows (8 each), warps, and steps whose loads are under way at once."""
+class SkinnyProblem:
+    """The compile-time shape: 16-bit kind, how many segments, for each low-rank segment the segment whose A it takes
+    (in rising order), the result's kind, the epilogue, and whether results are accessed eight at a time.
+    """
 
-    row_groups: int
-    a_groups: int
-    warps: int
-    unroll: int
-
-    @property
-    def rows(self) -> int:
-        """Rows of B a block takes."""
-        return GROUP * self.row_groups
-
-    @property
-    def threads(self) -> int:
-        """Threads of a block."""
-        return 32 * self.warps
+    kind: str
+    segments: int
+    low_rank_of: tuple[int, ...]
+    out: str
+    steps: tuple
+    wide: bool
 
 
-def _loads(tile: SkinnyTile, kind: str) -> SimpleNamespace:
-    """Device functions that load a step's fragments and multiply them."""
-    mma = tensor_core.mma_f16 if kind == "f16" else tensor_core.mma_bf16
-    row_groups, a_groups = tile.row_groups, tile.a_groups
-    b_words, a_words = 8 * row_groups, 4 * a_groups
-
-    @device
-    def load(pointer, at, inside, words, to, stream):
-        if inside:
-            if stream:
-                a, b, c, d = memory.load128_stream(pointer, at)
-            else:
-                a, b, c, d = memory.load128(pointer, at)
+@device
+def _load(pointer, at, inside, words, to, stream):
+    if inside:
+        if stream:
+            a, b, c, d = memory.load128_stream(pointer, at)
         else:
-            a = b = c = d = np.uint32(0)
-        words[to] = a
-        words[to + 1] = b
-        words[to + 2] = c
-        words[to + 3] = d
+            a, b, c, d = memory.load128(pointer, at)
+    else:
+        a = b = c = d = np.uint32(0)
+    words[to] = a
+    words[to + 1] = b
+    words[to + 2] = c
+    words[to + 3] = d
+
+
+@device
+def _fetch_nothing(low, b_at, depth, inside, right, slot):
+    pass
+
+
+def _fetch_low_rank(rest: Callable, position: int, group: int, slot_words: int) -> Callable:
+    """``rest``, then the rows of one D as one more group."""
 
     @device
-    def fetch(s, a_at, b_at, a_inside, depth, whole, right, left, slot):
-        """One step's words of B, two rows a group, and of A."""
-        inside = whole or depth < s[K]
-        for i in range(2 * row_groups):
-            load(s[B], b_at[i] + depth, inside, right, slot * b_words + 4 * i, True)
-        for i in range(a_groups):
-            load(s[A], a_at[i] + depth, inside and a_inside[i] != np.uint32(0), left, slot * a_words + 4 * i, False)
+    def fetch(low, b_at, depth, inside, right, slot):
+        rest(low, b_at, depth, inside, right, slot)
+        for half in range(2):
+            to = slot * slot_words + 8 * group + 4 * half
+            _load(low[position][D], b_at[2 * group + half] + depth, inside, right, to, False)
+
+    return fetch
+
+
+@device
+def _find_nothing(low, b_at, batch, lane_row):
+    pass
+
+
+def _find_low_rank(rest: Callable, position: int, group: int) -> Callable:
+    """``rest``, then where a lane's rows of one D begin; rows beyond the rank read the last, and are not used."""
+
+    @device
+    def find(low, b_at, batch, lane_row):
+        rest(low, b_at, batch, lane_row)
+        d = low[position]
+        for half in range(2):
+            row = max(min(lane_row + np.int64(8 * half), d[RANK] - np.int64(1)), np.int64(0))
+            b_at[2 * group + half] = batch * d[D_BATCH] + row * d[D_STRIDE]
+
+    return find
+
+
+def _multiplier(kind: str, first: int, last: int, groups: int, a_groups: int) -> Callable:
+    """``multiply(right, left, slot, sums)``: one step's products of the groups [first, last) of ``groups``."""
+    mma = tensor_core.mma_f16 if kind == "f16" else tensor_core.mma_bf16
 
     @device
     def multiply(right, left, slot, sums):
         for half in range(2):
-            for i in range(row_groups):
-                b = slot * b_words + 8 * i + 2 * half
+            for i in range(first, last):
+                b = slot * 8 * groups + 8 * i + 2 * half
                 for j in range(a_groups):
-                    a = slot * a_words + 4 * j + 2 * half
+                    a = slot * 4 * a_groups + 4 * j + 2 * half
                     at = 4 * (i * a_groups + j)
                     c = mma(
                         right[b], right[b + 4], right[b + 1], right[b + 5], left[a], left[a + 1],
@@ -110,139 +128,134 @@ def _loads(tile: SkinnyTile, kind: str) -> SimpleNamespace:
                     sums[at + 2] = c[2]
                     sums[at + 3] = c[3]
 
-    return SimpleNamespace(fetch=fetch, multiply=multiply, a_words=a_words, b_words=b_words)
+    return multiply
 
 
-def _segment(rest: Callable, position: int, kind: str, tile: SkinnyTile, gated: bool) -> Callable:
-    """``rest``, then one segment's products in the warp's sums."""
-    loads = _loads(tile, kind)
-    fetch, multiply = loads.fetch, loads.multiply
+def _segment(rest: Callable, position: int, problem: SkinnyProblem, tile: SkinnyTile, gated: bool) -> Callable:
+    """``rest``, then one segment's products in the warp's sums, and A D^T of the low-rank segments that take its A."""
     row_groups, a_groups, unroll, warps = tile.row_groups, tile.a_groups, tile.unroll, tile.warps
-    right_words, left_words = unroll * loads.b_words, unroll * loads.a_words
-    sums_count, half_groups = 4 * row_groups * a_groups, row_groups // 2
-    turn_depth = unroll * warps * CHUNK
+    groups = row_groups + len(problem.low_rank_of)
+    fetch_low, find_low = _fetch_nothing, _find_nothing
+    own = [number for number, of in enumerate(problem.low_rank_of) if of == position]
+    for number in own:
+        fetch_low = _fetch_low_rank(fetch_low, number, row_groups + number, 8 * groups)
+        find_low = _find_low_rank(find_low, number, row_groups + number)
+    first_low, last_low = (row_groups + own[0], row_groups + own[-1] + 1) if own else (0, 0)
+    multiply = _multiplier(problem.kind, 0, row_groups, groups, a_groups)
+    multiply_low = _multiplier(problem.kind, first_low, last_low, groups, a_groups)
+    right_words, left_words, b_rows = unroll * 8 * groups, unroll * 4 * a_groups, 2 * groups
+    row_sums, half_groups, turn_depth = 4 * row_groups * a_groups, row_groups // 2, unroll * warps * CHUNK
 
     @device
-    def b_row(group, inner, row0, columns):
-        """The row of B that a lane takes for a group: after a gate's split from either half, never beyond the last."""
+    def b_row(group, lane_row, row0, columns):
+        """The row of B a lane takes for a group: before a gate from either half, never beyond the last."""
         if gated and group >= half_groups:
-            return columns + min(row0 + np.int64(GROUP * (group - half_groups)) + inner, columns - np.int64(1))
-        return min(row0 + np.int64(GROUP * group) + inner, columns - np.int64(1))
+            return columns + min(row0 + np.int64(16 * (group - half_groups)) + lane_row, columns - np.int64(1))
+        return min(row0 + np.int64(16 * group) + lane_row, columns - np.int64(1))
 
     @device
-    def segment(sums, result, p, row0, batch, number, lane):
-        rest(sums, result, p, row0, batch, number, lane)
-        s = p[position]
-        if s[RATIO] != np.float32(1):
-            for i in range(sums_count):
-                sums[i] = sums[i] * s[RATIO]
-        group, quarter = np.int64(lane >> np.uint32(2)), np.int64(np.uint32((lane & np.uint32(3)) * np.uint32(8)))
-        b_at = cuda.local.array(2 * row_groups, np.int64)
-        a_at = cuda.local.array(a_groups, np.int64)
-        a_inside = cuda.local.array(a_groups, np.uint32)
+    def fetch(s, low, a_at, b_at, a_inside, depth, whole, right, left, slot):
+        inside = whole or depth < s[K]
+        for i in range(2 * row_groups):
+            _load(s[B], b_at[i] + depth, inside, right, slot * 8 * groups + 4 * i, True)
+        fetch_low(low, b_at, depth, inside, right, slot)
+        for i in range(a_groups):
+            to = slot * 4 * a_groups + 4 * i
+            _load(s[A], a_at[i] + depth, inside and a_inside[i] != np.uint32(0), left, to, False)
+
+    @device
+    def find(s, low, a_at, b_at, a_inside, result, row0, batch, lane_row):
         for i in range(row_groups):
             for half in range(2):
-                row = b_row(i, group + np.int64(8 * half), row0, result[COLUMNS])
+                row = b_row(i, lane_row + np.int64(8 * half), row0, result[COLUMNS])
                 b_at[2 * i + half] = batch * s[B_BATCH] + row * s[B_STRIDE]
+        find_low(low, b_at, batch, lane_row)
         for i in range(a_groups):
-            row = group + np.int64(8 * i)
+            row = lane_row + np.int64(8 * i)
             a_inside[i] = np.uint32(1) if row < result[ROWS] else np.uint32(0)
             a_at[i] = batch * s[A_BATCH] + min(row, result[ROWS] - np.int64(1)) * s[A_STRIDE]
+
+    @device
+    def segment(sums, result, p, low, row0, batch, number, lane):
+        rest(sums, result, p, low, row0, batch, number, lane)
+        s = p[position]
+        if s[RATIO] != np.float32(1):
+            for i in range(row_sums):
+                sums[i] = sums[i] * s[RATIO]
+        b_at = cuda.local.array(b_rows, np.int64)
+        a_at = cuda.local.array(a_groups, np.int64)
+        a_inside = cuda.local.array(a_groups, np.uint32)
+        find(s, low, a_at, b_at, a_inside, result, row0, batch, np.int64(lane >> np.uint32(2)))
         right = cuda.local.array(right_words, np.uint32)
         left = cuda.local.array(left_words, np.uint32)
-        depth = np.int64(number) * np.int64(CHUNK) + quarter
-        first = np.int64(0)
-        while first + np.int64(turn_depth) <= s[K]:
+        first = np.int64(number) * np.int64(CHUNK)
+        depth = first + np.int64(np.uint32((lane & np.uint32(3)) * np.uint32(8)))
+        done = np.int64(0)
+        while done + np.int64(turn_depth) <= s[K]:
             for u in range(unroll):
-                fetch(s, a_at, b_at, a_inside, depth + np.int64(u * warps * CHUNK), True, right, left, u)
+                at = depth + np.int64(u * warps * CHUNK)
+                fetch(s, low, a_at, b_at, a_inside, at, True, right, left, u)
             for u in range(unroll):
                 multiply(right, left, u, sums)
+                multiply_low(right, left, u, sums)
             depth += np.int64(turn_depth)
-            first += np.int64(turn_depth)
-        while first + np.int64(number) * np.int64(CHUNK) < s[K]:
-            fetch(s, a_at, b_at, a_inside, depth, False, right, left, 0)
+            done += np.int64(turn_depth)
+        while done + first < s[K]:
+            fetch(s, low, a_at, b_at, a_inside, depth, False, right, left, 0)
             multiply(right, left, 0, sums)
+            multiply_low(right, left, 0, sums)
             depth += np.int64(warps * CHUNK)
-            first += np.int64(warps * CHUNK)
+            done += np.int64(warps * CHUNK)
 
     return segment
 
 
 @device
-def _nothing(sums, result, p, row0, batch, number, lane):
+def _nothing(sums, result, p, low, row0, batch, number, lane):
     pass
 
 
-@functools.cache
-def _reduction(tile: SkinnyTile, gated: bool) -> SimpleNamespace:
-    """``park(shared, sums, number, lane)``: a warp's sums to shared memory, as [warp][row of A][row of B];
-    ``total(shared, row, unit, values)``: eight neighbours' sums over all warps, and of their partners before a gate.
-    """
-    row_groups, a_groups, warps, pitch = tile.row_groups, tile.a_groups, tile.warps, tile.rows + 4
-    plane, half_rows, sides = 8 * a_groups * pitch, tile.rows // 2, 2 if gated else 1
-
-    @device
-    def park(shared, sums, number, lane):
-        base = np.uint32(number * np.uint32(plane))
-        for i in range(row_groups):
-            for j in range(a_groups):
-                for value in range(4):
-                    row = np.uint32(np.uint32(8 * j + (value & 1)) + np.uint32((lane & np.uint32(3)) * np.uint32(2)))
-                    column = np.uint32(np.uint32(GROUP * i + 8 * (value >> 1)) + np.uint32(lane >> np.uint32(2)))
-                    shared[np.uint32(base + np.uint32(row * np.uint32(pitch)) + column)] = sums[
-                        4 * (i * a_groups + j) + value
-                    ]
-
-    @device
-    def total(shared, row, unit, values):
-        for side in range(sides):
-            at = np.uint32(np.uint32(row * np.uint32(pitch)) + np.uint32(unit * np.uint32(UNIT)))
-            at = np.uint32(at + np.uint32(side * half_rows))
-            for i in range(UNIT):
-                values[UNIT * side + i] = np.float32(0)
-            for number in range(warps):
-                for i in range(UNIT):
-                    values[UNIT * side + i] += shared[np.uint32(at + np.uint32(number * plane + i))]
-
-    return SimpleNamespace(park=park, total=total, elements=warps * plane)
-
-
-_BASE, _FEW, _MANY = ("NT", "bf16", "bf16"), SkinnyTile(1, 1, 8, 8), SkinnyTile(2, 2, 8, 4)
+_ONE = SkinnyProblem("bf16", 1, (), "bf16", (), True)
 _BIAS = (("bias", "bf16"), ("gelu",), ("residual", "bf16"))
+_TWO = SkinnyTile(2, 2, 8, 2)
 
 
 @kernel_factory(
-    ((_BASE,), "bf16", (), _FEW, True),
-    ((_BASE, _BASE), "bf16", _BIAS, _MANY, True),
-    ((("NT", "f16", "f16"),), "f32", (("gate", "silu", True),), SkinnyTile(2, 1, 8, 4), False),
+    (_ONE, SkinnyTile(1, 1, 8, 4)),
+    (SkinnyProblem("bf16", 2, (), "bf16", _BIAS, True), _TWO),
+    (SkinnyProblem("bf16", 1, (0,), "bf16", (("bias", "bf16"),), True), SkinnyTile(2, 2, 8, 3)),
+    (SkinnyProblem("bf16", 2, (0, 0, 1), "bf16", (), True), SkinnyTile(2, 1, 8, 1)),
+    (SkinnyProblem("f16", 1, (), "f32", (("gate", "silu", True),), False), SkinnyTile(2, 1, 8, 2)),
 )
-def matmul_skinny(segments, out, steps, tile, wide):
-    """Parameters: tiles of rows of B in one result, the result's, the segments', the epilogue's; a block a tile and batch."""
-    gated = epilogue(steps).gated
+def matmul_skinny(problem, tile):
+    """Parameters: tiles of rows of B in one result, the result's, the segments', the low-rank segments', the
+    epilogue's; a block a tile and batch.
+    """
+    gated = epilogue(problem.steps).gated
     accumulate = _nothing
-    for position, (_, kind, _) in enumerate(segments):
-        accumulate = _segment(accumulate, position, kind, tile, gated)
-    reduction, emit = _reduction(tile, gated), storer(out, steps, wide)
-    park, total = reduction.park, reduction.total
-    shared_elements, sums_count, last = reduction.elements, 4 * tile.row_groups * tile.a_groups, len(segments) - 1
-    sides, threads = 2 if gated else 1, tile.threads
-    columns_of_block = tile.rows // sides
-    units_of_row, values_count = columns_of_block // UNIT, UNIT * sides
+    for position in range(problem.segments):
+        accumulate = _segment(accumulate, position, problem, tile, gated)
+    block_sums = sums_of_block(problem.kind, len(problem.low_rank_of), tile, gated)
+    request, combine, take = block_sums.request, block_sums.combine, block_sums.take
+    emit, last, sides = storer(problem.out, problem.steps, problem.wide), problem.segments - 1, 2 if gated else 1
+    groups = tile.row_groups + len(problem.low_rank_of)
+    columns_of_block, values_count, sums_count = tile.rows // sides, UNIT * sides, 4 * groups * tile.a_groups
+    units_of_row, threads, shared_elements = columns_of_block // UNIT, tile.threads, block_sums.elements
+    up_elements = block_sums.up_elements
 
-    def kernel(tiles, result, p, e):
+    def kernel(tiles, result, p, low, e):
         shared = cuda.shared.array(shared_elements, np.float32)
+        up = cuda.shared.array(up_elements, np.uint16, alignment=16)
         block, thread = np.uint32(warp.block_x()), warp.thread_index()
         number, lane = np.uint32(thread >> np.uint32(5)), np.uint32(thread & np.uint32(31))
         batch = np.uint32(block // np.uint32(tiles))
         row0 = np.int64(np.uint32(block - np.uint32(batch * np.uint32(tiles)))) * np.int64(columns_of_block)
+        request(up, low, row0, result[COLUMNS], np.int64(batch), thread)
         sums = cuda.local.array(sums_count, np.float32)
         for i in range(sums_count):
             sums[i] = np.float32(0)
-        accumulate(sums, result, p, row0, np.int64(batch), number, lane)
-        for i in range(sums_count):
-            sums[i] = sums[i] * p[last][SCALE]
-        park(shared, sums, number, lane)
-        warp.block_barrier()
+        accumulate(sums, result, p, low, row0, np.int64(batch), number, lane)
+        combine(shared, up, sums, p[last][SCALE], low, number, lane, thread)
         values = cuda.local.array(values_count, np.float32)
         index = thread
         while index < np.uint32(np.uint32(result[ROWS]) * np.uint32(units_of_row)):
@@ -250,14 +263,15 @@ def matmul_skinny(segments, out, steps, tile, wide):
             unit = np.uint32(index % np.uint32(units_of_row))
             column = row0 + np.int64(np.uint32(unit * np.uint32(UNIT)))
             if column < result[COLUMNS]:
-                total(shared, row, unit, values)
+                take(shared, row, unit, values)
                 emit(values, result, e, np.int64(batch), np.int64(row), column)
             index = np.uint32(index + np.uint32(threads))
 
     parameters = (
-        types.int64,
-        result_parameters(out),
-        types.Tuple([segment_parameters(segment) for segment in segments]),
-        epilogue(steps).parameters,
+        i64,
+        result_parameters(problem.out),
+        types.Tuple([segment_parameters(("NT", problem.kind, problem.kind))] * problem.segments),
+        types.Tuple([low_rank_parameters(problem.kind)] * len(problem.low_rank_of)),
+        epilogue(problem.steps).parameters,
     )
-    return kernel, parameters, {"threads": tile.threads}
+    return kernel, parameters, {"threads": tile.threads, "min_blocks": tile.blocks(len(problem.low_rank_of))}

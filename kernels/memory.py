@@ -75,6 +75,10 @@ def _copy_async16(shared, index, pointer, source):
     current_thread().copies.append((_words(shared, index, 4), _words(pointer, source, 4)))
 
 
+def _copy_async4(shared, index, pointer, source):
+    current_thread().copies.append((_words(shared, index, 1), _words(pointer, source, 1)))
+
+
 def _copy_async_commit():
     thread = current_thread()
     thread.copy_groups.append(thread.copies)
@@ -127,6 +131,7 @@ def copy_async_fill(size: int) -> Callable:
 
 
 copy_async16 = instruction("cp.async.cg.shared.global.L2::128B [$0], [$1], 16;", (SHARED, GLOBAL), twin=_copy_async16)
+copy_async4 = instruction("cp.async.ca.shared.global [$0], [$1], 4;", (SHARED, GLOBAL), twin=_copy_async4)
 copy_async_commit = instruction("cp.async.commit_group;", "", twin=_copy_async_commit)
 copy_async_wait_all = instruction("cp.async.wait_all;", "", twin=_copy_async_wait_all)
 

@@ -199,17 +199,17 @@ def sinkhorn(mode, extent):
 
 @functools.cache
 def _finish(mode: str, extent: int) -> Callable:
-    """A device function: row k of the logits' gradient from g of the first matrix; x is free to use."""
+    """A device function: row k of the logits' gradient, at ``to``, from g of the first matrix; x is free to use."""
     pitch, fill_softmax = extent + 1, softmax_row(extent)
 
     @device
-    def through_exp(logits, at, x, g, k, n, eps, d_logits):
+    def through_exp(logits, at, x, g, k, n, eps, d_logits, to):
         for j in range(n):
             stopped = logits[at + k * n + j] > np.float32(MAX_EXPONENT)
-            d_logits[at + k * n + j] = np.float32(0) if stopped else g[k * pitch + j]
+            d_logits[to + k * n + j] = np.float32(0) if stopped else g[k * pitch + j]
 
     @device
-    def through_softmax(logits, at, x, g, k, n, eps, d_logits):
+    def through_softmax(logits, at, x, g, k, n, eps, d_logits, to):
         fill_softmax(logits, at, x, k, n)
         total = np.float32(0)
         for j in range(n):
@@ -218,7 +218,7 @@ def _finish(mode: str, extent: int) -> Callable:
             g[k * pitch + j] = share
             total += share
         for j in range(n):
-            d_logits[at + k * n + j] = g[k * pitch + j] - x[k * pitch + j] * total
+            d_logits[to + k * n + j] = g[k * pitch + j] - x[k * pitch + j] * total
 
     return through_exp if mode == "exp" else through_softmax
 
@@ -267,24 +267,21 @@ def _unwind(mode: str, extent: int) -> Callable:
     return unwind
 
 
-@kernel_factory(*_EXAMPLES)
-def sinkhorn_backward(mode, extent):
-    """The gradient of the logits through every iteration; one block a matrix.
+@functools.cache
+def gradient(mode: str, extent: int) -> Callable:
+    """A device function for all threads: the gradient of the logits at ``at``, written at ``to``, for that of M.
 
-    Parameters: logits, d_out, d_logits, entered, n, iterations, eps.
-    ``entered`` [batch, iterations, n, n] is scratch: the matrix that enters each iteration, kept on the way forward.
-    The way back recomputes from it what lies within the iteration, with the bits of the way forward.
+    ``d_out`` is M's gradient and lies at ``d_at``; ``entered`` at ``kept_at`` is scratch for the matrix that enters
+    each iteration, kept on the way forward. The way back recomputes from it what lies within the iteration, with the
+    bits of the way forward. x and g are two matrices in shared memory.
     """
-    step, store, cells, pitch = steps(mode, extent), column_store(extent), cells_of(extent), extent + 1
+    step, store, pitch = steps(mode, extent), column_store(extent), extent + 1
     start, iterate_once = step.start, step.iterate_once
     unwind, finish = _unwind(mode, extent), _finish(mode, extent)
 
-    def kernel(logits, d_out, d_logits, entered, n, iterations, eps):
-        x = cuda.shared.array(cells, np.float32)
-        g = cuda.shared.array(cells, np.float32)
+    @device
+    def unwound(logits, at, d_out, d_at, d_logits, to, entered, kept_at, x, g, n, iterations, eps):
         k = np.int64(warp.thread_index())
-        at = warp.block_x() * n * n
-        kept_at = at * iterations
         start(logits, at, x, k, n, eps)
         for iteration in range(iterations):
             store(x, k, n, entered, kept_at + iteration * n * n)
@@ -292,7 +289,7 @@ def sinkhorn_backward(mode, extent):
             iterate_once(x, k, n, iteration, eps)
         if k < n:
             for i in range(n):
-                g[i * pitch + k] = d_out[at + i * n + k] * x[i * pitch + k]
+                g[i * pitch + k] = d_out[d_at + i * n + k] * x[i * pitch + k]
         for back in range(iterations):
             iteration = iterations - np.int64(1) - back
             if k < n:
@@ -301,6 +298,23 @@ def sinkhorn_backward(mode, extent):
             warp.block_barrier()
             unwind(x, g, k, n, iteration, eps)
         if k < n:
-            finish(logits, at, x, g, k, n, eps, d_logits)
+            finish(logits, at, x, g, k, n, eps, d_logits, to)
+
+    return unwound
+
+
+@kernel_factory(*_EXAMPLES)
+def sinkhorn_backward(mode, extent):
+    """The gradient of the logits through every iteration; one block a matrix.
+
+    Parameters: logits, d_out, d_logits, entered, n, iterations, eps; ``entered`` [batch, iterations, n, n] is scratch.
+    """
+    unwound, cells = gradient(mode, extent), cells_of(extent)
+
+    def kernel(logits, d_out, d_logits, entered, n, iterations, eps):
+        x = cuda.shared.array(cells, np.float32)
+        g = cuda.shared.array(cells, np.float32)
+        at = warp.block_x() * n * n
+        unwound(logits, at, d_out, at, d_logits, at, entered, at * iterations, x, g, n, iterations, eps)
 
     return kernel, (f32p, f32p, f32p, f32p, i64, i64, f32), {"threads": extent}

@@ -10,6 +10,9 @@ its scale is the last parameter.
     kronecker_product   the same with w2 = left @ right
     dense       scale * diff[o, j]
     channel     scale * m[o or j // taps] * w
+
+Kronecker products and channels by column carry the reciprocals of their divisors (:mod:`kernels.division`) for kernels
+whose coordinates have 31 bits; here they have 64.
 """
 
 from __future__ import annotations
@@ -71,7 +74,7 @@ def _hadamard(a: str, b: str, c: str, d: str) -> tuple[tuple, Callable]:
 
 
 def _kronecker(w1: str, w2: str) -> tuple[tuple, Callable]:
-    """Parameters: w1 [a, b], w2 [c, e], b, c, e, scale."""
+    """Parameters: w1 [a, b], w2 [c, e], b, c, e, the reciprocals of c and e, scale."""
     load1, load2 = ELEMENTS[w1].load, ELEMENTS[w2].load
 
     @device
@@ -79,23 +82,26 @@ def _kronecker(w1: str, w2: str) -> tuple[tuple, Callable]:
         row = o // p[3]
         column = j // p[4]
         small = load1(p[0], row * p[2] + column)
-        return (p[5] * small) * load2(p[1], (o - row * p[3]) * p[4] + (j - column * p[4]))
+        return (p[7] * small) * load2(p[1], (o - row * p[3]) * p[4] + (j - column * p[4]))
 
-    return (ELEMENTS[w1].pointer, ELEMENTS[w2].pointer, i64, i64, i64, f32), value
+    return (ELEMENTS[w1].pointer, ELEMENTS[w2].pointer, i64, i64, i64, i64, i64, f32), value
 
 
 def _kronecker_product(w1: str, left: str, right: str) -> tuple[tuple, Callable]:
-    """Parameters: w1 [a, b], b, c, e, the product's six, scale; w2 = left [c, rank] @ right [rank, e]."""
-    load1, dot = ELEMENTS[w1].load, _dot(left, right, 4)
+    """Parameters: w1 [a, b], b, c, e, their last two's reciprocals, the product's six, scale.
+
+    w2 = left [c, rank] @ right [rank, e].
+    """
+    load1, dot = ELEMENTS[w1].load, _dot(left, right, 6)
 
     @device
     def value(p, o, j, w):
         row = o // p[2]
         column = j // p[3]
         small = load1(p[0], row * p[1] + column)
-        return (p[10] * small) * dot(p, o - row * p[2], j - column * p[3])
+        return (p[12] * small) * dot(p, o - row * p[2], j - column * p[3])
 
-    return (ELEMENTS[w1].pointer, i64, i64, i64, *_factor_types(left, right), f32), value
+    return (ELEMENTS[w1].pointer, i64, i64, i64, i64, i64, *_factor_types(left, right), f32), value
 
 
 def _dense(kind: str) -> tuple[tuple, Callable]:
@@ -110,21 +116,21 @@ def _dense(kind: str) -> tuple[tuple, Callable]:
 
 
 def _channel(kind: str, axis: str) -> tuple[tuple, Callable]:
-    """Parameters: m [O] or [I], taps, scale."""
+    """Parameters: m [O] or [I], taps, its reciprocal, scale."""
     load = ELEMENTS[kind].load
     if axis == "out":
 
         @device
         def value(p, o, j, w):
-            return (p[2] * load(p[0], o)) * w
+            return (p[3] * load(p[0], o)) * w
 
     else:
 
         @device
         def value(p, o, j, w):
-            return (p[2] * load(p[0], j // p[1])) * w
+            return (p[3] * load(p[0], j // p[1])) * w
 
-    return (ELEMENTS[kind].pointer, i64, f32), value
+    return (ELEMENTS[kind].pointer, i64, i64, f32), value
 
 
 _MAKERS = {

@@ -3,7 +3,7 @@
 A block makes one tile, or walks down a column of tiles. Base and result move in 16-byte accesses. A single tile's base
 is requested before anything else and waits in registers or shared memory, so that the product hides behind it. On a
 walk the right factor stays in shared memory, and the next tile's base and left factor are on their way while a tile is
-made. Lane 4 g + t holds rows g, g + 8 (and g + 16, g + 24), columns 8 t to 8 t + 7 of each group of 32.
+made. Lane 4 g + t holds rows g and g + 8, columns 8 t to 8 t + 7 of each group of 32.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ import numpy as np
 
 from kernels import memory, warp
 from kernels.elements import ELEMENTS, all_finite, parked8
-from kernels.low_rank_tile import Product, Tile
+from kernels.low_rank_tile import RESULTS, ROWS_OF_LANE, Product, Tile
 from kernels.parameters import flat_length, table_reader
 from kernels.target import blocks_by_shared, cuda, device, f32, f32p, i32p, i64, i64p, kernel_factory, types
 from kernels.weight_sources import source_parameters
-from kernels.weight_tile_sinks import SINKS
+from kernels.weight_tile_sinks import SINKS, STATE_WORDS
 from kernels.weight_tile_sources import Source, factor_elements, held_words, point_name, summed
 
 
@@ -61,7 +61,7 @@ def _base_access(base: str | None, out: str, sources: tuple[Source, ...], tile: 
         else:
             unpack8(raw, slot * words, w, to)
 
-    return request, take, 2 * tile.row_blocks * tile.groups * words if has_base and tile.base == "registers" else 1
+    return request, take, ROWS_OF_LANE * tile.groups * words if has_base and tile.base == "registers" else 1
 
 
 @functools.cache
@@ -70,13 +70,13 @@ def _requests(base, out, sources, tile) -> Callable:
 
     In a ragged weight, addresses outside are moved inside, so that loads need no branches, and stores are guarded.
     """
-    rows_of_lane, groups, ragged, has_base = 2 * tile.row_blocks, tile.groups, tile.ragged, base is not None
+    groups, ragged, has_base = tile.groups, tile.ragged, base is not None
     request, _, _ = _base_access(base, out, sources, tile)
 
     @device
     def request_tile(shared, raw, slot0, thread, pointer, row, rows, lane_column, columns):
         if has_base:
-            for i in range(rows_of_lane):
+            for i in range(ROWS_OF_LANE):
                 o = row + np.int64(8 * i)
                 if ragged:
                     o = min(o, rows - np.int64(1))
@@ -85,7 +85,7 @@ def _requests(base, out, sources, tile) -> Callable:
                     column = lane_column + np.int64(32 * group)
                     if ragged:
                         column = min(column, columns - np.int64(8))
-                    slot = slot0 + np.uint32(rows_of_lane * group + i)
+                    slot = slot0 + np.uint32(ROWS_OF_LANE * group + i)
                     request(shared, raw, np.uint32(slot), thread, pointer, row_at + column)
 
     return request_tile
@@ -95,27 +95,26 @@ def _requests(base, out, sources, tile) -> Callable:
 def _tile_body(base, out, sources, sink, check, tile) -> Callable:
     """The block's device function; ``sink_p`` is (partials, magnitude, tiles in a row, strength) for DoRA."""
     make = _walk_body if tile.base == "walk" else _single_body
-    finish = SINKS[sink](ELEMENTS[out], 2 * tile.row_blocks)
+    finish = SINKS[sink](ELEMENTS[out])
     return make(base, out, sources, sink, check and finish.stores, tile, finish)
 
 
 @functools.cache
-def _lane_place(tile: Tile) -> Callable:
+def _lane_place() -> Callable:
     """``place()``: the thread, its lane, and its first row and column in a tile."""
-    rows_of_warp = 16 * tile.row_blocks
 
     @device
     def place():
         thread = warp.thread_index()
         lane = np.uint32(thread & np.uint32(31))
-        row = np.uint32((thread >> np.uint32(5)) * np.uint32(rows_of_warp) + (lane >> np.uint32(2)))
+        row = np.uint32((thread >> np.uint32(5)) * np.uint32(16) + (lane >> np.uint32(2)))
         return thread, lane, np.int64(row), np.int64((lane & np.uint32(3)) * np.uint32(8))
 
     return place
 
 
 def _single_body(base, out, sources, sink, check, tile, finish) -> Callable:
-    lane_place, state_words = _lane_place(tile), 4 * tile.row_blocks
+    lane_place = _lane_place()
     tile_rows, tile_columns = tile.rows, tile.columns
     every = summed(sources, tile)
     stage, hold, words_held = every.stage, every.hold, max(1, held_words(sources, tile))
@@ -133,7 +132,7 @@ def _single_body(base, out, sources, sink, check, tile, finish) -> Callable:
         lane_column = column0 + column_in_tile
         raw = cuda.local.array(raw_words, np.uint32)
         held = cuda.local.array(words_held, np.uint32)
-        state = cuda.local.array(state_words, np.float32)
+        state = cuda.local.array(STATE_WORDS, np.float32)
         request_tile(shared, raw, np.uint32(0), thread, base_pointer, row, rows, lane_column, columns)
         stage(p, shared, column0, columns, thread)
         hold(p, held, row, rows, lane_column, columns, lane)
@@ -151,8 +150,8 @@ def _single_body(base, out, sources, sink, check, tile, finish) -> Callable:
 
 
 def _walk_body(base, out, sources, sink, check, tile, finish) -> Callable:
-    lane_place, state_words = _lane_place(tile), 4 * tile.row_blocks
-    tile_rows, tile_columns, slots = tile.rows, tile.columns, 2 * tile.row_blocks * tile.groups
+    lane_place = _lane_place()
+    tile_rows, tile_columns, slots = tile.rows, tile.columns, ROWS_OF_LANE * tile.groups
     every = summed(sources, tile)
     stage, hold, words_held = every.stage, every.hold, max(1, held_words(sources, tile))
     request_tile = _requests(base, out, sources, tile)
@@ -171,8 +170,8 @@ def _walk_body(base, out, sources, sink, check, tile, finish) -> Callable:
         raw = cuda.local.array(1, np.uint32)
         held = cuda.local.array(words_held, np.uint32)
         next_held = cuda.local.array(words_held, np.uint32)
-        state = cuda.local.array(state_words, np.float32)
-        next_state = cuda.local.array(state_words, np.float32)
+        state = cuda.local.array(STATE_WORDS, np.float32)
+        next_state = cuda.local.array(STATE_WORDS, np.float32)
         slot0 = np.uint32(0)
         trace = np.uint32(0)
         request_tile(shared, raw, slot0, thread, base_pointer, row, rows, lane_column, columns)
@@ -195,7 +194,7 @@ def _walk_body(base, out, sources, sink, check, tile, finish) -> Callable:
             end(state, tile_column, row, rows, lane, sink_p)
             for i in range(words_held):
                 held[i] = next_held[i]
-            for i in range(state_words):
+            for i in range(STATE_WORDS):
                 state[i] = next_state[i]
             first += np.int64(tile_rows)
             row = next_row
@@ -233,10 +232,9 @@ def _then_group(rest: Callable, base, out, sources, sink, check, tile, group: in
 
     Where factors take many registers a warp barrier keeps ptxas from computing all groups at once.
     """
-    add, ragged, rows_of_lane = summed(sources, tile).add, tile.ragged, 2 * tile.row_blocks
+    add, ragged = summed(sources, tile).add, tile.ragged
     _, take, _ = _base_access(base, out, sources, tile)
-    finish = SINKS[sink](ELEMENTS[out], rows_of_lane)
-    accumulate, results = finish.accumulate, 8 * rows_of_lane
+    accumulate = SINKS[sink](ELEMENTS[out]).accumulate
     ordered = _ordered(sources, sink, tile)
 
     @device
@@ -245,13 +243,13 @@ def _then_group(rest: Callable, base, out, sources, sink, check, tile, group: in
         trace = rest(trace, shared, raw, slot0, held, state, out_pointer, place, p, sink_p)
         if ordered:
             warp.sync_warp()
-        delta = cuda.local.array(results, np.float32)
-        w = cuda.local.array(results, np.float32)
+        delta = cuda.local.array(RESULTS, np.float32)
+        w = cuda.local.array(RESULTS, np.float32)
         column = lane_column + np.int64(32 * group)
-        for i in range(rows_of_lane):
-            take(shared, raw, np.uint32(slot0 + np.uint32(rows_of_lane * group + i)), thread, w, 8 * i)
+        for i in range(ROWS_OF_LANE):
+            take(shared, raw, np.uint32(slot0 + np.uint32(ROWS_OF_LANE * group + i)), thread, w, 8 * i)
         add(p, shared, held, delta, w, group, row, rows, column, columns, lane)
-        for i in range(rows_of_lane):
+        for i in range(ROWS_OF_LANE):
             o = row + np.int64(8 * i)
             if not ragged or (o < rows and column < columns):
                 trace = accumulate(state, i, out_pointer, o * columns + column, delta, w, trace, sink_p)
@@ -273,8 +271,8 @@ def _parameters(base, out, sources, sink) -> tuple:
 
 def _options(base: str | None, sources: tuple[Source, ...], sink: str, tile: Tile) -> dict:
     """Launch bounds: as many blocks on a multiprocessor as factors, base, results and gains leave registers for."""
-    words = (2 if tile.base == "walk" else 1) * held_words(sources, tile) + 32 * tile.row_blocks
-    words += 2 * tile.row_blocks * tile.groups * ELEMENTS[base].words if base and tile.base == "registers" else 0
+    words = (2 if tile.base == "walk" else 1) * held_words(sources, tile) + 32
+    words += ROWS_OF_LANE * tile.groups * ELEMENTS[base].words if base and tile.base == "registers" else 0
     few = words <= 70 or (len(sources) == 1 and sources[0][0] == "kronecker_product" and tile.base == "registers")
     warps_on_multiprocessor = 24 if few else 16 if words <= 108 else 8
     if not _ordered(sources, sink, tile):
@@ -291,12 +289,12 @@ def _options(base: str | None, sources: tuple[Source, ...], sink: str, tile: Til
 _P1, _P4 = Product("bf16", "bf16", 1, 2, True), Product("bf16", "bf16", 4, 8, True)
 _OI = ("low_rank", "bf16", "bf16", _P1)
 _WHOLE, _RAGGED = Tile(8, 4, False, "registers"), Tile(8, 4, True, "registers")
-_SHARED, _WALK, _TALL = Tile(8, 4, True, "shared"), Tile(8, 4, False, "walk"), Tile(4, 4, False, "shared", 2)
+_SHARED, _WALK = Tile(8, 4, True, "shared"), Tile(8, 4, False, "walk")
 _EXAMPLES = (
     ("bf16", "bf16", (_OI,), "merge", True, _WHOLE),
     ("bf16", "bf16", (("low_rank", "bf16", "f16", Product("bf16", "f16", 1, 1, False)),), "merge", True, _RAGGED),
     ("bf16", "bf16", (("low_rank", "f32", "f32", Product("f32", "f32", 1, 4, True)),), "merge", True, _WHOLE),
-    ("bf16", "bf16", (("low_rank", "f16", "f16", Product("f16", "f16", 4, 8, True)),), "merge", True, _TALL),
+    ("bf16", "bf16", (("low_rank", "f16", "f16", Product("f16", "f16", 4, 8, True)),), "merge", True, _SHARED),
     ("bf16", "bf16", (("hadamard", *["bf16"] * 4, _P1, _P1),), "merge", True, _WHOLE),
     ("bf16", "bf16", (("kronecker_product", *["bf16"] * 3, _P1),), "merge", True, _WHOLE),
     ("bf16", "bf16", (_OI, _OI), "merge", True, _WHOLE),

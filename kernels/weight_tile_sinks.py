@@ -18,8 +18,11 @@ import numpy as np
 
 from kernels import warp
 from kernels.elements import ELEMENTS
+from kernels.low_rank_tile import ROWS_OF_LANE
 from kernels.target import device
 from kernels.weight_portable import DORA_EPS
+
+STATE_WORDS = 2 * ROWS_OF_LANE
 
 
 @device
@@ -45,7 +48,7 @@ def _store_sink(out_element: SimpleNamespace, combine: Callable, begin: Callable
 
 
 def _merge_sink(has_base: bool) -> Callable:
-    def make(out_element: SimpleNamespace, rows_of_lane: int) -> SimpleNamespace:
+    def make(out_element: SimpleNamespace) -> SimpleNamespace:
         @device
         def add_base(state, i, delta, w, p):
             return w + delta if has_base else delta
@@ -55,10 +58,10 @@ def _merge_sink(has_base: bool) -> Callable:
     return make
 
 
-def _norm_sink(out_element: SimpleNamespace, rows_of_lane: int) -> SimpleNamespace:
+def _norm_sink(out_element: SimpleNamespace) -> SimpleNamespace:
     @device
     def begin(state, row, rows, lane, p):
-        for i in range(rows_of_lane):
+        for i in range(ROWS_OF_LANE):
             state[i] = np.float32(0)
 
     @device
@@ -70,11 +73,11 @@ def _norm_sink(out_element: SimpleNamespace, rows_of_lane: int) -> SimpleNamespa
 
     @device
     def end(state, tile_column, row, rows, lane, p):
-        for i in range(rows_of_lane):
+        for i in range(ROWS_OF_LANE):
             total = warp.quad_sum(state[i])
             o = row + np.int64(8 * i)
             if (lane & np.uint32(3)) == np.uint32(0) and o < rows:
-                p[0][o * p[2] + tile_column] = total
+                p[0][tile_column * rows + o] = total
 
     return SimpleNamespace(begin=begin, accumulate=accumulate, end=end, stores=False)
 
@@ -82,29 +85,30 @@ def _norm_sink(out_element: SimpleNamespace, rows_of_lane: int) -> SimpleNamespa
 def _dora_sink(magnitude: str) -> Callable:
     load_magnitude = ELEMENTS[magnitude].load
 
-    def make(out_element: SimpleNamespace, rows_of_lane: int) -> SimpleNamespace:
+    def make(out_element: SimpleNamespace) -> SimpleNamespace:
         @device
         def begin(state, row, rows, lane, p):
-            for i in range(rows_of_lane):
-                o = min(row + np.int64(8 * i), rows - np.int64(1))
-                squares = np.float32(0)
-                row_at = o * p[2]
-                tile = np.uint32(lane & np.uint32(3))
-                tiles = np.uint32(p[2])
-                while tile < tiles:
-                    for u in range(8):
-                        at = np.uint32(tile + np.uint32(4 * u))
-                        part = p[0][row_at + np.int64(min(at, np.uint32(tiles - np.uint32(1))))]
-                        squares += part if at < tiles else np.float32(0)
-                    tile = np.uint32(tile + np.uint32(32))
-                squares = warp.quad_sum(squares)
-                gain = load_magnitude(p[1], o) / (np.float32(math.sqrt(squares)) + DORA_EPS)
-                state[i] = p[3] * gain
-                state[rows_of_lane + i] = (np.float32(1) - p[3]) + p[3] * gain
+            """Two lanes for each of the warp's 16 rows add up its tiles; the gain then goes to the lanes that need it."""
+            row_of_lane = np.uint32(lane >> np.uint32(2))
+            own = min(row - np.int64(row_of_lane) + np.int64(lane >> np.uint32(1)), rows - np.int64(1))
+            squares = np.float32(0)
+            tiles = np.uint32(p[2])
+            first = np.uint32(0)
+            while first < tiles:
+                for u in range(8):
+                    tile = np.uint32(np.uint32(first + np.uint32(2 * u)) + (lane & np.uint32(1)))
+                    part = p[0][np.int64(min(tile, np.uint32(tiles - np.uint32(1)))) * rows + own]
+                    squares += part if tile < tiles else np.float32(0)
+                first = np.uint32(first + np.uint32(16))
+            squares = squares + warp.shuffle_xor(squares, np.uint32(1))
+            gain = p[3] * (load_magnitude(p[1], own) / (np.float32(math.sqrt(squares)) + DORA_EPS))
+            for i in range(ROWS_OF_LANE):
+                state[i] = warp.shuffle_from(gain, np.uint32(np.uint32(2) * row_of_lane + np.uint32(16 * i)))
+                state[ROWS_OF_LANE + i] = (np.float32(1) - p[3]) + state[i]
 
         @device
         def decompose(state, i, delta, w, p):
-            return state[rows_of_lane + i] * w + state[i] * delta
+            return state[ROWS_OF_LANE + i] * w + state[i] * delta
 
         return _store_sink(out_element, decompose, begin)
 

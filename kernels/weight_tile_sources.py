@@ -15,8 +15,9 @@ from types import SimpleNamespace
 import numpy as np
 
 from kernels import bits, low_rank_tile
+from kernels.division import divide
 from kernels.elements import ELEMENTS
-from kernels.low_rank_tile import Product, Tile
+from kernels.low_rank_tile import RESULTS, ROWS_OF_LANE, Product, Tile
 from kernels.target import cuda, device
 
 Source = tuple
@@ -43,15 +44,15 @@ def held_words(sources: tuple[Source, ...], tile: Tile) -> int:
     return sum(_own_words(source, tile) for source in sources)
 
 
-def product_words(sources: tuple[Source, ...], tile: Tile) -> int:
+def product_words(sources: tuple[Source, ...]) -> int:
     """Those of them that hold the left factors of products."""
-    return sum(product.held_words(tile) for source in sources for product in products(source))
+    return sum(product.held_words for source in sources for product in products(source))
 
 
 def _own_words(source: Source, tile: Tile) -> int:
-    runs = 2 * tile.row_blocks * tile.groups
+    runs = ROWS_OF_LANE * tile.groups
     gathered = {"kronecker_product": 1, "kronecker": 1 + ELEMENTS[source[2]].words if source[0] == "kronecker" else 0}
-    return product_words((source,), tile) + runs * gathered.get(source[0], 0)
+    return product_words((source,)) + runs * gathered.get(source[0], 0)
 
 
 @device
@@ -70,13 +71,13 @@ def _product_of(source: Source, tile: Tile, at: list[int], first: int, periods=N
     for index, spec in enumerate(products(source)):
         made.append(low_rank_tile.product(spec, tile, at[0], at[1], first + 6 * index, periods))
         at[0] += spec.shared_elements(tile)
-        at[1] += spec.held_words(tile)
+        at[1] += spec.held_words
     return made
 
 
 def _low_rank(source: Source, tile: Tile, at: list[int], first: bool) -> SimpleNamespace:
     (product,) = _product_of(source, tile, at, 0)
-    multiply, hold_product, results = product.multiply, product.hold, 16 * tile.row_blocks
+    multiply, hold_product = product.multiply, product.hold
 
     @device
     def hold(p, held, row, rows, column, columns, lane):
@@ -84,9 +85,9 @@ def _low_rank(source: Source, tile: Tile, at: list[int], first: bool) -> SimpleN
 
     @device
     def add(p, shared, held, delta, w, group, row, rows, column, columns, lane):
-        result = cuda.local.array(results, np.float32)
+        result = cuda.local.array(RESULTS, np.float32)
         multiply(p, shared, held, result, group, row, rows, lane)
-        for i in range(results):
+        for i in range(RESULTS):
             delta[i] = p[6] * result[i] if first else delta[i] + p[6] * result[i]
 
     return SimpleNamespace(stage=product.stage, hold=hold, add=add)
@@ -96,7 +97,6 @@ def _hadamard(source: Source, tile: Tile, at: list[int], first: bool) -> SimpleN
     one, two = _product_of(source, tile, at, 0)
     stage_one, hold_one, multiply_one = one.stage, one.hold, one.multiply
     stage_two, hold_two, multiply_two = two.stage, two.hold, two.multiply
-    results = 16 * tile.row_blocks
 
     @device
     def stage(p, shared, column0, columns, thread):
@@ -110,11 +110,11 @@ def _hadamard(source: Source, tile: Tile, at: list[int], first: bool) -> SimpleN
 
     @device
     def add(p, shared, held, delta, w, group, row, rows, column, columns, lane):
-        a = cuda.local.array(results, np.float32)
-        b = cuda.local.array(results, np.float32)
+        a = cuda.local.array(RESULTS, np.float32)
+        b = cuda.local.array(RESULTS, np.float32)
         multiply_one(p, shared, held, a, group, row, rows, lane)
         multiply_two(p, shared, held, b, group, row, rows, lane)
-        for i in range(results):
+        for i in range(RESULTS):
             value = (p[12] * a[i]) * b[i]
             delta[i] = value if first else delta[i] + value
 
@@ -123,34 +123,32 @@ def _hadamard(source: Source, tile: Tile, at: list[int], first: bool) -> SimpleN
 
 def _kronecker_product(source: Source, tile: Tile, at: list[int], first: bool) -> SimpleNamespace:
     """w2 = left @ right is multiplied anew in every tile, at rows modulo c and columns modulo e."""
-    (product,) = _product_of(source, tile, at, 4, periods=(2, 3))
+    (product,) = _product_of(source, tile, at, 6, periods=(2, 3))
     multiply, hold_product, stage = product.multiply, product.hold, product.stage
     load1, weights_at, groups, ragged = ELEMENTS[source[1]].load, at[1], tile.groups, tile.ragged
-    rows_of_lane = 2 * tile.row_blocks
-    results = 8 * rows_of_lane
-    at[1] += rows_of_lane * groups
+    at[1] += ROWS_OF_LANE * groups
 
     @device
     def hold(p, held, row, rows, column, columns, lane):
         hold_product(p, held, row, rows, lane)
-        for i in range(rows_of_lane):
+        for i in range(ROWS_OF_LANE):
             o = np.uint32(row + np.int64(8 * i))
             if ragged:
                 o = min(o, np.uint32(np.uint32(rows) - np.uint32(1)))
-            row_at = np.int64(np.uint32(o // np.uint32(p[2]))) * p[1]
+            row_at = np.int64(divide(o, p[4])) * p[1]
             for group in range(groups):
                 j = np.uint32(column + np.int64(32 * group))
                 if ragged:
                     j = min(j, np.uint32(np.uint32(columns) - np.uint32(8)))
-                weight = p[10] * load1(p[0], row_at + np.int64(np.uint32(j // np.uint32(p[3]))))
-                held[weights_at + group * rows_of_lane + i] = bits.f32_bits(weight)
+                weight = p[12] * load1(p[0], row_at + np.int64(divide(j, p[5])))
+                held[weights_at + group * ROWS_OF_LANE + i] = bits.f32_bits(weight)
 
     @device
     def add(p, shared, held, delta, w, group, row, rows, column, columns, lane):
-        result = cuda.local.array(results, np.float32)
+        result = cuda.local.array(RESULTS, np.float32)
         multiply(p, shared, held, result, group, row, rows, lane)
-        for i in range(rows_of_lane):
-            weight = bits.bits_f32(held[weights_at + group * rows_of_lane + i])
+        for i in range(ROWS_OF_LANE):
+            weight = bits.bits_f32(held[weights_at + group * ROWS_OF_LANE + i])
             for x in range(8):
                 value = weight * result[8 * i + x]
                 delta[8 * i + x] = value if first else delta[8 * i + x] + value
@@ -160,13 +158,12 @@ def _kronecker_product(source: Source, tile: Tile, at: list[int], first: bool) -
 
 def _pointwise(gather: Callable, tile: Tile, first: bool) -> SimpleNamespace:
     """A source without products: ``gather(p, values, w, o, column, i)`` gives eight values of the lane's i-th row."""
-    rows_of_lane = 2 * tile.row_blocks
 
     @device
     def add(p, shared, held, delta, w, group, row, rows, column, columns, lane):
         values = cuda.local.array(8, np.float32)
         inside = min(column, columns - np.int64(8))
-        for i in range(rows_of_lane):
+        for i in range(ROWS_OF_LANE):
             gather(p, values, w, min(row + np.int64(8 * i), rows - np.int64(1)), inside, i)
             for x in range(8):
                 at = 8 * i + x
@@ -179,36 +176,36 @@ def _kronecker(source: Source, tile: Tile, at: list[int], first: bool) -> Simple
     """Eight elements of w2 for each row and group, and their weight, are requested with the base."""
     load1, second = ELEMENTS[source[1]].load, ELEMENTS[source[2]]
     fetch8, unpack8, words_of_8 = second.fetch8_cached, second.unpack8, second.words
-    rows_of_lane, groups, ragged, words_at = 2 * tile.row_blocks, tile.groups, tile.ragged, at[1]
-    weights_at = words_at + rows_of_lane * groups * words_of_8
+    groups, ragged, words_at = tile.groups, tile.ragged, at[1]
+    weights_at = words_at + ROWS_OF_LANE * groups * words_of_8
     at[1] += _own_words(source, tile)
 
     @device
     def hold(p, held, row, rows, column, columns, lane):
         height, width = np.uint32(p[3]), np.uint32(p[4])
-        for i in range(rows_of_lane):
+        for i in range(ROWS_OF_LANE):
             o = np.uint32(row + np.int64(8 * i))
             if ragged:
                 o = min(o, np.uint32(np.uint32(rows) - np.uint32(1)))
-            block_row = np.uint32(o // height)
+            block_row = divide(o, p[5])
             w2_row = np.int64(np.uint32(o - np.uint32(block_row * height))) * p[4]
             weights_row = np.int64(block_row) * p[2]
             for group in range(groups):
                 j = np.uint32(column + np.int64(32 * group))
                 if ragged:
                     j = min(j, np.uint32(np.uint32(columns) - np.uint32(8)))
-                block_column = np.uint32(j // width)
+                block_column = divide(j, p[6])
                 w2_column = np.uint32(j - np.uint32(block_column * width))
-                slot = group * rows_of_lane + i
+                slot = group * ROWS_OF_LANE + i
                 fetch8(p[1], w2_row + np.int64(w2_column), held, words_at + slot * words_of_8)
-                weight = p[5] * load1(p[0], weights_row + np.int64(block_column))
+                weight = p[7] * load1(p[0], weights_row + np.int64(block_column))
                 held[weights_at + slot] = bits.f32_bits(weight)
 
     @device
     def add(p, shared, held, delta, w, group, row, rows, column, columns, lane):
         values = cuda.local.array(8, np.float32)
-        for i in range(rows_of_lane):
-            slot = group * rows_of_lane + i
+        for i in range(ROWS_OF_LANE):
+            slot = group * ROWS_OF_LANE + i
             unpack8(held, words_at + slot * words_of_8, values, 0)
             weight = bits.bits_f32(held[weights_at + slot])
             for x in range(8):
@@ -239,8 +236,8 @@ def _channel(source: Source, tile: Tile, at: list[int], first: bool) -> SimpleNa
     @device
     def gather(p, values, w, o, column, i):
         for x in range(8):
-            index = o if per_row else np.int64(np.uint32(column + x) // np.uint32(p[1]))
-            values[x] = (p[2] * load(p[0], index)) * w[8 * i + x]
+            index = o if per_row else np.int64(divide(column + np.int64(x), p[2]))
+            values[x] = (p[3] * load(p[0], index)) * w[8 * i + x]
 
     return _pointwise(gather, tile, first)
 

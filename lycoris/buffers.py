@@ -59,7 +59,9 @@ class DeviceArray:
             kind = ElementKind.of(array.dtype)
         except KeyError:
             names = ", ".join(str(known.values) for known in ElementKind)
-            raise RefusedInput(f"an array of {array.dtype} has no place on the device; wanted one of {names}") from None
+            raise RefusedInput(
+                f"an array of {array.dtype} has no place on the device, wanted one of {names}; convert it first"
+            ) from None
         device = device or Device.open("auto")
         return cls(device.upload(array, stream_of(device)), array.shape, kind)
 
@@ -84,7 +86,9 @@ class DeviceArray:
             rest = math.prod(extent for extent in shape if extent != -1)
             shape = tuple(self.size // max(1, rest) if extent == -1 else extent for extent in shape)
         if math.prod(shape) != self.size:
-            raise RefusedInput(f"a tensor of shape {self.shape} holds {self.size} elements, {shape} was asked for")
+            raise RefusedInput(
+                f"a tensor of shape {self.shape} holds {self.size} elements, {shape} was asked for; ask for as many"
+            )
         return DeviceArray(self.buffer, shape, self.kind)
 
     def ref(self) -> TensorRef:

@@ -5,7 +5,3 @@
 
 Families: :mod:`plans.weight` (deltas and merges of adapters), :mod:`plans.cast`, :mod:`plans.layout`.
 """
-
-from plans.catalogue import catalogue
-
-__all__ = ["catalogue"]

@@ -46,7 +46,7 @@ class CastDescriptor:
 
     def __post_init__(self) -> None:
         if self.count < 0:
-            raise InvalidProblem(f"cast: {self.count} elements, wanted 0 or more")
+            raise InvalidProblem(f"cast: {self.count} elements, wanted 0 or more; give the tensor's count")
 
     def operands(self) -> tuple[Operand, ...]:
         """``out`` and ``source``."""

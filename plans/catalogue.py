@@ -8,6 +8,23 @@ from plans.core.plan import Plan, PlanPreference
 from plans.core.precision import ElementKind
 from plans.hyper_connection import HyperConnectionDescriptor, HyperConnectionPlan
 from plans.hyper_connection_backward import HyperConnectionBackwardDescriptor, HyperConnectionBackwardPlan
+from plans.hyper_connection_dynamic import DynamicHyperConnectionDescriptor, DynamicHyperConnectionPlan
+from plans.hyper_connection_dynamic_backward import (
+    DynamicHyperConnectionBackwardDescriptor,
+    DynamicHyperConnectionBackwardPlan,
+)
+from plans.hyper_connection_split import (
+    HyperConnectionPostDescriptor,
+    HyperConnectionPostPlan,
+    HyperConnectionPreDescriptor,
+    HyperConnectionPrePlan,
+)
+from plans.hyper_connection_split_backward import (
+    HyperConnectionPostBackwardDescriptor,
+    HyperConnectionPostBackwardPlan,
+    HyperConnectionPreBackwardDescriptor,
+    HyperConnectionPreBackwardPlan,
+)
 from plans.layout import Conversion, LayoutDescriptor, LayoutPlan
 from plans.sinkhorn import (
     SinkhornBackwardDescriptor,
@@ -60,6 +77,36 @@ EXAMPLES: tuple[tuple[type[Plan], str, object], ...] = (
         HyperConnectionBackwardPlan,
         "gradient of the static hyper-connection",
         HyperConnectionBackwardDescriptor(1280, 2560, 4, 20, 1e-5, _BF16),
+    ),
+    (
+        DynamicHyperConnectionPlan,
+        "dynamic hyper-connection, 4 streams, bf16",
+        DynamicHyperConnectionDescriptor(1280, 2560, 4, 20, 1e-5, _BF16),
+    ),
+    (
+        DynamicHyperConnectionBackwardPlan,
+        "gradient of the dynamic hyper-connection",
+        DynamicHyperConnectionBackwardDescriptor(1280, 2560, 4, 20, 1e-5, _BF16),
+    ),
+    (
+        HyperConnectionPrePlan,
+        "before a sublayer, dynamic, 4 streams, bf16",
+        HyperConnectionPreDescriptor(1280, 2560, 4, 20, 1e-5, _BF16, _BF16, _BF16),
+    ),
+    (
+        HyperConnectionPostPlan,
+        "after a sublayer, dynamic, 4 streams, bf16",
+        HyperConnectionPostDescriptor(1280, 2560, 4, _BF16, per_sample=True),
+    ),
+    (
+        HyperConnectionPreBackwardPlan,
+        "gradient of what comes before a sublayer",
+        HyperConnectionPreBackwardDescriptor(1280, 2560, 4, 20, 1e-5, _BF16, _BF16, _BF16),
+    ),
+    (
+        HyperConnectionPostBackwardPlan,
+        "gradient of what comes after a sublayer",
+        HyperConnectionPostBackwardDescriptor(1280, 2560, 4, _BF16, per_sample=True),
     ),
     (SinkhornPlan, "Sinkhorn as in mHC.cu, n = 4", SinkhornDescriptor(8192, 4, 20, 1e-5, SinkhornMode.EXP)),
     (

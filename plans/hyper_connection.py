@@ -18,13 +18,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from kernels import hyper_connection as kernel
-from kernels.sinkhorn import EXTENTS, extent_for
+from kernels.sinkhorn import extent_for
 from plans.core import (
     ArchSku,
     BackendKind,
     Device,
     ElementKind,
-    InvalidProblem,
     MathPrecision,
     OpCategory,
     Operand,
@@ -36,10 +35,10 @@ from plans.core import (
     Workspace,
 )
 from plans.core.plan import Arguments
-from plans.sinkhorn import SinkhornDescriptor, SinkhornMode, check_sinkhorn, sinkhorn_reference, sinkhorn_units
+from plans.hyper_connection_common import check_streams, refuses_kinds, static_operands, weight_line, weights_count
+from plans.hyper_connection_math import Projection, aggregate_of, mixed_of, weights_of
+from plans.sinkhorn import SinkhornDescriptor, SinkhornMode, check_sinkhorn, sinkhorn_units
 
-_KINDS = (ElementKind.F32, ElementKind.BF16)
-_BLOCKS = 2**31
 _F32 = ElementKind.F32
 
 
@@ -64,16 +63,7 @@ class HyperConnectionDescriptor:
     category = OpCategory.HYPER_CONNECTION
 
     def __post_init__(self) -> None:
-        if min(self.batch, self.hidden_dim, self.n_streams) < 1:
-            raise InvalidProblem(
-                f"hyper-connection: batch {self.batch}, hidden_dim {self.hidden_dim} and n_streams {self.n_streams}, "
-                f"wanted all positive"
-            )
-        if self.hidden_dim < self.n_streams:
-            raise InvalidProblem(
-                f"hyper-connection: hidden_dim {self.hidden_dim} < n_streams {self.n_streams}, wanted at least one "
-                f"channel a stream"
-            )
+        check_streams("hyper-connection", self.batch, self.hidden_dim, self.n_streams)
         check_sinkhorn("hyper-connection", self.sinkhorn_iters, self.eps)
 
     @property
@@ -88,13 +78,10 @@ class HyperConnectionDescriptor:
 
     def operands(self) -> tuple[Operand, ...]:
         """``out``, ``x_expanded``, ``h_pre``, ``h_post``, ``h_res`` and ``rmsnorm_weight``."""
-        n = self.n_streams
         return (
             Operand("out", self.element, self.shape, writes=True),
             Operand("x_expanded", self.element, self.shape),
-            Operand("h_pre", _F32, (n,)),
-            Operand("h_post", _F32, (n,)),
-            Operand("h_res", _F32, (n, n)),
+            *static_operands(self.n_streams),
             Operand("rmsnorm_weight", self.gamma, (self.hidden_dim,)),
         )
 
@@ -106,27 +93,16 @@ class HyperConnectionDescriptor:
         h_post: np.ndarray,
         h_res: np.ndarray,
     ) -> tuple[np.ndarray, np.ndarray]:
-        """The result in float64 before its rounding, and its magnitude.
+        """The result in float64 before its rounding, and its magnitude: M |x| + s_post times that of y.
 
-        The magnitude is M |x| + s_post |gamma| (A + |a| rms(A) / r) / r with A = sum_i s_pre[i] |x[i]| and r the root:
-        what cancels in a is not lost from it, and r is wrong by no more than rms(A) / r says.
+        See :func:`plans.hyper_connection_math.aggregate_of`.
         """
         eps = float(np.float32(self.eps))
-        x, gamma, pre, post = (v.astype(np.float64) for v in (x_expanded, rmsnorm_weight, h_pre, h_post))
-        mixing = sinkhorn_reference(h_res, self.sinkhorn_iters, eps, SinkhornMode.EXP)
-        s_pre, s_post = sigmoid(pre)[:, None], 2 * sigmoid(post)[:, None]
-        a = (s_pre * x).sum(1, keepdims=True)
-        root = np.sqrt((a * a).mean(-1, keepdims=True) + eps)
-        exact = mixing @ x + s_post * (gamma * a / root)
-        terms = (s_pre * np.abs(x)).sum(1, keepdims=True)
-        spread = np.sqrt((terms * terms).mean(-1, keepdims=True)) / root
-        normalised = np.abs(gamma) * (terms + np.abs(a) * spread) / root
-        return exact, mixing @ np.abs(x) + s_post * normalised + 2.0**-100
-
-
-def sigmoid(x: np.ndarray) -> np.ndarray:
-    """1 / (1 + exp(-x)), of the side of exp that does not overflow."""
-    return np.exp(np.minimum(x, 0)) / (1 + np.exp(-np.abs(x)))
+        x, gamma, *logits = (v.astype(np.float64) for v in (x_expanded, rmsnorm_weight, h_pre, h_post, h_res))
+        line = weight_line(*logits)[None]
+        projection = Projection(self.sinkhorn_iters, eps, SinkhornMode.EXP)
+        weights, _ = weights_of((line, np.zeros_like(line)), self.n_streams, projection)
+        return mixed_of(x, weights, aggregate_of(x, weights, gamma, eps))
 
 
 class HyperConnectionArgs(Arguments):
@@ -155,12 +131,8 @@ class HyperConnectionArgs(Arguments):
 
 def refuses(descriptor: HyperConnectionDescriptor) -> str:
     """Why the portable kernels, forward and backward, do not compute a descriptor, or ""."""
-    for name, kind in (("element", descriptor.element), ("gamma", descriptor.gamma)):
-        if kind not in _KINDS:
-            return f"takes {name} {' or '.join(k.value for k in _KINDS)}, not {kind.value}"
-    if descriptor.n_streams > EXTENTS[-1]:
-        return f"takes 1 to {EXTENTS[-1]} streams, not {descriptor.n_streams}"
-    return "" if descriptor.batch < _BLOCKS else "takes fewer than 2**31 samples"
+    d = descriptor
+    return refuses_kinds(d.batch, d.n_streams, element=d.element, gamma=d.gamma)
 
 
 def _guarantee(descriptor: HyperConnectionDescriptor) -> PrecisionGuarantee:
@@ -177,14 +149,14 @@ def _guarantee(descriptor: HyperConnectionDescriptor) -> PrecisionGuarantee:
 
 
 class _PortableProgram:
-    """Two launches: M, s_pre and s_post into the workspace, then every sample with them."""
+    """Two launches: the mixing weights into the workspace, then every sample with them."""
 
     def __init__(self, descriptor: HyperConnectionDescriptor, device: Device) -> None:
         d, eps = descriptor, np.float32(descriptor.eps)
         self.weigh = kernel.mixing_weights(SinkhornMode.EXP.value, extent_for(d.n_streams)).launcher((1, 1, 1))
         self.connect = kernel.connect(d.element.value, d.gamma.value).launcher((d.batch, 1, 1))
         self.weigh_scalars = (d.n_streams, d.sinkhorn_iters, eps)
-        self.connect_scalars = (d.hidden_dim, d.n_streams, eps)
+        self.connect_scalars = (0, d.hidden_dim, d.n_streams, eps)
 
     def bind(self, args: HyperConnectionArgs, workspace: Workspace) -> list[tuple[Callable, tuple]]:
         """Both launches."""
@@ -206,6 +178,6 @@ class HyperConnectionPlan(Plan):
             refuses=refuses,
             guarantee=_guarantee,
             build=_PortableProgram,
-            workspace=lambda d: 4 * d.n_streams * (d.n_streams + 2),
+            workspace=lambda d: 4 * weights_count(d.n_streams),
         ),
     )

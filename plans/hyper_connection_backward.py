@@ -32,17 +32,27 @@ from plans.core import (
     Workspace,
 )
 from plans.core.plan import Arguments
-from plans.hyper_connection import HyperConnectionDescriptor, refuses, sigmoid
-from plans.sinkhorn import (
-    SinkhornMode,
-    gradient_units,
-    sinkhorn_backward_reference,
-    sinkhorn_reference,
-    sinkhorn_units,
+from plans.hyper_connection import HyperConnectionDescriptor, refuses
+from plans.hyper_connection_common import (
+    gradients_of,
+    scratch_bytes,
+    scratch_pointers,
+    static_operands,
+    weight_line,
+    weight_parts,
+    weights_count,
 )
+from plans.hyper_connection_math import (
+    Projection,
+    full_gradients,
+    gamma_gradient,
+    logit_gradients,
+    weights_of,
+    x_gradient,
+)
+from plans.sinkhorn import SinkhornMode, gradient_units, sinkhorn_units
 
 _F32 = ElementKind.F32
-_TINY = 2.0**-100
 
 Gradients = dict[str, tuple[np.ndarray, np.ndarray]]
 """By operand: the exact gradient in float64, and its magnitude."""
@@ -60,13 +70,10 @@ class HyperConnectionBackwardDescriptor(HyperConnectionDescriptor):
 
     def operands(self) -> tuple[Operand, ...]:
         """Five gradients, ``d_out``, and the forward's operands."""
-        n = self.n_streams
         return (
             Operand("d_x", self.element, self.shape, writes=True),
             Operand("d_gamma", _F32, (self.hidden_dim,), writes=True),
-            Operand("d_h_pre", _F32, (n,), writes=True),
-            Operand("d_h_post", _F32, (n,), writes=True),
-            Operand("d_h_res", _F32, (n, n), writes=True),
+            *gradients_of(static_operands(self.n_streams)),
             Operand("d_out", self.element, self.shape),
             *super().operands()[1:],
         )
@@ -85,61 +92,23 @@ class HyperConnectionBackwardDescriptor(HyperConnectionDescriptor):
         A magnitude is the error, to first order, that one unit in every sum over streams makes; where M or its gradient
         enters, it counts as often as their units exceed those of the rest.
         """
-        eps = float(np.float32(self.eps))
-        g, x, gamma = (v.astype(np.float64) for v in (d_out, x_expanded, rmsnorm_weight))
-        p, q = sigmoid(h_pre.astype(np.float64)), 2 * sigmoid(h_post.astype(np.float64))
-        settings = (self.sinkhorn_iters, eps, SinkhornMode.EXP)
-        mixing = sinkhorn_reference(h_res, *settings)
-
-        a, dy = np.einsum("i,bic->bc", p, x), np.einsum("i,bic->bc", q, g)
-        root = np.sqrt((a * a).mean(-1, keepdims=True) + eps)
-        u = a / root
-        pull = (gamma * dy * u).mean(-1, keepdims=True)
-        da = (gamma * dy - u * pull) / root
-        dp, dq = np.einsum("bc,bic->i", da, x), np.einsum("bic,bc->i", g, gamma * u)
-        d_mixing = np.einsum("bic,bjc->ij", g, x)
-
-        sizes = np.abs(g), np.abs(x), np.abs(gamma)
-        of_u, of_dy, of_da = _aggregate_magnitudes(*sizes, p, q, root, u, dy, pull)
-        own = _own_units(self)
-        mixed = np.einsum("ij,bic->bjc", (1 + sinkhorn_units(self.sinkhorn) / own) * mixing, sizes[0])
-        d_h_res, size = sinkhorn_backward_reference(h_res, d_mixing, *settings)
-        handed_on = sinkhorn_backward_reference(h_res, np.einsum("bic,bjc->ij", *sizes[:2]), *settings)[1]
-        # 1 - p and 1 - q / 2 are differences from 1, so their errors do not shrink with them.
-        found = {
-            "d_x": (
-                np.einsum("ij,bic->bjc", mixing, g) + p[:, None] * da[:, None],
-                mixed + p[:, None] * of_da[:, None],
-            ),
-            "d_gamma": ((dy * u).sum(0), (of_dy * np.abs(u) + np.abs(dy) * of_u).sum(0)),
-            "d_h_pre": (dp * p * (1 - p), np.einsum("bc,bic->i", of_da, sizes[1]) * p),
-            "d_h_post": (dq * q * (1 - q / 2), np.einsum("bic,bc->i", sizes[0], sizes[2] * of_u) * q),
-            "d_h_res": (d_h_res, 2 * handed_on + (1 + gradient_units(self.sinkhorn) / own) * size),
+        eps, n, own = float(np.float32(self.eps)), self.n_streams, _own_units(self)
+        d, x, gamma, *logits = (v.astype(np.float64) for v in (d_out, x_expanded, rmsnorm_weight, h_pre, h_post, h_res))
+        ratio = sinkhorn_units(self.sinkhorn) / own
+        projection = Projection(self.sinkhorn_iters, eps, SinkhornMode.EXP, ratio, gradient_units(self.sinkhorn) / own)
+        line = weight_line(*logits)[None]
+        exact_logits = line, np.zeros_like(line)
+        weights, _ = weights_of(exact_logits, n, projection)
+        found = full_gradients(d, x, weights, gamma, eps, ratio)
+        sums = tuple(part.sum(0, keepdims=True) for part in found.weights)
+        parts = zip(
+            *(weight_parts(part[0], n) for part in logit_gradients(exact_logits, sums, n, projection)), strict=True
+        )
+        return {
+            "d_x": x_gradient(found.carried, found.d_a, weights),
+            "d_gamma": gamma_gradient(found),
+            **dict(zip(("d_h_pre", "d_h_post", "d_h_res"), parts, strict=True)),
         }
-        return {name: (exact, magnitude + _TINY) for name, (exact, magnitude) in found.items()}
-
-
-def _aggregate_magnitudes(
-    g: np.ndarray,
-    x: np.ndarray,
-    gamma: np.ndarray,
-    p: np.ndarray,
-    q: np.ndarray,
-    root: np.ndarray,
-    u: np.ndarray,
-    dy: np.ndarray,
-    pull: np.ndarray,
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Errors of u = a / r, dy and da to first order, for sums whose terms are wrong by one unit; g, x, gamma absolute.
-
-    r's relative error is at most rms(sum_i p_i |x_i|) / r, by Cauchy and Schwarz.
-    """
-    terms, of_dy = np.einsum("i,bic->bc", p, x), np.einsum("i,bic->bc", q, g)
-    of_root = np.sqrt((terms * terms).mean(-1, keepdims=True)) / root
-    u, dy, pull = np.abs(u), np.abs(dy), np.abs(pull)
-    of_u = terms / root + u * of_root
-    of_pull = (gamma * (of_dy * u + dy * of_u)).mean(-1, keepdims=True) + pull * of_root
-    return of_u, of_dy, (gamma * (of_dy + dy * of_root) + of_u * pull + u * of_pull) / root
 
 
 class HyperConnectionBackwardArgs(Arguments):
@@ -178,6 +147,7 @@ def _scratch(d: HyperConnectionDescriptor) -> dict[str, int]:
         "d_mixing": cells,
         "entered": d.sinkhorn_iters * cells,
         "lines": 2 * d.batch * d.hidden_dim,
+        "roots": 2 * d.batch,
         "shares": d.batch * (cells + 2 * d.n_streams),
     }
 
@@ -201,34 +171,34 @@ def _guarantee(descriptor: HyperConnectionDescriptor) -> PrecisionGuarantee:
 
 
 class _PortableProgram:
-    """Five launches: the mixing weights, every sample, the sums over samples, gamma's, and back through Sinkhorn."""
+    """Six launches: the mixing weights, their shares of every sample, d_x, the sums, gamma's, back through Sinkhorn."""
 
     def __init__(self, descriptor: HyperConnectionBackwardDescriptor, device: Device) -> None:
         self.descriptor = d = descriptor
-        mode, extent = SinkhornMode.EXP.value, extent_for(d.n_streams)
+        mode, extent, kinds = SinkhornMode.EXP.value, extent_for(d.n_streams), (d.element.value, d.gamma.value)
         self.weigh = forward_kernel.mixing_weights(mode, extent).launcher((1, 1, 1))
-        self.samples = kernel.samples(d.element.value, d.gamma.value).launcher((d.batch, 1, 1))
-        self.sum_shares = kernel.sum_shares().launcher((d.n_streams * (d.n_streams + 2), 1, 1))
+        self.shares = kernel.shares("full", *kinds).launcher((d.batch, 1, 1))
+        self.spread = kernel.spread("full", *kinds, None).launcher((d.batch, 1, 1))
+        self.sum_shares = kernel.sum_shares(False).launcher((weights_count(d.n_streams), 1, 1))
         self.gamma = kernel.gamma_gradient().launcher((-(-d.hidden_dim // forward_kernel.THREADS), 1, 1))
         self.unwind = sinkhorn_backward(mode, extent).launcher((1, 1, 1))
 
     def bind(self, args: HyperConnectionBackwardArgs, workspace: Workspace) -> list[tuple[Callable, tuple]]:
         """All launches."""
         d, eps = self.descriptor, np.float32(self.descriptor.eps)
-        pointers, start = {}, 0
-        for name, count in _scratch(d).items():
-            pointers[name] = workspace.buffer.pointer(np.float32, 4 * start)
-            start += count
-        weights, d_mixing, entered, lines, shares = pointers.values()
-        sinkhorn = (d.n_streams, d.sinkhorn_iters, eps)
-        x, gamma, d_out, h_res = args.x_expanded.data, args.rmsnorm_weight.data, args.d_out.data, args.h_res.data
-        sample = (x, gamma, d_out, weights, args.d_x.data, lines, shares, d.hidden_dim, d.n_streams, eps)
-        sums = (shares, weights, d_mixing, args.d_h_pre.data, args.d_h_post.data, d.n_streams, d.batch)
+        n, channels, width = d.n_streams, d.hidden_dim, weights_count(d.n_streams)
+        weights, d_mixing, entered, lines, roots, shares = scratch_pointers(workspace, _scratch(d))
+        sinkhorn = (n, d.sinkhorn_iters, eps)
+        x, gamma, d_out = args.x_expanded.data, args.rmsnorm_weight.data, args.d_out.data
+        h_pre, h_post, h_res = args.h_pre.data, args.h_post.data, args.h_res.data
+        spread = (x, gamma, d_out, weights, lines, roots, roots, roots, args.d_x.data, 0, channels, n)
+        sums = (shares, shares, h_pre, h_post, d_mixing, args.d_h_pre.data, args.d_h_post.data, width, n, d.batch)
         return [
-            (self.weigh, (args.h_pre.data, args.h_post.data, h_res, weights, *sinkhorn)),
-            (self.samples, sample),
+            (self.weigh, (h_pre, h_post, h_res, weights, *sinkhorn)),
+            (self.shares, (x, gamma, d_out, weights, lines, roots, shares, 0, channels, n, eps)),
+            (self.spread, spread),
             (self.sum_shares, sums),
-            (self.gamma, (lines, args.d_gamma.data, d.hidden_dim, d.batch)),
+            (self.gamma, (lines, args.d_gamma.data, channels, d.batch)),
             (self.unwind, (h_res, d_mixing, args.d_h_res.data, entered, *sinkhorn)),
         ]
 
@@ -245,6 +215,6 @@ class HyperConnectionBackwardPlan(Plan):
             refuses=refuses,
             guarantee=_guarantee,
             build=_PortableProgram,
-            workspace=lambda d: 4 * sum(_scratch(d).values()),
+            workspace=lambda d: scratch_bytes(_scratch(d)),
         ),
     )

@@ -74,7 +74,10 @@ class LayoutDescriptor:
 
     def __post_init__(self) -> None:
         if len(self.shape) < 2 or min(self.shape) < 0:
-            raise InvalidProblem(f"layout: shape {self.shape}, wanted two or more axes, none of them negative")
+            raise InvalidProblem(
+                f"layout: shape {self.shape}, wanted two or more axes, none of them negative; "
+                "give the tensor's own shape"
+            )
 
     @property
     def axes(self) -> tuple[int, ...]:

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from kernels import sinkhorn as kernel
+from kernels import sinkhorn_thread as thread_kernel
 from plans.core import (
     ArchSku,
     BackendKind,
@@ -211,27 +212,29 @@ def _start_units(descriptor: SinkhornDescriptor) -> float:
     return 4.0 + (1.0 - math.log(descriptor.eps)) + (descriptor.n + 2)
 
 
-def sinkhorn_units(descriptor: SinkhornDescriptor) -> float:
+def sinkhorn_units(descriptor: SinkhornDescriptor, scaling: float = 1.0) -> float:
     """The relative error of M in units of 2**-24, to first order, where no sum lies within rounding of the guard.
 
     With elements wrong by at most e_k after k steps, and row and column scalings wrong by a_k and b_k, a step makes
     a_k <= b_(k-1) + e_k + n: a weighted mean of errors is no larger than they are, and n is the sum's rounding. e_k is
-    the start's error and one division a step. All K steps together: a + b + e <= 2 (K (start + n + 1) + K**2 / 2) + e.
+    the start's error and ``scaling`` units a step, one for a division and two for a reciprocal and a product. All K
+    steps together: a + b + e <= 2 (K (start + n + 1) + scaling K**2 / 2) + e.
     """
     steps, start = 2 * descriptor.iterations, _start_units(descriptor)
-    return 2 * (steps * (start + descriptor.n + 1) + steps**2 / 2) + start + steps
+    return 2 * (steps * (start + descriptor.n + 1) + scaling * steps**2 / 2) + start + scaling * steps
 
 
-def gradient_units(descriptor: SinkhornDescriptor) -> float:
+def gradient_units(descriptor: SinkhornDescriptor, scaling: float = 1.0) -> float:
     """The error of the logits' gradient in units of 2**-24 of the largest term that any step adds."""
-    return 2 * (2 * descriptor.iterations + descriptor.n + 6 + _start_units(descriptor))
+    return 2 * (scaling * 2 * descriptor.iterations + descriptor.n + 6 + _start_units(descriptor))
 
 
 _FORWARD_DERIVATION = (
-    "exponential 2 ulp, n + 1 roundings a step, carried through weighted means by all later steps: sinkhorn_units"
+    "exponential 2 ulp, a sum's roundings and the scaling's a step, carried through weighted means by all later steps: "
+    "sinkhorn_units"
 )
 _BACKWARD_DERIVATION = (
-    "of the largest term that any step adds: one rounding a step (2T), a sum's (n), the matrix's, twice for what the "
+    "of the largest term that any step adds: a step's roundings (2T times), a sum's (n), the matrix's, twice for what "
     "projections hand on; measured below a tenth of it, on nearly decomposable matrices too, where no sum is near eps"
 )
 
@@ -289,11 +292,68 @@ class _BackwardProgram:
         return [(self.launch, (*pointers, *self.scalars))]
 
 
+_RECIPROCAL_UNITS, _WAY_BACK_UNITS = 2.0, 4.0
+"""Roundings of a step by a reciprocal and a product; and of one that is multiplied on again on the way back."""
+
+
+def refuses_by_thread(descriptor: SinkhornDescriptor) -> str:
+    """Why one thread does not take a matrix of the descriptor's, or ""."""
+    if descriptor.n > thread_kernel.MAX_N:
+        return f"takes matrices of up to {thread_kernel.MAX_N} rows, not {descriptor.n}"
+    if np.float32(descriptor.eps) < np.finfo(np.float32).tiny:
+        return f"takes eps from {np.finfo(np.float32).tiny}, whose reciprocal fp32 holds, not {descriptor.eps}"
+    return "" if descriptor.batch < _BLOCKS else "takes fewer than 2**31 matrices"
+
+
+def units_by_thread(descriptor: SinkhornDescriptor) -> float:
+    """:func:`sinkhorn_units` of the kernels that keep a matrix in a thread."""
+    return sinkhorn_units(descriptor, _RECIPROCAL_UNITS)
+
+
+def gradient_units_by_thread(descriptor: SinkhornDescriptor) -> float:
+    """:func:`gradient_units` of the kernels that keep a matrix in a thread."""
+    return gradient_units(descriptor, _WAY_BACK_UNITS)
+
+
+class _ThreadProgram:
+    """One launch, one thread a matrix."""
+
+    def __init__(self, descriptor: SinkhornDescriptor, device: Device) -> None:
+        d, factory = descriptor, self.factory
+        self.launch = factory(d.mode.value, d.n).launcher((-(-d.batch // thread_kernel.THREADS), 1, 1))
+        self.scalars = (d.batch, d.iterations, np.float32(d.eps))
+
+    factory = staticmethod(thread_kernel.sinkhorn_by_thread)
+
+    def bind(self, args: SinkhornArgs, workspace: Workspace) -> list[tuple[Callable, tuple]]:
+        """The launch."""
+        return [(self.launch, (args.logits.data, args.out.data, *self.scalars))]
+
+
+class _ThreadBackwardProgram(_ThreadProgram):
+    """One launch, one thread a matrix: forward once more, keeping the divisors, then back."""
+
+    factory = staticmethod(thread_kernel.sinkhorn_by_thread_backward)
+
+    def bind(self, args: SinkhornBackwardArgs, workspace: Workspace) -> list[tuple[Callable, tuple]]:
+        """The launch."""
+        kept = workspace.buffer.pointer(np.float32)
+        return [(self.launch, (args.logits.data, args.d_out.data, args.d_logits.data, kept, *self.scalars))]
+
+
 class SinkhornPlan(Plan):
     """M = Sinkhorn(logits); see :class:`SinkhornDescriptor`."""
 
     name = "sinkhorn"
     skus = (
+        Sku(
+            name="thread",
+            backend=BackendKind.VECTOR,
+            arch=ArchSku.ANY,
+            refuses=refuses_by_thread,
+            guarantee=lambda d: _guarantee(units_by_thread(d), _FORWARD_DERIVATION),
+            build=_ThreadProgram,
+        ),
         Sku(
             name="portable",
             backend=BackendKind.PORTABLE,
@@ -310,6 +370,15 @@ class SinkhornBackwardPlan(Plan):
 
     name = "sinkhorn backward"
     skus = (
+        Sku(
+            name="thread",
+            backend=BackendKind.VECTOR,
+            arch=ArchSku.ANY,
+            refuses=refuses_by_thread,
+            guarantee=lambda d: _guarantee(gradient_units_by_thread(d), _BACKWARD_DERIVATION),
+            build=_ThreadBackwardProgram,
+            workspace=lambda d: 4 * d.batch * 2 * d.iterations * d.n,
+        ),
         Sku(
             name="portable",
             backend=BackendKind.PORTABLE,

@@ -24,10 +24,13 @@ class Problem:
     segments: list[tuple[np.ndarray, np.ndarray]]
     epilogue: list[np.ndarray | None]
     numbers: list[float]
+    low_rank: list[tuple[np.ndarray, np.ndarray]]
 
     def reference(self) -> tuple[np.ndarray, np.ndarray]:
         """The exact result and its magnitude."""
-        return self.descriptor.reference(self.segments, self.args.scales, self.epilogue, self.numbers)
+        scales = self.args.scales
+        low_rank = self.low_rank, self.args.low_rank_scales
+        return self.descriptor.reference(self.segments, scales, self.epilogue, self.numbers, *low_rank)
 
     def found(self) -> np.ndarray:
         """The result as it is stored."""
@@ -74,14 +77,17 @@ def make(
     draw: Callable[[tuple[int, ...]], np.ndarray],
     scales: tuple[float, ...] | None = None,
     beta: float = -0.75,
+    low_rank_scales: tuple[float, ...] | None = None,
 ) -> Problem:
     """Fresh operands for a descriptor."""
     out, *operands = descriptor.operands()
     values = [np.asarray(draw(o.shape)).astype(o.element.values) for o in operands]
     tensors = [scatter(device, o, v) for o, v in zip(operands, values, strict=True)]
     result = scatter(device, out, np.full(out.shape, np.nan))
-    count = 2 * len(descriptor.segments)
-    given = iter(zip(tensors[count:], values[count:], strict=True))
+    firsts = 2 * len(descriptor.segments)
+    count = firsts + 2 * len(descriptor.low_rank)
+    entries = list(zip(tensors, values, strict=True))
+    given = iter(entries[count:])
     arguments, arrays, numbers = [], [], []
     for step, operand in zip(descriptor.epilogue, descriptor.step_operands, strict=True):
         number = beta if isinstance(step, Residual) else 1.0
@@ -90,11 +96,12 @@ def make(
         numbers.append(number)
         if tensor is not None:
             arguments.append((tensor, number) if isinstance(step, Residual) else tensor)
-    pairs = list(zip(tensors[0:count:2], tensors[1:count:2], strict=True))
-    args = SegmentedMatmulArgs(result, pairs, scales, arguments)
-    return Problem(
-        device, descriptor, args, list(zip(values[0:count:2], values[1:count:2], strict=True)), arrays, numbers
-    )
+    pairs = list(zip(entries[0:count:2], entries[1:count:2], strict=True))
+    device_pairs = [(first[0], second[0]) for first, second in pairs]
+    host_pairs = [(first[1], second[1]) for first, second in pairs]
+    half = firsts // 2
+    args = SegmentedMatmulArgs(result, device_pairs[:half], scales, arguments, device_pairs[half:], low_rank_scales)
+    return Problem(device, descriptor, args, host_pairs[:half], arrays, numbers, host_pairs[half:])
 
 
 def run(problem: Problem, poisoned: Callable, backend: BackendKind | None = None, workspace: bool = True):

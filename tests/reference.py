@@ -9,6 +9,7 @@ import numpy as np
 from lycoris.checkpoint import TensorEntry
 from lycoris.dtype import DTYPES
 from lycoris.formats import AdapterModule, MatchedModule
+from lycoris.formats.base_index import Place
 
 
 def load(entry: TensorEntry) -> np.ndarray:
@@ -84,10 +85,20 @@ def expected_merge(
     """
     merged: dict[str, np.ndarray] = {}
     for row, strength in zip(modules, strengths, strict=True):
-        weight = base[row.weight].astype(np.float64)
-        merged[row.weight] = merged.get(row.weight, weight) + strength * change64(row.module, weight)
+        change = change64(row.module, gathered(base, row.weight))
+        places = [(row.weight, change)]
         if row.bias is not None:
-            bias = base[row.bias].astype(np.float64)
-            added = load64(row.module.bias).reshape(bias.shape)
-            merged[row.bias] = merged.get(row.bias, bias) + strength * added
+            places.append((row.bias, load64(row.module.bias)))
+        for place, added in places:
+            added = added.reshape(place.shape)
+            for run in place.runs:
+                tensor = merged.setdefault(run.tensor, base[run.tensor].astype(np.float64))
+                np.atleast_1d(tensor)[run.first : run.first + run.count] += strength * added[: run.count]
+                added = added[run.count :]
     return merged
+
+
+def gathered(base: Mapping[str, np.ndarray], place: Place) -> np.ndarray:
+    """The rows of `place`, in float64."""
+    runs = [np.atleast_1d(base[run.tensor])[run.first : run.first + run.count] for run in place.runs]
+    return np.concatenate(runs).astype(np.float64).reshape(place.shape)

@@ -87,7 +87,7 @@ def test_sources_make_the_deltas_of_golden_files(case):
         tensors = base.tensors
     for path, _ in case.adapters:
         for row in match(read_adapter(path), tensors).matched:
-            module, shape = row.module, tensors[row.weight].shape
+            module, shape = row.module, row.weight.shape
             specs = {
                 name: FactorSpec(entry.shape, ElementKind.of(DTYPES[entry.dtype].numpy))
                 for name, entry in module.factors.items()
@@ -119,20 +119,20 @@ def test_golden_files_load_and_merge(case):
         rows = match(read_adapter(path), base.tensors).matched
 
         def sort(row):
-            return row.module.algorithm, len(base.tensors[row.weight].shape)
+            return row.module.algorithm, len(row.weight.shape)
 
         groups = itertools.groupby(sorted(rows, key=sort), sort)
         picked = [row for _, group in groups for row in itertools.islice(group, 2)]
         shapes = {
             row.module.stem: shape[::-1] if row.module.transposed else shape
             for row in picked
-            for shape in [base.tensors[row.weight].shape]
+            for shape in [row.weight.shape]
         }
         loaded = algorithms.load(path, shapes=shapes)
         for row in picked:
-            weight = load(base.tensors[row.weight])
+            weight = load(base.tensors[row.weight.name])
             merged = loaded[row.module.stem].merge_into(DeviceArray.from_numpy(weight), strength)
-            assert_golden(merged.numpy(), expected[row.weight], weight, weight.dtype)
+            assert_golden(merged.numpy(), expected[row.weight.name], weight, weight.dtype)
 
 
 def test_an_embedding_is_merged_as_the_transpose_of_its_delta(tmp_path, rng):

@@ -373,7 +373,7 @@ def test_a_flat_base_in_flames_layout_is_refused(rng, tucker):
         ),
         (
             lambda: FullModule.new((4, 4), bias=True).merge_bias_into(DeviceArray.zeros((5,), BF16)),
-            "full: diff_b has 4 elements, bias 5",
+            "full: diff_b has 4 elements, the bias 5",
         ),
         (
             lambda: LoConModule.from_state_dict(LoHaModule.new_linear(4, 4, 2).state_dict()),
@@ -385,7 +385,7 @@ def test_a_flat_base_in_flames_layout_is_refused(rng, tucker):
         ),
         (
             lambda: LoConModule.from_state_dict({"lora_up.weight": np.zeros((4, 2)), "lora_down.weight": np.zeros(1)}),
-            "an array of float64 has no place on the device; wanted one of bfloat16, float16, float32",
+            "an array of float64 has no place on the device, wanted one of bfloat16, float16, float32",
         ),
     ],
 )

@@ -15,6 +15,7 @@ from lycoris import RefusedInput, __version__
 from lycoris.cli import main
 from lycoris.cli.arguments import AdapterType, DeviceType
 from lycoris.cli.output import byte_count, counted, dimensions, printable
+from plans.catalogue import catalogue
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
@@ -296,10 +297,30 @@ def test_info_names_the_device_and_every_plan():
     assert result.exit_code == 0, result.stderr
     for name in ("device", "driver", "numba-cuda", "numpy"):
         assert any(line.startswith(name) for line in result.stdout.splitlines())
-    import plans
-
-    catalogue = plans.catalogue()
-    assert catalogue
-    for family, _, sku in catalogue:
+    examples = catalogue()
+    assert examples
+    for family, _, sku in examples:
         assert family in result.stdout
         assert str(sku) in result.stdout
+
+
+@pytest.mark.parametrize(
+    "arguments", [("", "a", "--output", "o"), ("b", "a", "--output", ""), ("b", "", "--output", "o")]
+)
+def test_empty_paths_are_wrong_usage(arguments):
+    result = invoke("merge", *arguments)
+    assert result.exit_code == 2
+    assert "is empty; give" in result.stderr
+
+
+def test_an_output_with_a_slash_names_a_folder(tmp_path: Path):
+    base = EXAMPLES / "tiny-unet" / "diffusion_pytorch_model.safetensors"
+    result = invoke("merge", base, EXAMPLES / "lokr.safetensors", "--output", f"{tmp_path}/merged/")
+    assert_refused(result, "merged/: names a folder, but the base is a single file")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_checkpoint_given_as_an_adapter():
+    base = EXAMPLES / "tiny-unet"
+    result = invoke("merge", base, base, "--output", "nowhere", "--dry-run")
+    assert_refused(result, "holds whole weights (conv_in.bias, conv_in.weight", "give the adapter's own file")

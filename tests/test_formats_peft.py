@@ -94,7 +94,7 @@ def test_no_weights(tmp_path):
 @pytest.mark.parametrize(
     ("options", "fault"),
     [
-        ({"peft_type": "VERA"}, "peft_type 'VERA' is not supported; supported are LORA, LOHA, LOKR"),
+        ({"peft_type": "VERA"}, "peft_type 'VERA' is not supported; give one of LORA, LOHA, LOKR"),
         ({"peft_type": "IA3"}, "peft_type 'IA3'"),
         ({"peft_type": None}, "peft_type None"),
         ({"peft_type": ["LORA"]}, "peft_type"),
@@ -200,7 +200,7 @@ def test_a_linear_layer_beside_conv1d(tmp_path):
     folder = save_peft(tmp_path, tensors, fan_in_fan_out=True)
     shapes = {"h.c_attn.weight": (6, 4), "lm_head.weight": (8, 6)}
     _, _, matching = merged(tmp_path, folder, shapes)
-    assert {row.weight: row.module.transposed for row in matching.matched} == {
+    assert {row.weight.name: row.module.transposed for row in matching.matched} == {
         "h.c_attn.weight": True,
         "lm_head.weight": False,
     }

@@ -25,7 +25,7 @@ from plans.matmul import (
 )
 from plans.matmul.descriptor import LAYOUTS
 
-PORTABLE, MMA = BackendKind.PORTABLE, BackendKind.MMA
+PORTABLE, MMA, SKINNY = BackendKind.PORTABLE, BackendKind.MMA, BackendKind.SKINNY
 # The simulator's tiles are 16 and 32 wide, a GPU's 64 and 128; one size of each kind around them.
 TILE = 32 if SIMULATOR else 128
 EVERY_SKU = pytest.mark.parametrize("backend", [PORTABLE, MMA], ids=lambda backend: backend.value)

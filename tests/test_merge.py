@@ -287,7 +287,8 @@ def test_report(tmp_path, output):
     assert report.ranks == {2: 2}
     assert (report.tensors, report.tensors_changed, report.unmatched) == (5, 3, {})
     assert (report.bytes_read, report.bytes_written) == (data + factors, data)
-    assert report.seconds > 0
+    assert list(report.phases) == ["plan", "device", "kernels", "stream", "sync"]
+    assert 0 < sum(report.phases.values()) <= report.seconds
     assert report.output == str(output)
     assert not report.dry_run
     assert sum(report.skus.values()) == 3
@@ -299,7 +300,7 @@ def test_dry_run_reports_and_writes_nothing(tmp_path, output):
     dry = run(base, adapter, output=output, dry_run=True)
     assert snapshot(tmp_path) == before
     wet = run(base, adapter, output=output)
-    assert (dry.dry_run, dry.bytes_written) == (True, 0)
+    assert (dry.dry_run, dry.bytes_written, list(dry.phases)) == (True, 0, ["plan", "device"])
     for name in ("device", "modules", "ranks", "tensors", "tensors_changed", "unmatched", "output", "skus"):
         assert getattr(dry, name) == getattr(wet, name), name
 

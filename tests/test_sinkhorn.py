@@ -5,7 +5,18 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from plans.core import BufferTooSmall, ElementKind, InvalidProblem, NoSku, TensorRef, Workspace, WorkspaceTooSmall
+from kernels.sinkhorn_thread import MAX_N
+from plans.core import (
+    BackendKind,
+    BufferTooSmall,
+    ElementKind,
+    InvalidProblem,
+    NoSku,
+    PlanPreference,
+    TensorRef,
+    Workspace,
+    WorkspaceTooSmall,
+)
 from plans.sinkhorn import (
     SinkhornArgs,
     SinkhornBackwardArgs,
@@ -20,6 +31,8 @@ from plans.sinkhorn import (
 
 F32 = ElementKind.F32
 SIZES = (1, 2, 3, 4, 8, 16, 17, 31, 32, 64)
+EVERY_SKU = [(n, BackendKind.PORTABLE) for n in SIZES] + [(n, BackendKind.VECTOR) for n in range(1, MAX_N + 1)]
+BACKENDS = pytest.mark.parametrize("backend", [BackendKind.PORTABLE, BackendKind.VECTOR], ids=lambda b: b.value)
 SCALES = (0.01, 1.0, 20.0)
 EPS = 1e-5
 MODES = pytest.mark.parametrize("mode", SinkhornMode, ids=lambda mode: mode.value)
@@ -33,8 +46,8 @@ def iterations_for(n):
     return 20 if n <= 8 else 3
 
 
-def forward(device, poisoned, descriptor, logits):
-    plan = SinkhornPlan.select(None, descriptor, device=device)
+def forward(device, poisoned, descriptor, logits, backend=None):
+    plan = SinkhornPlan.select(None, descriptor, PlanPreference(prefer_backend=backend), device=device)
     out = poisoned(logits.nbytes)
     stream = device.stream()
     plan.run(stream, None, SinkhornArgs(out.tensor(F32, logits.shape), device.upload(logits).tensor(F32, logits.shape)))
@@ -42,8 +55,8 @@ def forward(device, poisoned, descriptor, logits):
     return plan, device.download(out, np.float32, logits.shape, stream)
 
 
-def backward(device, poisoned, descriptor, logits, d_out):
-    plan = SinkhornBackwardPlan.select(None, descriptor, device=device)
+def backward(device, poisoned, descriptor, logits, d_out, backend=None):
+    plan = SinkhornBackwardPlan.select(None, descriptor, PlanPreference(prefer_backend=backend), device=device)
     result = poisoned(logits.nbytes)
     tensors = (b.tensor(F32, logits.shape) for b in (result, device.upload(logits), device.upload(d_out)))
     stream = device.stream()
@@ -60,17 +73,18 @@ def assert_kept(plan, found, reference):
 
 @MODES
 @pytest.mark.parametrize("scale", SCALES)
-@pytest.mark.parametrize("n", SIZES)
-def test_matrix_and_gradient_keep_their_guarantee(device, poisoned, rng, n, scale, mode):
-    batch = 3 if n < 32 else 1
+@pytest.mark.parametrize(("n", "backend"), EVERY_SKU, ids=str)
+def test_matrix_and_gradient_keep_their_guarantee(device, poisoned, rng, n, scale, mode, backend):
+    batch = 35 if backend is BackendKind.VECTOR else 3 if n < 32 else 1
     settings = (batch, n, iterations_for(n), EPS, mode)
     logits = logits_of(rng, (batch, n, n), scale)
     descriptor = SinkhornDescriptor(*settings)
-    assert_kept(*forward(device, poisoned, descriptor, logits), descriptor.reference(logits))
+    assert_kept(*forward(device, poisoned, descriptor, logits, backend), descriptor.reference(logits))
 
     d_out = rng.standard_normal(logits.shape).astype(np.float32)
     descriptor = SinkhornBackwardDescriptor(*settings)
-    assert_kept(*backward(device, poisoned, descriptor, logits, d_out), descriptor.reference(logits, d_out))
+    found = backward(device, poisoned, descriptor, logits, d_out, backend)
+    assert_kept(*found, descriptor.reference(logits, d_out))
 
 
 @MODES
@@ -123,62 +137,81 @@ def test_columns_sum_to_one_and_rows_once_converged(device, poisoned, rng, n, mo
 
 
 @MODES
-def test_one_iteration_says_the_order_of_rows_and_columns(device, poisoned, mode):
+@BACKENDS
+def test_one_iteration_says_the_order_of_rows_and_columns(device, poisoned, mode, backend):
     logits = np.log(np.array([[[1, 3], [1, 1]]], np.float32))
-    _, found = forward(device, poisoned, SinkhornDescriptor(1, 2, 1, 1e-7, mode), logits)
+    _, found = forward(device, poisoned, SinkhornDescriptor(1, 2, 1, 1e-7, mode), logits, backend=backend)
     np.testing.assert_allclose(found, [[[1 / 3, 3 / 5], [2 / 3, 2 / 5]]], rtol=1e-5)
 
 
 @MODES
-def test_logits_of_any_finite_size_saturate(device, poisoned, rng, mode):
+@BACKENDS
+def test_logits_of_any_finite_size_saturate(device, poisoned, rng, mode, backend):
     logits = np.array([[[1e30, 21.0], [20.0, -1e30]], [[-300, -300], [500, 400]]], np.float32)
     settings = (2, 2, 3, EPS, mode)
     descriptor = SinkhornDescriptor(*settings)
-    plan, found = forward(device, poisoned, descriptor, logits)
+    plan, found = forward(device, poisoned, descriptor, logits, backend=backend)
     assert np.isfinite(found).all()
     assert_kept(plan, found, descriptor.reference(logits))
     d_out = rng.standard_normal(logits.shape).astype(np.float32)
     descriptor = SinkhornBackwardDescriptor(*settings)
-    plan, gradient = backward(device, poisoned, descriptor, logits, d_out)
+    plan, gradient = backward(device, poisoned, descriptor, logits, d_out, backend=backend)
     assert_kept(plan, gradient, descriptor.reference(logits, d_out))
     if mode is SinkhornMode.EXP:
         assert (gradient[logits > 20] == 0).all()
 
 
-def test_a_row_below_the_guard_stays_as_it_is(device, poisoned, rng):
+@BACKENDS
+def test_a_row_below_the_guard_stays_as_it_is(device, poisoned, rng, backend):
     logits = np.array([[[-30, -31], [0, 1]]], np.float32)
     settings = (1, 2, 1, EPS, SinkhornMode.EXP)
-    _, found = forward(device, poisoned, SinkhornDescriptor(*settings), logits)
+    _, found = forward(device, poisoned, SinkhornDescriptor(*settings), logits, backend=backend)
     rows = np.exp(logits[0].astype(np.float64))
     rows[1] /= rows[1].sum()
     np.testing.assert_allclose(found[0], rows / rows.sum(0), rtol=1e-5)
     d_out = rng.standard_normal(logits.shape).astype(np.float32)
     descriptor = SinkhornBackwardDescriptor(*settings)
-    assert_kept(*backward(device, poisoned, descriptor, logits, d_out), descriptor.reference(logits, d_out))
+    assert_kept(
+        *backward(device, poisoned, descriptor, logits, d_out, backend=backend), descriptor.reference(logits, d_out)
+    )
 
 
 @MODES
-def test_nan_is_not_hidden(device, poisoned, mode):
+@BACKENDS
+def test_nan_is_not_hidden(device, poisoned, mode, backend):
     logits = np.zeros((1, 3, 3), np.float32)
     logits[0, 1, 2] = np.nan
-    _, found = forward(device, poisoned, SinkhornDescriptor(1, 3, 2, EPS, mode), logits)
+    _, found = forward(device, poisoned, SinkhornDescriptor(1, 3, 2, EPS, mode), logits, backend=backend)
     assert np.isnan(found).any()
 
 
 @MODES
 def test_two_runs_have_the_same_bits(device, poisoned, rng, mode):
-    logits = logits_of(rng, (2, 17, 17), 5.0)
-    d_out = rng.standard_normal(logits.shape).astype(np.float32)
-    descriptor = SinkhornBackwardDescriptor(2, 17, 2, EPS, mode)
-    first, second = (backward(device, poisoned, descriptor, logits, d_out)[1] for _ in range(2))
-    np.testing.assert_array_equal(first.view(np.uint32), second.view(np.uint32))
+    for n in (4, 17):
+        logits = logits_of(rng, (2, n, n), 5.0)
+        d_out = rng.standard_normal(logits.shape).astype(np.float32)
+        descriptor = SinkhornBackwardDescriptor(2, n, 2, EPS, mode)
+        first, second = (backward(device, poisoned, descriptor, logits, d_out)[1] for _ in range(2))
+        np.testing.assert_array_equal(first.view(np.uint32), second.view(np.uint32))
+
+
+def test_what_a_thread_takes(device):
+    vector = PlanPreference(prefer_backend=BackendKind.VECTOR)
+    for n, eps, reason in ((9, EPS, "takes matrices of up to 8 rows, not 9"), (4, 1e-40, "takes eps from 1.17549")):
+        descriptor = SinkhornDescriptor(1, n, 20, eps, SinkhornMode.EXP)
+        assert SinkhornPlan.select(None, descriptor, device=device).chosen.name == "portable"
+        with pytest.raises(NoSku, match=reason):
+            SinkhornPlan.select(None, descriptor, vector, device=device)
+    descriptor = SinkhornDescriptor(1, 8, 20, EPS, SinkhornMode.EXP)
+    assert SinkhornPlan.select(None, descriptor, device=device).chosen.name == "thread"
 
 
 @MODES
-def test_a_thousand_iterations(device, poisoned, rng, mode):
+@BACKENDS
+def test_a_thousand_iterations(device, poisoned, rng, mode, backend):
     logits = logits_of(rng, (1, 3, 3), 3.0)
     descriptor = SinkhornDescriptor(1, 3, 1000, EPS, mode)
-    assert_kept(*forward(device, poisoned, descriptor, logits), descriptor.reference(logits))
+    assert_kept(*forward(device, poisoned, descriptor, logits, backend=backend), descriptor.reference(logits))
 
 
 @pytest.mark.parametrize(
@@ -226,7 +259,7 @@ def test_arguments_that_do_not_fit_are_refused(device, poisoned):
 def test_the_backward_wants_its_workspace(device, poisoned):
     descriptor = SinkhornBackwardDescriptor(2, 3, 4, EPS, SinkhornMode.EXP)
     plan = SinkhornBackwardPlan.select(None, descriptor, device=device)
-    assert plan.workspace_size() == 4 * 2 * 4 * 3 * 3
+    assert plan.workspace_size() == 4 * 2 * (2 * 4) * 3
     args = SinkhornBackwardArgs(*(poisoned(72).tensor(F32, (2, 3, 3)) for _ in range(3)))
-    with pytest.raises(WorkspaceTooSmall, match="workspace of 287 bytes, wanted 288"):
-        plan.run(device.stream(), Workspace(poisoned(287)), args)
+    with pytest.raises(WorkspaceTooSmall, match="workspace of 191 bytes, wanted 192"):
+        plan.run(device.stream(), Workspace(poisoned(191)), args)

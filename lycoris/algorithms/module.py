@@ -61,7 +61,10 @@ class LycorisModule:
         self.dora_scale, self.wd_on_out, self.bias = dora_scale, wd_on_out, bias
         self.factors, self.rank = dict(factors), rank_of(self.algorithm, factors)
         if self.rank == 0 and dora_scale is not None:
-            raise RefusedInput(f"{self.algorithm}: rank 0 with a dora_scale, wanted rank 1 or more")
+            raise RefusedInput(
+                f"{self.algorithm}: rank 0 with a dora_scale, wanted rank 1 or more; "
+                "give it a rank, or leave dora_scale out"
+            )
         if self.rank != 0:
             self.factors = {name: factors[name] for name in self._bind(self.shape).factor_names}
 
@@ -123,7 +126,9 @@ class LycorisModule:
         """
         shape = self._checkpoint_shape(base.shape)
         if self.rank == 0 and not fits(self.shape, shape):
-            raise RefusedInput(f"{self.algorithm}: the base is {list(shape)}, wanted {list(self.shape)}")
+            raise RefusedInput(
+                f"{self.algorithm}: the base is {list(shape)}, wanted {list(self.shape)}; give its own layer"
+            )
         binding = self._bind(shape) if self.rank != 0 else None
         if binding is None or multiplier == 0:
             return cast(base, base.kind)
@@ -142,9 +147,14 @@ class LycorisModule:
         Raises RefusedInput where the module has none, or of another length.
         """
         if self.bias is None:
-            raise RefusedInput(f"{self.algorithm}: has no {self.bias_name}, so it changes no bias")
+            raise RefusedInput(
+                f"{self.algorithm}: has no {self.bias_name}, so it changes no bias; merge its weight alone"
+            )
         if self.bias.size != base.size:
-            raise RefusedInput(f"{self.algorithm}: {self.bias_name} has {self.bias.size} elements, bias {base.size}")
+            raise RefusedInput(
+                f"{self.algorithm}: {self.bias_name} has {self.bias.size} elements, the bias {base.size}; "
+                "give its own layer"
+            )
         descriptor = WeightDescriptor(base.size, 1, (Dense(self.bias.kind),), out=base.kind, base=base.kind)
         factors = [[self.bias.reshape((base.size, 1))]]
         return evaluate(descriptor, factors, [multiplier], base.reshape(descriptor.shape)).reshape(base.shape)
@@ -187,7 +197,7 @@ class LycorisModule:
         """
         found = algorithm_of(state, name).name
         if found != cls.algorithm:
-            raise RefusedInput(f"{name}: holds {found}, wanted {cls.algorithm}")
+            raise RefusedInput(f"{name}: holds {found}, wanted {cls.algorithm}; load it with `lycoris.algorithms.load`")
         numbers = {key: _number(state[key]) for key in ("alpha", "on_input") if key in state}
         tensors = {key: _on_device(value, device) for key, value in state.items() if key not in numbers}
         on_input = bool(numbers.get("on_input", 0.0))
@@ -216,7 +226,7 @@ class LycorisModule:
         if self.layout is WeightLayout.FLAME and flat:
             raise RefusedInput(
                 f"{self.algorithm}: the base is flat, {list(reversed(shape))}, so its filter axes may lie in either "
-                "order; wanted [*kernel, in, out]"
+                "order; give it as [*kernel, in, out]"
             )
         return binding
 

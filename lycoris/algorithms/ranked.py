@@ -113,7 +113,9 @@ class RankedModule(LycorisModule):
     ) -> Self:
         kernel = (kernel_size,) * axes if isinstance(kernel_size, int) else tuple(kernel_size)
         if len(kernel) != axes:
-            raise RefusedInput(f"{cls.algorithm}: kernel_size {kernel}, wanted one number or {axes}")
+            raise RefusedInput(
+                f"{cls.algorithm}: kernel_size {kernel}, wanted one number or {axes}; give one extent for each axis"
+            )
         return cls._new((out_channels, in_channels, *kernel), rank, alpha, cls.options(**options))
 
     @classmethod
@@ -121,7 +123,7 @@ class RankedModule(LycorisModule):
         if min(shape) < 1 or rank < 0:
             raise RefusedInput(
                 f"{cls.algorithm}: a weight of {list(shape)} with rank {rank}, wanted extents of 1 or more and rank "
-                "0 or more"
+                "0 or more; give the layer's own extents"
             )
         device = options.device or Device.open("auto")
         initial = cls.initial_factors(shape, rank, options, Initialiser(options.seed))
@@ -141,10 +143,12 @@ class RankedModule(LycorisModule):
 def _initial_norms(algorithm: str, shape: Shape, options: ModuleOptions) -> DeviceArray:
     """DoRA's norms of the base in fp32: [out, 1...], or [1, in, 1...]."""
     if options.base is None:
-        raise RefusedInput(f"{algorithm}: weight_decompose without base, wanted the layer's weight: pass base=")
+        raise RefusedInput(f"{algorithm}: weight_decompose without base, wanted the layer's weight; pass base=")
     base = to_checkpoint(options.base) if options.layout is WeightLayout.FLAME else options.base
     if base.shape != tuple(shape):
-        raise RefusedInput(f"{algorithm}: base has shape {base.shape}, wanted {tuple(shape)}")
+        raise RefusedInput(
+            f"{algorithm}: base has shape {base.shape}, wanted {tuple(shape)}; pass the weight of the layer itself"
+        )
     weight = base.numpy().astype(np.float32).reshape(shape[0], shape[1], -1)
     norms = np.sqrt(np.einsum("oik,oik->o" if options.wd_on_out else "oik,oik->i", weight, weight, dtype=np.float64))
     kept = (-1, 1) if options.wd_on_out else (1, -1)

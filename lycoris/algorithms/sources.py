@@ -68,7 +68,10 @@ def weight_source(
     weight = _Weight(name, factors, out, base_shape[1] if len(base_shape) > 1 else 1, tuple(base_shape[2:]), on_input)
     if algorithm != "ia3" and not fits(found, base_shape):
         stored = ", ".join(f"{key} {list(spec.shape)}" for key, spec in factors.items() if len(spec.shape))
-        raise RefusedInput(f"{name}: {stored} make a delta {list(found)}, wanted the base's {list(base_shape)}")
+        raise RefusedInput(
+            f"{name}: {stored} make a delta {list(found)}, wanted the base's {list(base_shape)}; "
+            "give the base they were made for"
+        )
     return _BINDERS[algorithm](weight)
 
 
@@ -146,7 +149,8 @@ def _lokr(w: _Weight) -> SourceBinding:
     (w1, (a, b), w1_names), (w2, (c, _), w2_names) = (w.half(full, product) for full, product in _LOKR)
     if b == 0 or w.channels % b:
         raise RefusedInput(
-            f"{w.name}: {w1_names[-1]} has {b} columns, wanted a divisor of the base's {w.channels} input channels"
+            f"{w.name}: {w1_names[-1]} has {b} columns, wanted a divisor of the base's {w.channels} input channels; "
+            "give the base that it was made for"
         )
     return w.bind(Kronecker(a, b, c, w.channels // b, w1, w2), w1_names + w2_names)
 
@@ -160,7 +164,7 @@ def _ia3(w: _Weight) -> SourceBinding:
     if math.prod(vector.shape) != wanted:
         raise RefusedInput(
             f"{w.name}: weight has shape {list(vector.shape)}, wanted {wanted} elements, one for each of the base's "
-            f"{axis}put channels"
+            f"{axis}put channels; give the base that it was made for"
         )
     return w.bind(ChannelScale(vector.kind, axis), ("weight",))
 

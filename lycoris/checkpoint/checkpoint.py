@@ -17,6 +17,8 @@ from lycoris.errors import RefusedInput, shown
 
 Kind = Literal["file", "index", "folder"]
 
+_FETCH = "fetch index and shards again, all of one version"
+
 
 class Checkpoint:
     """An open, validated checkpoint. Reads may come from several threads at once.
@@ -86,10 +88,12 @@ class Checkpoint:
             found, wanted = shard_of[entry.path], index.weight_map.get(name)
             if found != wanted:
                 says = "does not name it" if wanted is None else f"says {wanted}"
-                raise RefusedInput(f"{index.path}: tensor {shown(name)} is in shard {found}, the index {says}")
+                raise RefusedInput(
+                    f"{index.path}: tensor {shown(name)} is in shard {found}, the index {says}; {_FETCH}"
+                )
         for name, shard in index.weight_map.items():
             if name not in self.tensors:
-                raise RefusedInput(f"{index.path}: tensor {shown(name)} is missing in its shard {shard}")
+                raise RefusedInput(f"{index.path}: tensor {shown(name)} is missing in its shard {shard}; {_FETCH}")
 
     @property
     def data_bytes(self) -> int:

@@ -56,7 +56,9 @@ class ShardIndex:
             if not os.path.isfile(path):
                 raise RefusedInput(f"{path}: no such file; give an existing checkpoint")
             if path.stat().st_size > MAX_HEADER_BYTES:
-                raise RefusedInput(f"{path}: is over {MAX_HEADER_BYTES} bytes long, too long for a shard index")
+                raise RefusedInput(
+                    f"{path}: is over {MAX_HEADER_BYTES} bytes long, too long for a shard index; give another"
+                )
             raw = path.read_bytes()
         except OSError as error:
             raise RefusedInput(
@@ -73,11 +75,15 @@ class ShardIndex:
 
 def _check_shard_name(index: Path, tensor: str, shard: Any) -> None:
     if not isinstance(shard, str) or not shard.endswith(WEIGHT_SUFFIX) or "\0" in shard:
-        raise RefusedInput(f"{index}: tensor {shown(tensor)} is in {shown(shard)}, wanted a {WEIGHT_SUFFIX} file")
+        raise RefusedInput(
+            f"{index}: tensor {shown(tensor)} is in {shown(shard)}, wanted a {WEIGHT_SUFFIX} file; fetch it again"
+        )
     pure = PurePosixPath(shard)
     # Only the spelling counts: in a Hugging Face cache the files themselves are links out of the folder.
     if pure.is_absolute() or ".." in pure.parts or str(pure) != shard:
-        raise RefusedInput(f"{index}: shard {shown(shard)} is not a plain path inside the index's folder")
+        raise RefusedInput(
+            f"{index}: shard {shown(shard)} is not a plain path inside the index's folder; put the shard there"
+        )
 
 
 def find_checkpoints(folder: Path) -> list[Path]:
@@ -102,7 +108,9 @@ def choose_checkpoint(folder: Path) -> Path:
         choice = ", ".join(components + [names] * bool(names)) or "none of its sub-folders holds one"
         raise RefusedInput(f"{folder}: is a diffusers pipeline; give one checkpoint of it: {choice}")
     if not found:
-        raise RefusedInput(f"{folder}: holds no checkpoint, wanted a {WEIGHT_SUFFIX} file or *{INDEX_SUFFIX} in it")
+        raise RefusedInput(
+            f"{folder}: holds no checkpoint, wanted a {WEIGHT_SUFFIX} file or *{INDEX_SUFFIX} in it; give another"
+        )
     if len(found) > 1:
         raise RefusedInput(f"{folder}: holds {len(found)} checkpoints; give one of them, not the folder: {names}")
     return found[0]

@@ -15,15 +15,15 @@ from lycoris.errors import MergeFailed, RefusedInput, os_reason
 
 Buffer = memoryview | bytearray | bytes | np.ndarray
 
-# First bytes of what is often given in place of a safetensors file -> what it is and what to do.
-_OTHER_FORMATS: tuple[tuple[bytes, str], ...] = (
-    (b"version https://git-lfs", "a Git LFS pointer; run `git lfs pull` to fetch the file it stands for"),
-    (b"PK\x03\x04", "a zip archive, as torch.save writes; convert it to safetensors"),
-    (b"\x80\x02", "a Python pickle, as old torch.save writes; convert it to safetensors"),
-    (b"GGUF", "a GGUF file; give the safetensors checkpoint it was made from"),
-    (b"\x89HDF", "an HDF5 file; convert it to safetensors"),
-    (b"<!DOCTYPE", "a web page; fetch the file again"),
-    (b"<html", "a web page; fetch the file again"),
+# First bytes of what is often given in place of a safetensors file, what it is, what to do.
+_OTHER_FORMATS: tuple[tuple[bytes, str, str], ...] = (
+    (b"version https://git-lfs", "a Git LFS pointer", "run `git lfs pull` to fetch the file it stands for"),
+    (b"PK\x03\x04", "a zip archive, as torch.save writes", "convert it to safetensors"),
+    (b"\x80\x02", "a Python pickle, as old torch.save writes", "convert it to safetensors"),
+    (b"GGUF", "a GGUF file", "give the safetensors checkpoint it was made from"),
+    (b"\x89HDF", "an HDF5 file", "convert it to safetensors"),
+    (b"<!DOCTYPE", "a web page", "fetch the file again"),
+    (b"<html", "a web page", "fetch the file again"),
 )
 
 
@@ -74,7 +74,7 @@ class SafetensorsFile:
             opened = os.fstat(descriptor)
             if not stat.S_ISREG(opened.st_mode):
                 found = "a folder" if stat.S_ISDIR(opened.st_mode) else "not a regular file"
-                raise RefusedInput(f"{path}: is {found}, wanted a .safetensors file")
+                raise RefusedInput(f"{path}: is {found}, wanted a .safetensors file; give one")
             raw = _read_header(descriptor, path, opened.st_size)
             return cls(path, descriptor, opened, parse_header(raw, path, opened.st_size))
         except OSError as error:
@@ -179,9 +179,9 @@ def _read_header(descriptor: int, path: Path, file_bytes: int) -> bytes:
     length = int.from_bytes(start[:PREFIX_BYTES], "little")
     if length > MAX_HEADER_BYTES or PREFIX_BYTES + length > file_bytes:
         # Only now: the bytes of a possible length may well be another format's first bytes.
-        for magic, advice in _OTHER_FORMATS:
+        for magic, found, advice in _OTHER_FORMATS:
             if start.startswith(magic):
-                raise RefusedInput(f"{path}: is not a safetensors file but {advice}")
+                raise RefusedInput(f"{path}: is not a safetensors file but {found}; {advice}")
         limit = min(MAX_HEADER_BYTES, file_bytes - PREFIX_BYTES)
         raise RefusedInput(
             f"{path}: is damaged or no safetensors file: it says that its header is {length} bytes long, "

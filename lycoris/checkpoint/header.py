@@ -187,7 +187,9 @@ def _parse_entry(name: str, value: Any, path: Path, data_start: int) -> TensorEn
         raise refusal("its header entry is not an object with dtype, shape and data_offsets")
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise RefusedInput(f"{path}: tensor {shown(name)}: unknown dtype {shown(dtype)}, known are {', '.join(DTYPES)}")
+        raise RefusedInput(
+            f"{path}: tensor {shown(name)}: unknown dtype {shown(dtype)}, wanted one of {', '.join(DTYPES)}; {_DAMAGED}"
+        )
     if not _are_counts(shape) or len(shape) > _MAX_DIMENSIONS:
         raise refusal(f"shape {shown(shape)} is not a list of at most {_MAX_DIMENSIONS} whole numbers")
     if not _are_counts(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:

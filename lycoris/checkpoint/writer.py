@@ -222,7 +222,9 @@ class CheckpointWriter:
         try:
             with self._state:
                 if not self._accepting:
-                    raise MergeFailed(f"{self.output}: writing has ended, this is too late")
+                    raise MergeFailed(
+                        f"{self.output}: writing has ended, this write is too late; write before the block is left"
+                    )
                 self._writing.add(thread)
             yield
         finally:

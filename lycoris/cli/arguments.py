@@ -50,6 +50,18 @@ class AdapterType(click.ParamType):
         return AdapterArgument(Path(path), number)
 
 
+class PathType(click.ParamType):
+    """A path as given, a slash at its end included; whether it exists is found out when it is opened."""
+
+    name = "path"
+
+    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """The path unchanged; fail as wrong usage where it is empty."""
+        if not value:
+            self.fail("the path is empty; give the name of a file or folder", param, ctx)
+        return value
+
+
 class DeviceType(click.ParamType):
     """`auto`, `cuda:N` or `simulator`, by form only: whether that GPU exists is found out when it is opened."""
 

@@ -14,14 +14,14 @@ from lycoris.cli.output import byte_count, print_facts, print_table, reported_er
 def info_command() -> None:
     """Show device, libraries and kernels in use."""
     with reported_errors():
-        import plans
+        from plans.catalogue import catalogue
         from plans.core.device import describe
 
-        facts, catalogue = device_facts(describe()), plans.catalogue()
+        facts, examples = device_facts(describe()), catalogue()
         console = stdout_console()
         print_facts(console, facts)
         console.print()
-        print_table(console, ("plan", "for example", "SKU"), catalogue)
+        print_table(console, ("plan", "for example", "SKU"), examples)
 
 
 def device_facts(found: Mapping[str, Any]) -> list[tuple[str, str]]:

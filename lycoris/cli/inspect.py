@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import click
 
+from lycoris.cli.arguments import PathType
 from lycoris.cli.output import (
     byte_count,
     counted,
@@ -20,20 +21,17 @@ from lycoris.cli.output import (
     stdout_console,
 )
 
-_COMMON_ENDS = frozenset({".weight", ".bias", ".base_layer.weight", ".alpha", ".scalar"})
-"""Ends of keys that adapters and checkpoints both have."""
-
 
 @click.command("inspect")
-@click.argument("path", metavar="FILE_OR_FOLDER", type=click.Path(path_type=Path))
+@click.argument("path", metavar="FILE_OR_FOLDER", type=PathType())
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def inspect_command(path: Path, as_json: bool) -> None:
+def inspect_command(path: str, as_json: bool) -> None:
     """Show what an adapter or a checkpoint holds.
 
     An adapter: format, algorithms, ranks, alphas, dtypes, module by module. A checkpoint: names, shapes, dtypes.
     """
     with reported_errors():
-        found = describe(path)
+        found = describe(Path(path))
         if as_json:
             print_json(found)
         elif found["kind"] == "adapter":
@@ -50,6 +48,7 @@ def describe(path: Path) -> dict[str, Any]:
     """
     from lycoris.checkpoint import Checkpoint
     from lycoris.formats import describe_adapter, read_adapter
+    from lycoris.formats.keys import holds_adapter
     from lycoris.formats.peft import CONFIG_NAME
 
     if not (path / CONFIG_NAME).is_file():
@@ -57,14 +56,6 @@ def describe(path: Path) -> dict[str, Any]:
             if not holds_adapter(checkpoint.tensors):
                 return {"kind": "checkpoint", **describe_checkpoint(checkpoint)}
     return {"kind": "adapter", **describe_adapter(read_adapter(path))}
-
-
-def holds_adapter(names: Iterable[str]) -> bool:
-    """Whether one of the tensors' names ends as only an adapter's do, supported or not."""
-    from lycoris.formats.keys import SPELLINGS, UNSUPPORTED
-
-    ends = tuple((SPELLINGS.keys() | UNSUPPORTED.keys()) - _COMMON_ENDS)
-    return any(name.endswith(ends) for name in names)
 
 
 def describe_checkpoint(checkpoint: Any) -> dict[str, Any]:

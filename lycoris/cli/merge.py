@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import click
 from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 
-from lycoris.cli.arguments import AdapterArgument, AdapterType, DeviceType
+from lycoris.cli.arguments import AdapterArgument, AdapterType, DeviceType, PathType
 from lycoris.cli.output import (
     byte_count,
     counted,
@@ -25,6 +25,7 @@ from lycoris.cli.output import (
     stdout_console,
 )
 from lycoris.dtype import OPTIONS
+from plans.wake import wake_driver
 
 if TYPE_CHECKING:
     from lycoris.merge import MergeReport
@@ -33,11 +34,9 @@ SIMULATOR_REMARK = "note: no GPU in use; Numba's CUDA simulator is slow, for sma
 
 
 @click.command("merge")
-@click.argument("base", type=click.Path(path_type=Path))
+@click.argument("base", type=PathType())
 @click.argument("adapters", metavar="ADAPTER[=STRENGTH]...", nargs=-1, required=True, type=AdapterType())
-@click.option(
-    "--output", metavar="OUT", required=True, type=click.Path(path_type=Path), help="File or folder to write."
-)
+@click.option("--output", metavar="OUT", required=True, type=PathType(), help="File or folder to write.")
 @click.option("--device", type=DeviceType(), default="auto", show_default=True, help="Where to compute.")
 @click.option(
     "--dtype",
@@ -51,9 +50,9 @@ SIMULATOR_REMARK = "note: no GPU in use; Numba's CUDA simulator is slow, for sma
 @click.option("--dry-run", is_flag=True, help="Check everything and report; write nothing.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as one JSON object.")
 def merge_command(
-    base: Path,
+    base: str,
     adapters: tuple[AdapterArgument, ...],
-    output: Path,
+    output: str,
     device: str,
     dtype: str,
     overwrite: bool,
@@ -70,11 +69,12 @@ def merge_command(
         if device == "simulator":
             os.environ["NUMBA_ENABLE_CUDASIM"] = "1"  # numba reads it once, when it is imported
         os.environ.setdefault("LYCORIS_QUIET", "1")  # the remark comes below: beside an error it would hide it
+        wake_driver(device)
         from lycoris.merge import AdapterInput, MergeOptions, merge
         from plans.core.device import Device
 
         options = MergeOptions(
-            base=base,
+            base=Path(base),
             adapters=tuple(AdapterInput(path=path, strength=strength) for path, strength in adapters),
             output=output,
             device=device,
@@ -123,6 +123,7 @@ def report_facts(report: MergeReport) -> list[tuple[str, str]]:
         ("left out", counted(report.unmatched)),
         ("device", report.device),
         ("kernels", counted(report.skus)),
+        ("time", ", ".join(f"{phase} {length:.2f} s" for phase, length in report.phases.items())),
         ("written", f"nothing (dry run), {seconds}" if report.dry_run else written),
         ("output", report.output),
     ]

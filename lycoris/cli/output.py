@@ -45,7 +45,7 @@ def reported_errors() -> Iterator[None]:
         raise
     except OSError as error:
         place = "" if error.filename is None else f"{error.filename}: "
-        raise CommandError(f"{place}{error.strerror or error}") from error
+        raise CommandError(f"{place}{error.strerror or error}; mend that and run the command again") from error
     except (LycorisError, *_plan_errors()) as error:
         raise CommandError(str(error)) from error
 

@@ -15,6 +15,7 @@ from lycoris.checkpoint import SafetensorsFile, TensorEntry
 from lycoris.dtype import DTYPES, MERGEABLE
 from lycoris.errors import RefusedInput
 from lycoris.formats.keys import (
+    ALGORITHMS,
     DORA,
     EMBEDDING_PREFIX,
     MAGNITUDE_PREFIX,
@@ -22,6 +23,8 @@ from lycoris.formats.keys import (
     SCALARS,
     SPELLINGS,
     algorithm_of,
+    holds_adapter,
+    is_whole_weight,
     parse_key,
 )
 from lycoris.formats.names import ModuleName, split_stem
@@ -29,6 +32,7 @@ from lycoris.formats.peft import CONFIG_NAME, PeftConfig, read_config, read_meta
 from lycoris.formats.shapes import Axis, Shape, delta_shape, dora_axis, rank_of
 
 PEFT_WEIGHTS = "adapter_model.safetensors"
+_OWN_CONFIG = f"put the {CONFIG_NAME} that it was saved with beside it"
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,18 +140,27 @@ def _find_weights(path: Path) -> Path:
 def _group(entries: Mapping[str, TensorEntry], path: Path) -> dict[str, dict[str, _Stored]]:
     """The file's tensors by module and by canonical factor name."""
     modules: dict[str, dict[str, _Stored]] = {}
+    if not holds_adapter(entries) and any(is_whole_weight(name) for name in entries):
+        raise RefusedInput(
+            f"{path}: holds whole weights ({', '.join(list(entries)[:3])}), as a checkpoint or PEFT's modules_to_save, "
+            f"and no factors of one of {', '.join(ALGORITHMS)}; give the adapter's own file"
+        )
     for name, entry in entries.items():
         key = parse_key(name, len(entry.shape), str(path))
         factor = SPELLINGS[key.spelling]
         factors = modules.setdefault(key.stem, {})
         if factor in factors:
-            raise RefusedInput(f"{path}: {factors[factor].entry.name!r} and {name!r} are the same factor; wanted one")
+            raise RefusedInput(
+                f"{path}: {factors[factor].entry.name!r} and {name!r} are the same factor, wanted one; remove the other"
+            )
         if factor not in SCALARS and entry.dtype not in MERGEABLE:
             wanted = ", ".join(sorted(MERGEABLE))
-            raise RefusedInput(f"{path}: key {name!r} has dtype {entry.dtype}, wanted one of {wanted}")
+            raise RefusedInput(
+                f"{path}: key {name!r} has dtype {entry.dtype}, wanted one of {wanted}; convert it first"
+            )
         factors[factor] = _Stored(key.spelling, entry)
     if not modules:
-        raise RefusedInput(f"{path}: holds no tensors, wanted an adapter")
+        raise RefusedInput(f"{path}: holds no tensors, wanted an adapter; give another file")
     return modules
 
 
@@ -194,12 +207,16 @@ def _build(
         scale = lycoris_scale(rank, alpha)
     scale *= scalars.get("scalar", 1.0)
     if not math.isfinite(scale):
-        raise RefusedInput(f"{where}: alpha and scalar make the scale {scale}, wanted a finite number")
+        raise RefusedInput(
+            f"{where}: alpha and scalar make the scale {scale}, wanted a finite number; give a sound adapter"
+        )
     dora = _dora(stored, shape, where)
     transposed = any(value.spelling.startswith(EMBEDDING_PREFIX) for value in stored.values())
     transposed |= config is not None and config.fan_in_fan_out
     if dora and transposed:
-        raise RefusedInput(f"{where}: DoRA over a transposed weight (embedding or fan_in_fan_out) is not supported")
+        raise RefusedInput(
+            f"{where}: DoRA over a transposed weight (embedding or fan_in_fan_out) is not supported; merge it with PEFT"
+        )
     return AdapterModule(
         stem=stem,
         path=name.path,
@@ -227,14 +244,18 @@ def _check_config(
 ) -> None:
     """Refuse a module that its configuration contradicts."""
     if algorithm != config.algorithm:
-        raise RefusedInput(f"{where}: holds {algorithm}, {config.source} says {config.algorithm}; wanted the same")
+        raise RefusedInput(f"{where}: holds {algorithm}, {config.source} says {config.algorithm}; {_OWN_CONFIG}")
     if "alpha" in stored:
-        raise RefusedInput(f"{where}: has an alpha, and {config.source} has another; wanted one of the two")
+        raise RefusedInput(f"{where}: has an alpha, and {config.source} has another; remove one of the two")
     if rank is not None and rank != config.rank_of(path):
-        raise RefusedInput(f"{where}: its factors have rank {rank}, {config.source} says {config.rank_of(path)}")
+        raise RefusedInput(
+            f"{where}: its factors have rank {rank}, {config.source} says {config.rank_of(path)}; {_OWN_CONFIG}"
+        )
     if config.dora != (DORA in stored):
         has = "a" if DORA in stored else "no"
-        raise RefusedInput(f"{where}: has {has} magnitude vector, {config.source} says use_dora is {config.dora}")
+        raise RefusedInput(
+            f"{where}: has {has} magnitude vector, {config.source} says use_dora is {config.dora}; {_OWN_CONFIG}"
+        )
 
 
 def _dora(stored: Mapping[str, _Stored], delta: Shape, where: str) -> Axis | None:
@@ -250,9 +271,10 @@ def _read_scalar(file: SafetensorsFile, entry: TensorEntry) -> float:
     dtype = DTYPES[entry.dtype]
     if entry.count != 1 or dtype.packed or dtype.numpy.kind == "c":
         raise RefusedInput(
-            f"{file.path}: key {entry.name!r} is {entry.dtype} of shape {list(entry.shape)}, wanted one number"
+            f"{file.path}: key {entry.name!r} is {entry.dtype} of shape {list(entry.shape)}, wanted one number; "
+            "give a sound adapter"
         )
     value = float(file.read(entry).astype(np.float64).reshape(-1)[0])
     if not math.isfinite(value):
-        raise RefusedInput(f"{file.path}: key {entry.name!r} is {value}, wanted a finite number")
+        raise RefusedInput(f"{file.path}: key {entry.name!r} is {value}, wanted a finite number; give a sound adapter")
     return value

@@ -8,7 +8,7 @@ Sources: LyCORIS 4.1.3 `weight_list`, PEFT 0.21.2, diffusers 0.42.1, ComfyUI `co
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from itertools import product
 
@@ -117,6 +117,22 @@ _ENDS = tuple(sorted({**SPELLINGS, **UNSUPPORTED}, key=len, reverse=True))
 _ANY_END = re.compile("(" + "|".join(map(re.escape, _ENDS)) + ")$")
 
 
+_COMMON_ENDS = frozenset({".weight", ".bias", ".base_layer.weight", ".alpha", ".scalar"})
+"""Ends of keys that adapters and checkpoints both have."""
+
+_OWN_ENDS = tuple((SPELLINGS.keys() | UNSUPPORTED.keys()) - _COMMON_ENDS)
+
+
+def holds_adapter(names: Iterable[str]) -> bool:
+    """Whether one of a file's keys ends as only an adapter's do, supported or not."""
+    return any(name.endswith(_OWN_ENDS) for name in names)
+
+
+def is_whole_weight(name: str) -> bool:
+    """Whether a key is that of a layer's weight or bias, as checkpoints have them."""
+    return name.endswith((".weight", ".bias")) and not name.endswith(".base_layer.weight")
+
+
 @dataclass(frozen=True, slots=True)
 class Key:
     """A key, taken apart: key = stem + spelling."""
@@ -143,11 +159,11 @@ def parse_key(key: str, ndim: int, where: str) -> Key:
     """
     match = _ANY_END.search(key)
     if match is None or not match.start():
-        raise RefusedInput(f"{where}: key {key!r} belongs to no adapter that is known; supported are {_SUPPORTED}")
+        raise RefusedInput(f"{where}: key {key!r} belongs to no adapter that is known; give one of {_SUPPORTED}")
     spelling = match.group()
     if spelling in UNSUPPORTED:
         what = "algorithm boft" if spelling == ".oft_blocks" and ndim == 4 else UNSUPPORTED[spelling]
-        raise RefusedInput(f"{where}: key {key!r} is of {what}, which is not supported; supported are {_SUPPORTED}")
+        raise RefusedInput(f"{where}: key {key!r} is of {what}, which is not supported; give one of {_SUPPORTED}")
     return Key(key[: match.start()], spelling)
 
 
@@ -161,19 +177,21 @@ def algorithm_of(names: Collection[str], where: str) -> Algorithm:
     rows = [row for row in ALGORITHMS.values() if row.factors & present]
     if len(rows) > 1:
         found = " and ".join(f"{row.name} ({', '.join(sorted(row.factors & present))})" for row in rows)
-        raise RefusedInput(f"{where}: two algorithms on one module: {found}; wanted the factors of one")
+        raise RefusedInput(f"{where}: two algorithms on one module, wanted one: {found}; remove the other")
     if not rows:
-        raise RefusedInput(f"{where}: only {', '.join(sorted(present))}; wanted the factors of one of {_SUPPORTED}")
+        raise RefusedInput(f"{where}: only {', '.join(sorted(present))}; give the factors of one of {_SUPPORTED}")
     row = rows[0]
     own = present - row.optional
     if own == {"weight"}:
         raise RefusedInput(
-            f"{where}: only 'weight': a whole weight (PEFT's modules_to_save, or a checkpoint), "
-            f"wanted the factors of one of {_SUPPORTED}"
+            f"{where}: only 'weight': a whole weight (PEFT's modules_to_save, or a checkpoint); "
+            f"give the factors of one of {_SUPPORTED}"
         )
     if own in row.forms:
         return row
     form = min(row.forms, key=lambda form: (len(form ^ own), len(own - form)))
     faults = [f"{name} is missing" for name in sorted(form - own)]
     faults += [f"{name} does not belong there" for name in sorted(own - form)]
-    raise RefusedInput(f"{where}: {row.name} with {', '.join(sorted(own))}: {', '.join(faults)}")
+    raise RefusedInput(
+        f"{where}: {row.name} with {', '.join(sorted(own))}: {', '.join(faults)}; give the whole adapter"
+    )

@@ -18,6 +18,7 @@ COMPONENTS: dict[str, tuple[str, ...]] = {
     "text_encoder": (
         "text_encoder.",
         "cond_stage_model.",
+        "cond_stage_model.model.",
         "cond_stage_model.transformer.",
         "conditioner.embedders.0.",
         "conditioner.embedders.0.transformer.",
@@ -26,6 +27,7 @@ COMPONENTS: dict[str, tuple[str, ...]] = {
     ),
     "text_encoder_2": (
         "text_encoder_2.",
+        "conditioner.embedders.0.model.",
         "conditioner.embedders.1.",
         "conditioner.embedders.1.model.",
         "text_encoders.clip_g.",
@@ -98,6 +100,8 @@ FORMATS: dict[str, Format] = {
 _PREFIXES: list[tuple[str, Format]] = sorted(
     ((prefix, row) for row in FORMATS.values() for prefix in row.prefixes), key=lambda pair: -len(pair[0])
 )
+_OWN_NAMES = ("transformer.resblocks.",)
+"""What a bare model's names may begin with though it looks like a component's prefix: OpenCLIP's text tower."""
 _BASE_PREFIXES = sorted({prefix for row in COMPONENTS.values() for prefix in row}, key=len, reverse=True)
 
 
@@ -138,6 +142,8 @@ def split_stem(stem: str, *, of_processor: bool = False) -> ModuleName:
 
 def split_base_name(name: str) -> tuple[str, str]:
     """A checkpoint's module name as (component's prefix or "", path)."""
+    if name.startswith(_OWN_NAMES):
+        return "", name
     prefix = next((prefix for prefix in _BASE_PREFIXES if name.startswith(prefix)), "")
     return prefix, name[len(prefix) :]
 

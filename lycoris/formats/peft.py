@@ -48,6 +48,7 @@ BASE_CHANGING_INITIALISERS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """Beginnings of `init_lora_weights` by which training starts from another base than the published one."""
 
 _MAX_RANK = 2**31
+_SAVE_AGAIN = "save the adapter again"
 _Value = TypeVar("_Value", int, float)
 
 
@@ -133,12 +134,14 @@ def parse_config(options: Mapping[str, Any], source: str) -> PeftConfig:
     peft_type = options.get("peft_type", "LORA")
     if not isinstance(peft_type, str) or peft_type not in PEFT_TYPES:
         raise RefusedInput(
-            f"{source}: peft_type {shown(peft_type)} is not supported; supported are {', '.join(PEFT_TYPES)}"
+            f"{source}: peft_type {shown(peft_type)} is not supported; give one of {', '.join(PEFT_TYPES)}"
         )
     algorithm, alpha_option = PEFT_TYPES[peft_type]
     for option, what in REFUSED_OPTIONS.items():
         if options.get(option):
-            raise RefusedInput(f"{source}: {option} is set: the adapter holds {what}, which is not supported")
+            raise RefusedInput(
+                f"{source}: {option} is set: the adapter holds {what}, which is not supported; merge it with PEFT"
+            )
     initialiser = options.get("init_lora_weights")
     if isinstance(initialiser, str) and initialiser.lower().startswith(BASE_CHANGING_INITIALISERS):
         raise RefusedInput(
@@ -160,13 +163,13 @@ def parse_config(options: Mapping[str, Any], source: str) -> PeftConfig:
 
 def _rank(value: Any, option: str, source: str) -> int:
     if type(value) is not int or not 1 <= value <= _MAX_RANK:
-        raise RefusedInput(f"{source}: {option} is {shown(value)}, wanted a rank of at least 1")
+        raise RefusedInput(f"{source}: {option} is {shown(value)}, wanted a rank of at least 1; {_SAVE_AGAIN}")
     return value
 
 
 def _alpha(value: Any, option: str, source: str) -> float:
     if type(value) not in (int, float) or not abs(value) <= sys.float_info.max:
-        raise RefusedInput(f"{source}: {option} is {shown(value)}, wanted a finite number")
+        raise RefusedInput(f"{source}: {option} is {shown(value)}, wanted a finite number; {_SAVE_AGAIN}")
     return float(value)
 
 
@@ -176,12 +179,14 @@ def _patterns(
     """A pattern is a regular expression for a module's path or for its last dotted parts."""
     patterns = options.get(option) or {}
     if not isinstance(patterns, dict):
-        raise RefusedInput(f"{source}: {option} is {shown(patterns)}, wanted an object of patterns")
+        raise RefusedInput(f"{source}: {option} is {shown(patterns)}, wanted an object of patterns; {_SAVE_AGAIN}")
     compiled = []
     for text, value in patterns.items():
         try:
             pattern = re.compile(rf"(.*\.)?({text})$")
         except re.error as error:
-            raise RefusedInput(f"{source}: {option} {text!r} is no regular expression ({error})") from None
+            raise RefusedInput(
+                f"{source}: {option} {text!r} is no regular expression ({error}); {_SAVE_AGAIN}"
+            ) from None
         compiled.append((pattern, convert(value, f"{option}[{text!r}]", source)))
     return tuple(compiled)

@@ -16,6 +16,8 @@ from lycoris.errors import RefusedInput
 Shape = tuple[int, ...]
 Axis = Literal["row", "column"]
 
+_UNSOUND = "give an adapter as its trainer saved it"
+
 _RANK_AXES: dict[str, tuple[tuple[str, int], ...]] = {
     "locon": (("lora_down.weight", 0),),
     "loha": (("hada_w1_b", 0),),
@@ -93,7 +95,7 @@ def dora_axis(magnitude: Shape, delta: Shape, name: str = "adapter") -> Axis:
         return "column"
     raise RefusedInput(
         f"{name}: dora_scale has shape {list(magnitude)}, wanted [{delta[0] if delta else 0}, 1...] (norms of rows) or "
-        "[1, in, 1...] (norms of columns)"
+        f"[1, in, 1...] (norms of columns); {_UNSOUND}"
     )
 
 
@@ -112,7 +114,7 @@ class _Factors:
         shape = self.shapes[key]
         wanted = "[rows, columns]" if pointwise else f"at least {ndim} axes"
         if len(shape) < ndim or (pointwise and math.prod(shape[2:]) != 1):
-            raise RefusedInput(f"{self.name}: {key} has shape {list(shape)}, wanted {wanted}")
+            raise RefusedInput(f"{self.name}: {key} has shape {list(shape)}, wanted {wanted}; {_UNSOUND}")
         return shape
 
     def join(self, left: str, left_axis: int, right: str, right_axis: int) -> None:
@@ -121,10 +123,12 @@ class _Factors:
         if ranks[0] != ranks[1]:
             raise RefusedInput(
                 f"{self.name}: {left} {list(self.shapes[left])} and {right} {list(self.shapes[right])} do not fit: "
-                f"ranks {ranks[0]} and {ranks[1]}, wanted the same"
+                f"ranks {ranks[0]} and {ranks[1]}, wanted the same; {_UNSOUND}"
             )
         if ranks[0] == 0:
-            raise RefusedInput(f"{self.name}: {left} {list(self.shapes[left])} has rank 0, wanted at least 1")
+            raise RefusedInput(
+                f"{self.name}: {left} {list(self.shapes[left])} has rank 0, wanted at least 1; {_UNSOUND}"
+            )
 
     def product(self, a: str, b: str) -> Shape:
         """(O, r) (r, N) -> (O, N)."""
@@ -158,7 +162,7 @@ def _loha(f: _Factors) -> Shape:
     if sides[0] != sides[1]:
         raise RefusedInput(
             f"{f.name}: hada_w1_a @ hada_w1_b has shape {list(sides[0])}, hada_w2_a @ hada_w2_b {list(sides[1])}, "
-            "wanted the same"
+            f"wanted the same; {_UNSOUND}"
         )
     f.join("hada_w1_b", 0, "hada_w2_b", 0)
     return sides[0]

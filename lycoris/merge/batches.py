@@ -13,7 +13,7 @@ from typing import Generic, TypeVar
 import numpy as np
 
 from lycoris.checkpoint import Checkpoint, SafetensorsFile
-from lycoris.merge.jobs import Job
+from lycoris.merge.jobs import Extent, Job
 
 ALIGNMENT = 256
 
@@ -170,14 +170,24 @@ def _place(jobs: list[Job], base: Checkpoint, block_bytes: int) -> Batch:
     for job in jobs:
         size = job.base.itemsize
         bases.append(slot.take(job.count * size))
-        start = job.tensor.start + job.first * size
-        source = Source(base.file_of(job.tensor.name), start, job.check_range)
-        filled.append(Segment(bases[-1], job.count * size, source))
+        for at, extent in _stretched(bases[-1], job, size):
+            start = extent.tensor.start + extent.first * size
+            source = Source(base.file_of(extent.tensor.name), start, job.check_range)
+            filled.append(Segment(at, extent.count * size, source))
     placed = []
     for job, at, places in zip(jobs, bases, operands, strict=True):
         size = job.out.itemsize
         out = at if job.in_place else slot.take(job.count * size)
-        emptied.append(Segment(out, job.count * size, Target(job.tensor.name, job.first * size)))
+        for place, extent in _stretched(out, job, size):
+            target = Target(extent.tensor.name, extent.first * size)
+            emptied.append(Segment(place, extent.count * size, target))
         placed.append(Placed(job, at, out, places))
     emptied.sort(key=lambda segment: segment.start)
     return Batch(tuple(placed), tuple(cut(filled, block_bytes)), tuple(cut(emptied, block_bytes)), slot.used)
+
+
+def _stretched(at: int, job: Job, itemsize: int) -> Iterator[tuple[int, Extent]]:
+    """The extents of `job` with their places from `at` on, one right behind the other: together they are one tensor."""
+    for extent in job.extents:
+        yield at, extent
+        at += extent.count * itemsize

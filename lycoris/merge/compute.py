@@ -13,7 +13,7 @@ from lycoris.checkpoint import Checkpoint
 from lycoris.errors import RefusedInput
 from lycoris.merge.batches import ALIGNMENT, Batch, Placed
 from lycoris.merge.bits import became_infinite
-from lycoris.merge.jobs import Job
+from lycoris.merge.jobs import Extent, Job
 from plans.cast import CastArgs, CastDescriptor, CastPlan
 from plans.core import Device, DeviceBuffer, ElementKind, NoSku, PlanPreference, TensorMut, Workspace
 from plans.weight import GroupedWeightArgs, GroupedWeightDescriptor, GroupedWeightPlan, WeightArgs, WeightPlan
@@ -28,7 +28,7 @@ def choose_kernels(jobs: Iterable[Job], device: Device) -> dict[str, int]:
     Raises:
         RefusedInput: no plan computes one of them, naming its modules.
     """
-    chosen = {(_kernel_name(job, device), job.tensor.name) for job in jobs}
+    chosen = {(name, tensor) for job in jobs for name in [_kernel_name(job, device)] for tensor in job.tensors}
     return dict(Counter(name for name, _ in sorted(chosen)))
 
 
@@ -37,7 +37,9 @@ def _kernel_name(job: Job, device: Device) -> str:
     try:
         sku = family.choose(descriptor, PlanPreference(), device)
     except NoSku as error:
-        raise RefusedInput(f"{job.where}: cannot be merged on {device.name} ({error})") from error
+        raise RefusedInput(
+            f"{job.where}: cannot be merged on {device.name} ({error}); choose another device"
+        ) from error
     return f"{family.name} {sku.name}"
 
 
@@ -148,22 +150,28 @@ class Computer:
 
     def _check_finite(self, placed: Placed, slot: DeviceBuffer) -> None:
         """Not every result is finite: compare with the base, which the results may have replaced in memory."""
-        job = placed.job
-        file = self._base.file_of(job.tensor.name)
-        for first in range(0, job.count, _COMPARED):
-            count = min(_COMPARED, job.count - first)
-            before = np.empty(count * job.base.itemsize, np.uint8)
-            after = np.empty(count * job.out.itemsize, np.uint8)
-            file.read_into(before, job.tensor.start + (job.first + first) * job.base.itemsize)
-            self._device.copy_out(after, slot, placed.out + first * job.out.itemsize, self._stream)
-            self._device.synchronize(self._stream)
-            if became_infinite(before, job.base, after, job.out):
-                for factor in (factor for group in job.factors for factor in group):
-                    factor.file.check_unchanged()
-                raise RefusedInput(
-                    f"{job.where}: makes values in {job.tensor.name!r} that are not finite in {job.out.values.name}, "
-                    "though the base's are; lower the strength or choose a wider dtype"
-                )
+        job, out = placed.job, placed.out
+        for extent in job.extents:
+            file = self._base.file_of(extent.tensor.name)
+            for first in range(0, extent.count, _COMPARED):
+                count = min(_COMPARED, extent.count - first)
+                before = np.empty(count * job.base.itemsize, np.uint8)
+                after = np.empty(count * job.out.itemsize, np.uint8)
+                file.read_into(before, extent.tensor.start + (extent.first + first) * job.base.itemsize)
+                self._device.copy_out(after, slot, out + first * job.out.itemsize, self._stream)
+                self._device.synchronize(self._stream)
+                if became_infinite(before, job.base, after, job.out):
+                    _refuse_result(job, extent)
+            out += extent.count * job.out.itemsize
+
+
+def _refuse_result(job: Job, extent: Extent) -> None:
+    for factor in (factor for group in job.factors for factor in group):
+        factor.file.check_unchanged()
+    raise RefusedInput(
+        f"{job.where}: makes values in {extent.tensor.name!r} that are not finite in {job.out.values.name}, "
+        "though the base's are; lower the strength or choose a wider dtype"
+    )
 
 
 def _cast_arguments(placed: Placed, slot: DeviceBuffer) -> CastArgs:

@@ -41,7 +41,7 @@ def refuse_long_simulation(jobs: Iterable[Job]) -> None:
         values = sum(job.count for job in jobs)
         raise RefusedInput(
             f"there is no GPU, and merging {values} values in Numba's CUDA simulator would take about "
-            f"{duration(seconds)} (at most {duration(LIMIT_SECONDS)} are begun): run it on a machine with an NVIDIA "
+            f"{duration(seconds)} (at most {duration(LIMIT_SECONDS)} are begun); run it on a machine with an NVIDIA "
             f"GPU and its driver, after {_INSTALL}"
         )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,7 +28,7 @@ class MergeOptions:
     Attributes:
         base: A .safetensors file, an index.json with shards, or a folder that holds either.
         adapters: At least one.
-        output: A file for a file, a folder for an index or a folder.
+        output: A file for a file, a folder for an index or a folder; one that ends in a slash names a folder.
         device: "auto", "cuda:N" or "simulator".
         dtype: "keep", or the type that all of the output's bf16, fp16 and fp32 tensors get.
         overwrite: Replace an existing output.
@@ -37,7 +38,7 @@ class MergeOptions:
 
     base: Path
     adapters: tuple[AdapterInput, ...]
-    output: Path
+    output: str | os.PathLike[str]
     device: str = "auto"
     dtype: str = KEEP
     overwrite: bool = False
@@ -47,12 +48,14 @@ class MergeOptions:
     def check(self) -> None:
         """Raise `RefusedInput` for values that no file has to be looked at for."""
         if not self.adapters:
-            raise RefusedInput("no adapter given, wanted at least one")
+            raise RefusedInput("no adapter given, wanted at least one; name its file or folder")
         for adapter in self.adapters:
             if not math.isfinite(adapter.strength):
-                raise RefusedInput(f"{adapter.path}: strength is {adapter.strength}, wanted a finite number")
+                raise RefusedInput(f"{adapter.path}: strength is {adapter.strength}, wanted a finite number; give one")
         if self.dtype != KEEP and self.dtype not in OPTIONS:
-            raise RefusedInput(f"dtype {self.dtype!r} is not known, wanted one of {KEEP}, {', '.join(OPTIONS)}")
+            raise RefusedInput(
+                f"dtype {self.dtype!r} is not known, wanted one of {KEEP}, {', '.join(OPTIONS)}; choose one of them"
+            )
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,8 @@ class MergeReport:
         unmatched: What was left out, by component or reason -> modules.
         bytes_read, bytes_written: Tensor data of base, adapters and output; 0 written by a dry run.
         seconds: Wall time of the whole call.
+        phases: Its parts: `plan` (headers, names, shapes), `device` (what was left of opening it by then), `kernels`
+            (loaded or compiled), `stream` (read, computed, written), `sync` (on disk, named). A dry run has two.
         output: As given.
         dry_run: Whether nothing was written.
         skus: Kernel -> tensors that it computed.
@@ -82,6 +87,7 @@ class MergeReport:
     bytes_read: int
     bytes_written: int
     seconds: float
+    phases: dict[str, float]
     output: str
     dry_run: bool
     skus: dict[str, int]

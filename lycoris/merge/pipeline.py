@@ -19,7 +19,7 @@ from lycoris.checkpoint import Checkpoint, CheckpointWriter, SafetensorsFile
 from lycoris.merge.batches import Segment, Source, Target, Window, cut, make_batches
 from lycoris.merge.compute import Computer, Needs, Task
 from lycoris.merge.crew import Crew
-from lycoris.merge.jobs import Job
+from lycoris.merge.jobs import Job, gaps
 from lycoris.merge.lanes import Lane, Lanes
 from plans.core import Device, DeviceBuffer
 
@@ -97,7 +97,11 @@ class Pipeline:
         batches = make_batches(jobs, base, self._sizes.batch_bytes, self._sizes.block_bytes)
         self._tasks = [Task.of(batch, device) for batch in batches]
         self._progress = Progress(sum(entry.nbytes for entry in writer.tensors.values()), progress)
-        self._changed = {job.tensor.name for job in jobs}
+        self._changed: dict[str, list[tuple[int, int]]] = {}
+        for job in jobs:
+            for extent in job.extents:
+                first, last = (at * job.base.itemsize for at in (extent.first, extent.first + extent.count))
+                self._changed.setdefault(extent.tensor.name, []).append((first, last))
         self._lanes = Lanes(device, self._sizes.block_bytes)
 
     def run(self) -> None:
@@ -186,7 +190,7 @@ class Pipeline:
             self._progress.add(piece.nbytes)
 
     def _unchanged(self, file: SafetensorsFile) -> Iterator[Segment[Target]]:
-        """The tensors of `file` that no job makes, where they lie in it."""
+        """What of `file` no job makes, where it lies in it."""
         for name, entry in file.entries.items():
-            if name not in self._changed:
-                yield Segment(entry.start, entry.nbytes, Target(name, 0))
+            for first, last in gaps(self._changed.get(name, ()), entry.nbytes):
+                yield Segment(entry.start + first, last - first, Target(name, first))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -13,11 +12,13 @@ from lycoris.checkpoint import Checkpoint, CheckpointWriter, SafetensorsFile, in
 from lycoris.dtype import MERGEABLE, OPTIONS
 from lycoris.errors import MergeFailed, RefusedInput
 from lycoris.formats import match, read_adapter
+from lycoris.merge.changes import LoadedAdapter, by_place, collect_changes
+from lycoris.merge.clock import Clock
 from lycoris.merge.compute import choose_kernels
 from lycoris.merge.crew import Crew
 from lycoris.merge.estimate import refuse_long_simulation
 from lycoris.merge.factors import Factor
-from lycoris.merge.jobs import Job, LoadedAdapter, collect_changes, make_jobs
+from lycoris.merge.jobs import Job, make_jobs
 from lycoris.merge.options import AdapterInput, MergeOptions, MergeReport
 from lycoris.merge.pipeline import Pipeline, ProgressCallback
 from plans.core import Device, DeviceError, Unsupported
@@ -66,7 +67,7 @@ def merge(options: MergeOptions, progress: ProgressCallback | None = None) -> Me
 
 
 def _merge(options: MergeOptions, progress: ProgressCallback | None) -> MergeReport:
-    started = time.perf_counter()
+    clock = Clock()
     with interruptible(), ExitStack() as opened:
         # A GPU takes a third of a second to open; headers are read meanwhile.
         opening = opened.enter_context(ThreadPoolExecutor(1)).submit(Device.open, options.device)
@@ -74,14 +75,18 @@ def _merge(options: MergeOptions, progress: ProgressCallback | None) -> MergeRep
         adapters = [_load(base, adapter, options.allow_unmatched, opened) for adapter in options.adapters]
         work = _plan(base, adapters, options.dtype)
         writer = _writer(base, work, options)
+        clock.end("plan")
         device = _opened(opening)
+        clock.end("device")
         if device.is_simulator:
             refuse_long_simulation(work.jobs)
         kernels = choose_kernels(work.jobs, device)
         _scan([*work.idle, *work.factors] if options.dry_run else work.idle)
         if not options.dry_run:
-            _write(Pipeline(device, base, writer, work.jobs, progress), writer, work)
-        return _report(options, base, writer, work, kernels, device, started)
+            pipeline = Pipeline(device, base, writer, work.jobs, progress)
+            clock.end("kernels")
+            _write(pipeline, writer, work, clock)
+        return _report(options, base, writer, work, kernels, device, clock)
 
 
 def _opened(opening: Future[Device]) -> Device:
@@ -107,16 +112,15 @@ def _load(base: Checkpoint, given: AdapterInput, allow_unmatched: bool, opened: 
 
 def _plan(base: Checkpoint, adapters: Sequence[LoadedAdapter], dtype: str) -> Work:
     changes = collect_changes(adapters)
-    active = {name: [change for change in found if not change.is_idle] for name, found in changes.items()}
-    active = {name: found for name, found in active.items() if found}
+    active = by_place([change for change in changes if not change.is_idle], base.tensors)
     jobs = make_jobs(base.tensors, active, dtype)
-    idle = [f for found in changes.values() for change in found if change.is_idle for f in change.factors.values()]
+    idle = [factor for change in changes if change.is_idle for factor in change.factors.values()]
     return Work(
         adapters=tuple(adapters),
         jobs=tuple(jobs),
         factors=tuple(factor for job in jobs for factor in job.operands),
         idle=tuple(idle),
-        changed=len({job.tensor.name for job in jobs if job.descriptor is not None}),
+        changed=len({name for job in jobs if job.descriptor is not None for name in job.tensors}),
     )
 
 
@@ -137,12 +141,14 @@ def _scan(factors: Sequence[Factor]) -> None:
         crew.finish([crew.submit("scanner", factor.scan) for factor in factors])
 
 
-def _write(pipeline: Pipeline, writer: CheckpointWriter, work: Work) -> None:
+def _write(pipeline: Pipeline, writer: CheckpointWriter, work: Work, clock: Clock) -> None:
     with writer:
         pipeline.run()
+        clock.end("stream")
         for adapter in work.adapters:
             adapter.file.check_unchanged()
         writer.commit()
+    clock.end("sync")
 
 
 def _report(
@@ -152,7 +158,7 @@ def _report(
     work: Work,
     kernels: dict[str, int],
     device: Device,
-    started: float,
+    clock: Clock,
 ) -> MergeReport:
     rows = [row for adapter in work.adapters for row in adapter.matching.matched]
     unmatched: Counter[str] = Counter()
@@ -171,7 +177,8 @@ def _report(
         unmatched=dict(unmatched),
         bytes_read=read if options.dry_run else read + base.data_bytes,
         bytes_written=0 if options.dry_run else sum(entry.nbytes for entry in writer.tensors.values()),
-        seconds=time.perf_counter() - started,
+        seconds=clock.seconds,
+        phases=clock.phases,
         output=str(options.output),
         dry_run=options.dry_run,
         skus=kernels,

@@ -12,7 +12,9 @@ from plans.core import Operand
 def check_axes(operation: str, name: str, tensor: DeviceArray, ndim: int) -> None:
     """Refuse a tensor of fewer than ``ndim`` axes, naming it."""
     if len(tensor.shape) < ndim:
-        raise RefusedInput(f"{operation}: {name} has shape {tensor.shape}, wanted at least {ndim} axes")
+        raise RefusedInput(
+            f"{operation}: {name} has shape {tensor.shape}, wanted at least {ndim} axes; reshape it first"
+        )
 
 
 def as_operand(tensor: DeviceArray, operand: Operand) -> DeviceArray:
@@ -23,5 +25,7 @@ def as_operand(tensor: DeviceArray, operand: Operand) -> DeviceArray:
     wanted = operand.shape
     leading = len(wanted) - 1
     if tensor.shape[:leading] != wanted[:-1] or math.prod(tensor.shape[leading:]) != wanted[-1]:
-        raise RefusedInput(f"weight: operand {operand.name} has shape {tensor.shape}, wanted {wanted}")
+        raise RefusedInput(
+            f"weight: operand {operand.name} has shape {tensor.shape}, wanted {wanted}; give the factors of one layer"
+        )
     return tensor.reshape(wanted)

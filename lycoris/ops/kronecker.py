@@ -20,7 +20,7 @@ def factorization(dimension: int, factor: int = -1) -> tuple[int, int]:
     square split. Raises RefusedInput for a dimension below 1.
     """
     if dimension < 1:
-        raise RefusedInput(f"factorization: dimension {dimension}, wanted 1 or more")
+        raise RefusedInput(f"factorization: dimension {dimension}, wanted 1 or more; give the layer's")
     if factor > 0 and dimension % factor == 0:
         return min(factor, dimension // factor), max(factor, dimension // factor)
     root = math.isqrt(dimension)

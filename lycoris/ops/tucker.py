@@ -53,7 +53,9 @@ def rebuild_conv_tucker(
     for name, tensor in (("core", core), ("down", down), ("up", up)):
         check_axes("rebuild_conv_tucker", name, tensor, 2)
         if tensor is not core and tensor.size != tensor.shape[-2] * tensor.shape[-1]:
-            raise RefusedInput(f"rebuild_conv_tucker: {name} has shape {tensor.shape}, wanted [1, 1, rows, columns]")
+            raise RefusedInput(
+                f"rebuild_conv_tucker: {name} has shape {tensor.shape}, wanted [1, 1, rows, columns]; reshape it first"
+            )
     left = up.reshape(up.shape[-2:])
     right = to_flame(down.reshape(down.shape[-2:]))
     return rebuild_tucker(to_checkpoint(core), left, right, scale, kind, WeightLayout.FLAME)

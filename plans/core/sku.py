@@ -32,6 +32,7 @@ class BackendKind(enum.Enum):
     PORTABLE = "portable"
     VECTOR = "vector"
     MMA = "mma"
+    SKINNY = "skinny"
     WGMMA = "wgmma"
 
 

@@ -1,6 +1,7 @@
 """Matrix products with epilogues: one, sums of several in one launch, batches, and groups of different shapes."""
 
 from plans.matmul.descriptor import (
+    LowRank,
     MatmulArgs,
     MatmulDescriptor,
     Segment,
@@ -15,6 +16,7 @@ __all__ = [
     "Bias",
     "ColumnScale",
     "Gate",
+    "LowRank",
     "MatmulArgs",
     "MatmulDescriptor",
     "MatmulPlan",

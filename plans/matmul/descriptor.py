@@ -92,6 +92,28 @@ class Segment:
         )
 
 
+@dataclass(frozen=True)
+class LowRank:
+    """A low-rank term of a sum, scale (A D^T) U^T, with A of another segment; A D^T never goes to memory.
+
+    Attributes:
+        rank: Rows of D [rank, k] and columns of U [n, rank], which all of a batch share.
+        of: The number of the segment whose A, [m, k], it takes.
+        element: D's and U's kind.
+    """
+
+    rank: int
+    of: int = 0
+    element: ElementKind = BF16
+
+    def operands(self, number: str, k: int, n: int) -> tuple[Operand, Operand]:
+        """D and U, as LoRA's down and up."""
+        return (
+            Operand(f"down{number}", self.element, (self.rank, k)),
+            Operand(f"up{number}", self.element, (n, self.rank)),
+        )
+
+
 def _matrix(
     name: str, kind: ElementKind, shape: tuple[int, int], batch: int | None, stride: int, batch_stride: int
 ) -> Operand:
@@ -112,6 +134,7 @@ class SegmentedMatmulDescriptor:
         epilogue: What becomes of the sum; see ``plans.matmul.epilogue``.
         out_stride: Elements from a row of Y to the next; 0 where it is contiguous.
         out_batch_stride: Elements from one Y of the batch to the next; 0 where they lie one after the other.
+        low_rank: Low-rank terms of the sum.
     """
 
     m: int
@@ -122,6 +145,7 @@ class SegmentedMatmulDescriptor:
     epilogue: Epilogue = ()
     out_stride: int = 0
     out_batch_stride: int = 0
+    low_rank: tuple[LowRank, ...] = ()
 
     category = OpCategory.MATMUL
 
@@ -130,6 +154,9 @@ class SegmentedMatmulDescriptor:
             raise InvalidProblem(f"matmul: m {self.m}, n {self.n}, batch {self.batch}: wanted none negative")
         if not self.segments:
             raise InvalidProblem("matmul: no segments given, wanted at least one")
+        for term in self.low_rank:
+            if term.rank < 1 or not 0 <= term.of < len(self.segments) or self.segments[term.of].a_transposed:
+                raise InvalidProblem(f"matmul: {term}, wanted a positive rank and a segment with A stored [m, k]")
         check_epilogue(self.epilogue, self.n)
         wanted = ", ".join(kind.value for kind in EPILOGUE_KINDS)
         for operand in self.operands():
@@ -151,8 +178,9 @@ class SegmentedMatmulDescriptor:
 
     @property
     def depth(self) -> int:
-        """Products in an element's sum."""
-        return sum(segment.k for segment in self.segments)
+        """Products in an element's sum, those of low-rank terms' inner products included."""
+        low_rank = sum(self.segments[term.of].k + term.rank for term in self.low_rank)
+        return sum(segment.k for segment in self.segments) + low_rank
 
     @property
     def layout_name(self) -> str:
@@ -178,8 +206,20 @@ class SegmentedMatmulDescriptor:
             for i, segment in enumerate(self.segments)
         )
 
+    @functools.cached_property
+    def low_rank_operands(self) -> tuple[tuple[Operand, Operand], ...]:
+        """D and U of each low-rank term."""
+        several = len(self.low_rank) > 1
+        return tuple(
+            term.operands(str(i) if several else "", self.segments[term.of].k, self.n)
+            for i, term in enumerate(self.low_rank)
+        )
+
     def operands(self) -> tuple[Operand, ...]:
-        """``out``, ``a`` and ``b`` of each segment (numbered where there are several), then the epilogue's."""
+        """``out``, ``a`` and ``b`` of each segment, ``down`` and ``up`` of each low-rank term, the epilogue's.
+
+        Numbered where there are several.
+        """
         return self._operands
 
     @functools.cached_property
@@ -189,7 +229,8 @@ class SegmentedMatmulDescriptor:
         steps = [operand for operand in self.step_operands if operand is not None]
         same = [o.name for o in steps if o.element is self.out and o.shape == shape and o.strides == layout]
         out = Operand("out", self.out, shape, writes=True, layout=layout, may_alias=same[0] if same else "")
-        return (out, *(operand for pair in self.segment_operands for operand in pair), *steps)
+        pairs = (*self.segment_operands, *self.low_rank_operands)
+        return (out, *(operand for pair in pairs for operand in pair), *steps)
 
     def reference(
         self,
@@ -197,11 +238,13 @@ class SegmentedMatmulDescriptor:
         scales: Sequence[float] | None = None,
         epilogue: Sequence[np.ndarray | None] = (),
         numbers: Sequence[float] | None = None,
+        low_rank: Sequence[tuple[np.ndarray, np.ndarray]] = (),
+        low_rank_scales: Sequence[float] = (),
     ) -> tuple[np.ndarray, np.ndarray]:
         """The exact Y in float64, and the magnitude that the guarantee is relative to.
 
         ``epilogue`` has an array or None for each step, ``numbers`` each step's number. The magnitude is
-        sum_s |scale_s| |A_s| |B_s|^T on its way through the steps.
+        sum_s |scale_s| |A_s| |B_s|^T (of low-rank terms |A| |D|^T |U|^T) on its way through the steps.
         """
         values = Values(np.zeros(()), np.zeros(()))
         for segment, (a, b), scale in zip(self.segments, segments, scales or [1.0] * len(segments), strict=True):
@@ -209,6 +252,10 @@ class SegmentedMatmulDescriptor:
             a = np.swapaxes(a, -1, -2) if segment.a_transposed else a
             b = np.swapaxes(b, -1, -2) if segment.b_transposed else b
             values = Values(values.exact + scale * (a @ b), values.magnitude + abs(scale) * (np.abs(a) @ np.abs(b)))
+        for term, (down, up), scale in zip(self.low_rank, low_rank, low_rank_scales, strict=True):
+            a, down, up = (np.asarray(array, np.float64) for array in (segments[term.of][0], down, up))
+            size = abs(scale) * (np.abs(a) @ np.abs(down.T) @ np.abs(up.T))
+            values = Values(values.exact + scale * (a @ down.T @ up.T), values.magnitude + size)
         shape = (self.m, self.n) if self.batch is None else (self.batch, self.m, self.n)
         values = Values(np.broadcast_to(values.exact, shape), np.broadcast_to(values.magnitude, shape))
         operands = list(epilogue) or [None] * len(self.epilogue)
@@ -269,8 +316,9 @@ class MatmulDescriptor:
 class SegmentedMatmulArgs(Arguments):
     """The tensors and numbers of one run.
 
-    ``segments`` are (A, B) pairs and ``scales`` one finite number each (all 1 where left out). ``epilogue`` has the
-    tensor of each step that takes one, in the steps' order; for a residual (C, beta), or C alone where beta is 1.
+    ``segments`` are (A, B) pairs and ``scales`` one finite number each (all 1 where left out); ``low_rank`` are (D, U)
+    pairs and ``low_rank_scales`` likewise. ``epilogue`` has the tensor of each step that takes one, in the steps'
+    order; for a residual (C, beta), or C alone where beta is 1.
     """
 
     def __init__(
@@ -279,18 +327,29 @@ class SegmentedMatmulArgs(Arguments):
         segments: Sequence[tuple[TensorRef, TensorRef]],
         scales: Sequence[float] | None = None,
         epilogue: Sequence[TensorRef | tuple[TensorRef, float]] = (),
+        low_rank: Sequence[tuple[TensorRef, TensorRef]] = (),
+        low_rank_scales: Sequence[float] | None = None,
     ) -> None:
         super().__init__()
         self.out = out
-        self.segments = tuple(tuple(pair) for pair in segments)
-        self.scales = (1.0,) * len(self.segments) if scales is None else tuple(float(s) for s in scales)
+        self.segments, self.scales = _pairs(segments, scales)
+        self.low_rank, self.low_rank_scales = _pairs(low_rank, low_rank_scales)
         given = [entry if isinstance(entry, tuple) else (entry, 1.0) for entry in epilogue]
         self.epilogue = tuple(tensor for tensor, _ in given)
         self.numbers = tuple(float(number) for _, number in given)
 
     def tensors(self) -> list[TensorRef]:
-        """``out``, the segments' pairs, the epilogue's."""
-        return [self.out, *(tensor for pair in self.segments for tensor in pair), *self.epilogue]
+        """``out``, the segments' pairs, the low-rank terms', the epilogue's."""
+        pairs = (*self.segments, *self.low_rank)
+        return [self.out, *(tensor for pair in pairs for tensor in pair), *self.epilogue]
+
+
+def _pairs(
+    pairs: Sequence[tuple[TensorRef, TensorRef]], scales: Sequence[float] | None
+) -> tuple[tuple[tuple[TensorRef, TensorRef], ...], tuple[float, ...]]:
+    """Pairs and their scales, 1 where left out."""
+    found = tuple((first, second) for first, second in pairs)
+    return found, (1.0,) * len(found) if scales is None else tuple(float(scale) for scale in scales)
 
 
 class MatmulArgs(SegmentedMatmulArgs):

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
 from kernels import matmul_reduce
 from kernels.matmul_mma import Problem, matmul_mma, matmul_mma_grouped
 from kernels.matmul_mma_tile import MmaTile
-from kernels.target import SIMULATOR
+from kernels.target import SIMULATOR, Kernel
 from plans.core.device import Device
 from plans.core.operand import Operand
 from plans.core.plan import Launches, Sku
@@ -19,7 +20,14 @@ from plans.core.precision import ElementKind, MathPrecision, PrecisionGuarantee
 from plans.core.sku import ArchSku, BackendKind
 from plans.core.workspace import Workspace
 from plans.matmul.descriptor import SegmentedMatmulArgs, SegmentedMatmulDescriptor
-from plans.matmul.program import MOST_BLOCKS, MatmulProgram, kernel_steps, matmul_guarantee, tile_count
+from plans.matmul.program import (
+    MOST_BLOCKS,
+    MatmulProgram,
+    kernel_steps,
+    matmul_guarantee,
+    refuses_low_rank,
+    tile_count,
+)
 
 TILES = (
     (MmaTile(32, 32, 32, 2, 1, 3), MmaTile(16, 32, 16, 1, 2, 3))
@@ -32,7 +40,7 @@ SLOTS = 8 if SIMULATOR else 2 * 132
 MOST_PARTS, LEAST_DEPTH = 16, 16 if SIMULATOR else 512
 _KINDS = (ElementKind.BF16, ElementKind.F16)
 _LARGEST = 1 << 31
-_UNIT = 8
+UNIT = 8
 
 
 def tile_of(descriptor: SegmentedMatmulDescriptor) -> MmaTile:
@@ -47,13 +55,13 @@ def _tiles(descriptor: SegmentedMatmulDescriptor, tile: MmaTile) -> int:
 def _vector(operands: Iterable[Operand], *more: int) -> int:
     """Elements, of at most eight, that every line of the operands begins at a multiple of."""
     strides = [stride for operand in operands for stride in operand.strides[:-1]]
-    return math.gcd(_UNIT, *strides, *more)
+    return math.gcd(UNIT, *strides, *more)
 
 
-def _wide(descriptor: SegmentedMatmulDescriptor) -> bool:
+def is_wide(descriptor: SegmentedMatmulDescriptor) -> bool:
     """Whether results and the epilogue's operands lie in whole 16-byte units."""
     operands = [descriptor.operands()[0], *(o for o in descriptor.step_operands if o is not None)]
-    return descriptor.columns % _UNIT == 0 and _vector(operands) == _UNIT
+    return descriptor.columns % UNIT == 0 and _vector(operands) == UNIT
 
 
 @functools.cache
@@ -75,8 +83,8 @@ def _problem(descriptor: SegmentedMatmulDescriptor, tile: MmaTile, split: bool) 
         () if split else kernel_steps(descriptor),
         a_vector,
         b_vector,
-        descriptor.n % _UNIT == 0 if split else _wide(descriptor),
-        not (whole and a_vector == b_vector == _UNIT),
+        descriptor.n % UNIT == 0 if split else is_wide(descriptor),
+        not (whole and a_vector == b_vector == UNIT),
     )
 
 
@@ -101,7 +109,26 @@ def _split_tiles(descriptor: SegmentedMatmulDescriptor, tile: MmaTile) -> int:
     return batch * -(-descriptor.m // tile.rows) * -(-descriptor.n // tile.columns)
 
 
+def tile_of_group(descriptors: Sequence[SegmentedMatmulDescriptor]) -> MmaTile:
+    """The largest tile of which all products together have enough."""
+    return next((tile for tile in TILES if sum(_tiles(d, tile) for d in descriptors) >= SLOTS // 2), TILES[-1])
+
+
+def group_kernel(problems: Sequence[Problem], tile: MmaTile) -> Kernel:
+    """The kernel that takes all problems, which differ in alignment and extents only."""
+    common = dataclasses.replace(
+        problems[0],
+        a_vector=min(problem.a_vector for problem in problems),
+        b_vector=min(problem.b_vector for problem in problems),
+        wide=all(problem.wide for problem in problems),
+        ragged=any(problem.ragged for problem in problems),
+    )
+    return matmul_mma_grouped(common, tile)
+
+
 def _refuses(descriptor: SegmentedMatmulDescriptor) -> str:
+    if reason := refuses_low_rank(descriptor):
+        return reason
     if max(descriptor.m, descriptor.n, *(segment.k for segment in descriptor.segments)) >= _LARGEST:
         return "wants extents below 2**31"
     for segment in descriptor.segments:
@@ -134,17 +161,17 @@ def _guarantee(descriptor: SegmentedMatmulDescriptor) -> PrecisionGuarantee:
 
 
 class MmaProgram(MatmulProgram):
-    """One launch, a block a tile."""
+    """One launch, a block a tile. Members of a group, which have one tile in common, launch nothing themselves."""
 
-    def __init__(self, descriptor: SegmentedMatmulDescriptor, device: Device) -> None:
+    def __init__(self, descriptor: SegmentedMatmulDescriptor, device: Device, tile: MmaTile | None = None) -> None:
         super().__init__(descriptor, device)
-        tile = tile_of(descriptor)
+        self.tile = tile or tile_of(descriptor)
+        self.problem = _problem(descriptor, self.tile, False)
         self.batches = 1 if descriptor.batch is None else descriptor.batch
-        self.choices = (_problem(descriptor, tile, False), tile)
-        self.blocks = _tiles(descriptor, tile)
-        self.part = depth_tiles(descriptor, tile)
-        self.group_kernel = matmul_mma_grouped(*self.choices)
-        self.launch = None if self.empty else matmul_mma(*self.choices).launcher((self.blocks, 1, 1))
+        self.blocks = _tiles(descriptor, self.tile)
+        self.part = depth_tiles(descriptor, self.tile)
+        if tile is None and not self.empty:
+            self.launch = matmul_mma(self.problem, self.tile).launcher((self.blocks, 1, 1))
 
     def bind(self, args: SegmentedMatmulArgs, workspace: Workspace) -> Launches:
         """The launch; none where Y is empty."""
@@ -166,9 +193,9 @@ class SplitProgram(MatmulProgram):
         self.part = -(-depth_tiles(descriptor, tile) // self.parts)
         self.plane = self.batches * descriptor.m * descriptor.n
         blocks = _split_tiles(descriptor, tile) * self.parts
-        units = self.batches * descriptor.m * -(-descriptor.columns // _UNIT)
+        units = self.batches * descriptor.m * -(-descriptor.columns // UNIT)
         reduce = matmul_reduce.matmul_reduce(
-            descriptor.out.value, kernel_steps(descriptor), _wide(descriptor) and descriptor.n % _UNIT == 0
+            descriptor.out.value, kernel_steps(descriptor), is_wide(descriptor) and descriptor.n % UNIT == 0
         )
         self.multiply = matmul_mma(_problem(descriptor, tile, True), tile).launcher((blocks, 1, 1))
         self.reduce = reduce.launcher((-(-units // matmul_reduce.THREADS), 1, 1))

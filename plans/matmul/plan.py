@@ -11,7 +11,9 @@ from plans.core.errors import InvalidProblem
 from plans.core.plan import Plan, PlanPreference, Sku
 from plans.matmul.descriptor import MatmulDescriptor, SegmentedMatmulArgs, SegmentedMatmulDescriptor
 from plans.matmul.mma import MMA, MMA_SPLIT
+from plans.matmul.narrow import NARROW
 from plans.matmul.portable import PORTABLE
+from plans.matmul.skinny import SKINNY
 from plans.matmul.wgmma import WGMMA
 
 _LARGEST = float(np.finfo(np.float32).max)
@@ -20,20 +22,23 @@ _LARGEST = float(np.finfo(np.float32).max)
 class SegmentedMatmulPlan(Plan):
     """Y = epilogue(sum_s scale_s A_s B_s^T); see :class:`plans.matmul.SegmentedMatmulDescriptor`.
 
-    A segment of scale 0 is left out: what its operands hold, NaN included, does not matter.
+    A segment or low-rank term of scale 0 is left out: what its operands hold, NaN included, does not matter.
     """
 
     name = "segmented matmul"
-    skus = (WGMMA, MMA_SPLIT, MMA, PORTABLE)
+    skus = (SKINNY, NARROW, WGMMA, MMA_SPLIT, MMA, PORTABLE)
 
     def check(self, where: str, args: SegmentedMatmulArgs) -> None:
         """Compare operands with their declaration, and scales with the segments."""
         super().check(where, args)
-        wanted = len(self.descriptor.segments)
-        if len(args.segments) != wanted or len(args.scales) != wanted:
-            found = f"{len(args.segments)} segments and {len(args.scales)} scales"
-            raise InvalidProblem(f"{where}: {found} given, wanted {wanted} of each")
-        for number in (*args.scales, *args.numbers):
+        for name, pairs, scales, wanted in (
+            ("segments", args.segments, args.scales, len(self.descriptor.segments)),
+            ("low-rank terms", args.low_rank, args.low_rank_scales, len(self.descriptor.low_rank)),
+        ):
+            if len(pairs) != wanted or len(scales) != wanted:
+                found = f"{len(pairs)} {name} and {len(scales)} scales"
+                raise InvalidProblem(f"{where}: {found} given, wanted {wanted} of each")
+        for number in (*args.scales, *args.low_rank_scales, *args.numbers):
             if not abs(number) <= _LARGEST:
                 raise InvalidProblem(f"{where}: scale or beta {number:g}, wanted a finite fp32 value")
 

@@ -10,6 +10,7 @@ import numpy as np
 from plans.core.device import Device
 from plans.core.operand import Operand
 from plans.core.precision import ElementKind, MathPrecision, PrecisionGuarantee
+from plans.core.tensor import TensorRef
 from plans.matmul.descriptor import SegmentedMatmulArgs, SegmentedMatmulDescriptor
 from plans.matmul.epilogue import units_after
 
@@ -24,6 +25,11 @@ def kernel_segments(descriptor: SegmentedMatmulDescriptor) -> tuple[tuple[str, s
 def kernel_steps(descriptor: SegmentedMatmulDescriptor) -> tuple[tuple, ...]:
     """The epilogue as kernels name it."""
     return tuple(step.kernel for step in descriptor.epilogue)
+
+
+def refuses_low_rank(descriptor: SegmentedMatmulDescriptor) -> str:
+    """The refusal of SKUs without low-rank terms, or ""."""
+    return "wants A D^T of low-rank terms multiplied before, as the A of a segment" if descriptor.low_rank else ""
 
 
 def tile_count(descriptor: SegmentedMatmulDescriptor, tile_rows: int, tile_columns: int) -> int:
@@ -73,15 +79,16 @@ class MatmulProgram:
         for i in order if order is not None else range(len(args.segments)):
             (a, b), scale = args.segments[i], args.scales[i]
             k = self.descriptor.segments[i].k if scale else 0
-            current = scale or previous or 1.0
+            current = scale if k else previous or 1.0
             ratio = previous / current if previous else 1.0
             flat += [a.data, b.data, k, *self.strides[i], np.float32(ratio), np.float32(current)]
             previous = current
         return tuple(flat)
 
     def smallest_first(self, args: SegmentedMatmulArgs) -> list[int]:
-        """The segments by the size of their scales, those of scale 0 last: ratios are then at most 1."""
-        return sorted(range(len(args.scales)), key=lambda i: (args.scales[i] == 0, abs(args.scales[i])))
+        """The segments by the size of their scales, those that are left out last: ratios are then at most 1."""
+        left_out = [not scale or not s.k for scale, s in zip(args.scales, self.descriptor.segments, strict=True)]
+        return sorted(range(len(args.scales)), key=lambda i: (left_out[i], abs(args.scales[i])))
 
     def epilogue_arguments(self, args: SegmentedMatmulArgs) -> tuple:
         """Every step's parameters."""
@@ -95,3 +102,9 @@ class MatmulProgram:
     def arguments(self, args: SegmentedMatmulArgs) -> tuple:
         """The flat parameters of the one launch: the result's, the segments', the epilogue's."""
         return (*self.result_arguments(args), *self.segment_arguments(args), *self.epilogue_arguments(args))
+
+
+def element_offset(tensor: TensorRef, elements: int) -> Any:
+    """A tensor's data from some element on, as a kernel argument."""
+    data = tensor.data
+    return data + elements * tensor.element.itemsize if isinstance(data, int) else data[elements:]

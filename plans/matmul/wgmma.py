@@ -19,7 +19,7 @@ from plans.core.tensor import TensorRef
 from plans.core.tensor_map import Box, constants, map_address
 from plans.core.workspace import Workspace
 from plans.matmul.descriptor import SegmentedMatmulArgs, SegmentedMatmulDescriptor
-from plans.matmul.program import MatmulProgram, kernel_steps, matmul_guarantee
+from plans.matmul.program import MatmulProgram, kernel_steps, matmul_guarantee, refuses_low_rank
 
 PANEL_ROWS = 2048
 """Rows that blocks running together go through before they turn to the next columns: theirs of A stay in L2."""
@@ -38,6 +38,8 @@ def _row_strides(descriptor: SegmentedMatmulDescriptor) -> list[Operand]:
 
 
 def _refuses(descriptor: SegmentedMatmulDescriptor) -> str:
+    if reason := refuses_low_rank(descriptor):
+        return reason
     first = descriptor.segments[0]
     kinds = {segment.a for segment in descriptor.segments} | {segment.b for segment in descriptor.segments}
     if len(kinds) > 1 or first.a not in _KINDS:

@@ -66,19 +66,25 @@ class WeightDescriptor:
 
     def __post_init__(self) -> None:
         if min(self.out_features, self.in_features, *self.kernel, 0) < 0:
-            raise InvalidProblem(f"weight: extents must not be negative, found {self.shape}")
+            raise InvalidProblem(f"weight: extents must not be negative, found {self.shape}; give the base's")
         if not self.sources:
-            raise InvalidProblem("weight: no sources given, wanted at least one")
+            raise InvalidProblem("weight: no sources given, wanted at least one; give the adapter's")
         if (self.base is None) != (self.sink is Sink.DELTA):
-            raise InvalidProblem(f"weight: sink {self.sink.value} with base {self.base}: only a delta has no base")
+            raise InvalidProblem(
+                f"weight: sink {self.sink.value} with base {self.base}: only a delta has no base; choose the sink by the base"
+            )
         if self.is_dora != (self.magnitude is not None):
-            raise InvalidProblem(f"weight: sink {self.sink.value} with magnitude {self.magnitude}: DoRA alone has one")
+            raise InvalidProblem(
+                f"weight: sink {self.sink.value} with magnitude {self.magnitude}: DoRA alone has one; choose the sink by it"
+            )
         if self.base is None and any(isinstance(s, ChannelScale) for s in self.sources):
-            raise InvalidProblem("weight: a channel scale multiplies the base, so it has no delta of its own")
+            raise InvalidProblem("weight: a channel scale multiplies the base, so it has no delta of its own; merge it")
         for operand in self.operands():
             if operand.element not in FLOATS and operand.name != "not_finite":
                 wanted = ", ".join(kind.value for kind in FLOATS)
-                raise InvalidProblem(f"weight: {operand.name} holds {operand.element.value}, wanted one of {wanted}")
+                raise InvalidProblem(
+                    f"weight: {operand.name} holds {operand.element.value}, wanted one of {wanted}; cast it first"
+                )
 
     @property
     def taps(self) -> int:

@@ -112,7 +112,10 @@ class GroupedWeightPlan(Contract):
         Raises a :class:`plans.core.PlanError` that names member, operand, found and wanted.
         """
         if len(args.members) != len(self.members):
-            raise InvalidProblem(f"{self.name}: {len(args.members)} members given, wanted {len(self.members)}")
+            raise InvalidProblem(
+                f"{self.name}: {len(args.members)} members given, wanted {len(self.members)}; "
+                "give one for each descriptor"
+            )
         found: set[Extent] = set()
         for i, (plan, member) in enumerate(zip(self.members, args.members, strict=True)):
             plan.check(f"{self.name}: member {i}", member)
@@ -124,14 +127,20 @@ class GroupedWeightPlan(Contract):
 
     def _check_table(self, table: DeviceBuffer | None) -> None:
         if table is None:
-            raise InvalidProblem(f"{self.name}: no table given, wanted plan.table_size() bytes: {self._table_bytes}")
+            raise InvalidProblem(
+                f"{self.name}: no table given, wanted plan.table_size() bytes: {self._table_bytes}; allocate them"
+            )
         found, wanted = table.device.ordinal, self.device.ordinal
         if found != wanted:
-            raise InvalidProblem(f"{self.name}: the table is on device {found}, the plan is for device {wanted}")
+            raise InvalidProblem(
+                f"{self.name}: the table is on device {found}, the plan is for device {wanted}; allocate it there"
+            )
         if table.nbytes < self._table_bytes:
             raise BufferTooSmall(f"{self.name}: table", self._table_bytes, table.nbytes, "bytes")
         if table.address % 8:
-            raise MisalignedOperand(f"{self.name}: the table lies at {table.address:#x}, wanted a multiple of 8 bytes")
+            raise MisalignedOperand(
+                f"{self.name}: the table lies at {table.address:#x}, wanted a multiple of 8; allocate it on its own"
+            )
 
     def encode(self, args: GroupedWeightArgs, blocks: bool = True) -> np.ndarray:
         """What ``args.table`` has to hold when ``run`` is executed, as bytes; checks the arguments.

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from kernels import kronecker as kernel
+from kernels.division import reciprocal_of
 from plans.core.device import Device
 from plans.core.plan import Sku
 from plans.core.sku import ArchSku, BackendKind
@@ -114,7 +115,9 @@ class KroneckerProgram(WeightProgram):
         """Base, out, w1, w2, the walk, w2's shape, scale, flag."""
         w1, w2, *_ = flat_factors(self.resolved[0], args.factors[0], workspace)
         base = (args.base or args.out).data
-        numbers = (self.source.b, self.walk.span, self.walk.chunk, self.source.c, self.runs)
+        b, span, runs = self.source.b, self.walk.span, self.runs
+        reciprocals = reciprocal_of(span * runs), reciprocal_of(runs)
+        numbers = (b, span, b // span, self.walk.chunk, self.source.c, runs, *reciprocals)
         return (base, args.out.data, w1, w2, *numbers, np.float32(args.scales[0]), self.flag(args))
 
 

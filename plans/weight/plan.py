@@ -38,10 +38,15 @@ class WeightPlan(Plan):
         super().check(where, args)
         wanted = self.descriptor.source_operands
         if len(args.scales) != len(wanted):
-            raise InvalidProblem(f"{where}: {len(args.scales)} scales given, wanted {len(wanted)}: one for each source")
+            raise InvalidProblem(
+                f"{where}: {len(args.scales)} scales given, wanted {len(wanted)}: one for each source; give them"
+            )
         for number in (*args.scales, args.strength):
             if not abs(number) <= _LARGEST:
-                raise InvalidProblem(f"{where}: scale or strength {number:g}, wanted a finite fp32 value")
+                raise InvalidProblem(f"{where}: scale or strength {number:g}, wanted a finite fp32 value; give another")
         if [*map(len, args.factors)] != [*map(len, wanted)]:
             names = "; ".join(", ".join(operand.name for operand in group) for group in wanted)
-            raise InvalidProblem(f"{where}: factors in groups of {[*map(len, args.factors)]}, wanted them as {names}")
+            raise InvalidProblem(
+                f"{where}: factors in groups of {[*map(len, args.factors)]}, wanted them as {names}; "
+                "give each source its own"
+            )

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from kernels.contraction import THREADS, contract
+from kernels.division import reciprocal_of
 from plans.core.precision import ElementKind
 from plans.core.tensor import TensorRef
 from plans.weight.descriptor import WeightDescriptor
@@ -101,18 +102,22 @@ class _Builder:
             if self.fused_second_half and isinstance(source.w2, LowRank):
                 return self._fused(source, w1, at, taps)
             w2 = self._half(source.w2, at, source.c, source.d, taps)
-            numbers = (source.b, source.c, source.d * taps)
+            numbers = _split(source, taps)
             return self._done(("kronecker", w1.kind.value, w2.kind.value), ((w1, w2),), (numbers,))
         if isinstance(source, Dense):
             return self._done(("dense", source.element.value), ((Factor(source.element, 0),),), ((channels * taps,),))
         assert isinstance(source, ChannelScale)
-        return self._done(("channel", source.element.value, source.axis), ((Factor(source.element, 0),),), ((taps,),))
+        return self._done(
+            ("channel", source.element.value, source.axis),
+            ((Factor(source.element, 0),),),
+            ((taps, reciprocal_of(max(taps, 1))),),
+        )
 
     def _fused(self, source: Kronecker, w1: Factor, at: int, taps: int) -> Resolved:
-        """w2's product stays in the kernel: parameters w1, b, c, e, then the product's."""
+        """w2's product stays in the kernel: parameters w1, the split, then the product's."""
         factors, numbers = self._product(source.w2, at, source.c, source.d, taps)
         kernel = ("kronecker_product", w1.kind.value, *(f.kind.value for f in factors))
-        return self._done(kernel, ((w1,), factors), ((source.b, source.c, source.d * taps), numbers))
+        return self._done(kernel, ((w1,), factors), (_split(source, taps), numbers))
 
     def _done(self, kernel: tuple, factors: tuple, numbers: tuple) -> Resolved:
         return Resolved(kernel, factors, numbers, tuple(self.contractions), self.offset)
@@ -158,6 +163,12 @@ class _Builder:
             )
         )
         return Factor(ElementKind.F32, workspace=target)
+
+
+def _split(source: Kronecker, taps: int) -> tuple[int, ...]:
+    """b, c and e of a Kronecker product, and the reciprocals of c and e; an empty w2 divides nothing."""
+    c, e = source.c, source.d * taps
+    return source.b, c, e, reciprocal_of(max(c, 1)), reciprocal_of(max(e, 1))
 
 
 def prepare(item: Contraction) -> tuple[Callable, int]:

@@ -110,7 +110,8 @@ class Kronecker:
         if (self.a * self.c, self.b * self.d) != (out, channels):
             raise InvalidProblem(
                 f"{prefix}: kron of ({self.a}, {self.b}) and ({self.c}, {self.d}) makes "
-                f"({self.a * self.c}, {self.b * self.d}), wanted ({out}, {channels})"
+                f"({self.a * self.c}, {self.b * self.d}), wanted ({out}, {channels}); "
+                "give factors of the base's extents"
             )
         return (
             *_half(f"{prefix}.w1", self.w1, self.a, self.b, 1),

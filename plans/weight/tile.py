@@ -71,7 +71,7 @@ def tile_of(descriptor: WeightDescriptor) -> Tile | None:
     while groups:
         tile = Tile(WARPS, groups, True, "registers")
         ragged = rows % tile.rows != 0 or columns % tile.columns != 0
-        tile = Tile(WARPS, groups, ragged, _base_place(descriptor, product_words(sources, tile)))
+        tile = Tile(WARPS, groups, ragged, _base_place(descriptor, product_words(sources)))
         if weight_tile.shared_bytes(base_name, sources, tile) <= MAX_SHARED_BYTES:
             return tile
         groups //= 2

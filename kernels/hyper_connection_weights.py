@@ -1,0 +1,125 @@
+"""Lines of mixing weights of few streams, one thread a line: what the streaming kernels take.
+
+What is computed is said in ``plans/hyper_connection.py`` and ``plans/hyper_connection_dynamic.py``; weights lie as in
+``kernels/hyper_connection.py``.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+
+import numpy as np
+
+from kernels import warp
+from kernels.hyper_connection import post_weight, pre_weight, sigmoid
+from kernels.sinkhorn_thread import THREADS, logit_gradient, matrix_steps
+from kernels.target import cuda, device, f32, f32p, i64, kernel_factory
+
+
+@functools.cache
+def _write_line(mode: str, n: int) -> Callable:
+    """A device function: weights at ``to`` from a line of logits at ``at``."""
+    step, s_pre, cells = matrix_steps(mode, n), pre_weight(mode), n * n
+    start, iterate = step.start, step.iterate
+
+    @device
+    def write(logits, at, weights, to, iterations, eps):
+        x = cuda.local.array(cells, np.float32)
+        start(logits, at + np.int64(2 * n), x, eps)
+        iterate(x, iterations, eps)
+        for k in range(n):
+            weights[to + k] = s_pre(logits[at + k], eps)
+            weights[to + n + k] = post_weight(logits[at + n + k])
+        for i in range(cells):
+            weights[to + 2 * n + i] = x[i]
+
+    return write
+
+
+@kernel_factory(("exp", 2), ("exp", 4), ("softmax", 4), ("exp", 8))
+def mixing_weights_by_thread(mode, n):
+    """The line of a static H; one warp, M by one lane. Parameters: h_pre, h_post, h_res, weights, iterations, eps."""
+    step, s_pre, cells = matrix_steps(mode, n), pre_weight(mode), n * n
+    start, iterate = step.start, step.iterate
+
+    def kernel(h_pre, h_post, h_res, weights, iterations, eps):
+        x = cuda.local.array(cells, np.float32)
+        k = np.int64(warp.thread_index())
+        if k == np.int64(0):
+            start(h_res, np.int64(0), x, eps)
+            iterate(x, iterations, eps)
+            for i in range(cells):
+                weights[2 * n + i] = x[i]
+        elif k <= np.int64(n):
+            weights[k - np.int64(1)] = s_pre(h_pre[k - np.int64(1)], eps)
+            weights[n + k - np.int64(1)] = post_weight(h_post[k - np.int64(1)])
+
+    return kernel, (f32p, f32p, f32p, f32p, i64, f32), {"threads": THREADS}
+
+
+@kernel_factory(("exp", 2), ("exp", 4), ("softmax", 4), ("exp", 8))
+def sample_weights_by_thread(mode, n):
+    """Lines of ``projected`` and of mixing weights from parts of P and of the sum of squares; one thread a sample.
+
+    Parameters: parts, alpha, bias, projected, weights, logits, splits, B, flat, iterations, eps. ``parts`` [splits, B,
+    n (n + 2) + 1] are added up in their order; ``logits`` [B, n (n + 2)] is scratch.
+    """
+    write, outputs = _write_line(mode, n), n * (n + 2)
+
+    @device
+    def total_of(parts, at, e, splits, batch):
+        total = np.float32(0)
+        for split in range(splits):
+            total += parts[at + split * batch * np.int64(outputs + 1) + e]
+        return total
+
+    def kernel(parts, alpha, bias, projected, weights, logits, splits, batch, flat, iterations, eps):
+        b = warp.block_x() * np.int64(THREADS) + np.int64(warp.thread_index())
+        if b < batch:
+            line, to = b * np.int64(outputs + 1), b * np.int64(outputs)
+            squares = total_of(parts, line, outputs, splits, batch)
+            root = np.float32(math.sqrt(squares / np.float32(flat) + eps))
+            projected[line + outputs] = root
+            for e in range(outputs):
+                p = total_of(parts, line, e, splits, batch)
+                projected[line + e] = p
+                logits[to + e] = alpha[min(e // n, 2)] * (p / root) + bias[e]
+            write(logits, to, weights, to, iterations, eps)
+
+    parameters = (f32p, f32p, f32p, f32p, f32p, f32p, i64, i64, i64, i64, f32)
+    return kernel, parameters, {"threads": THREADS}
+
+
+@kernel_factory(("exp", 2), ("exp", 4), ("softmax", 4), ("exp", 8))
+def sample_weights_by_thread_backward(mode, n):
+    """Lines of ``d_logits`` and ``lifts`` as ``sample_weights_backward`` makes them; one thread a sample.
+
+    Parameters: projected, alpha, bias, shares, d_logits, lifts, logits, kept, B, iterations, eps, flat. ``shares`` are
+    whole lines; ``logits`` [B, n (n + 2)] and ``kept`` [2 iterations, n, B] are scratch.
+    """
+    back, outputs = logit_gradient(mode, n), n * (n + 2)
+
+    def kernel(projected, alpha, bias, shares, d_logits, lifts, logits, kept, batch, iterations, eps, flat):
+        b = warp.block_x() * np.int64(THREADS) + np.int64(warp.thread_index())
+        if b < batch:
+            line, to = b * np.int64(outputs + 1), b * np.int64(outputs)
+            root = projected[line + outputs]
+            for e in range(outputs):
+                logits[to + e] = alpha[min(e // n, 2)] * (projected[line + e] / root) + bias[e]
+            for k in range(n):
+                s = sigmoid(logits[to + k])
+                d_logits[to + k] = shares[to + k] * s * (np.float32(1) - s)
+                s = sigmoid(logits[to + n + k])
+                d_logits[to + n + k] = shares[to + n + k] * np.float32(2) * s * (np.float32(1) - s)
+            first = to + np.int64(2 * n)
+            back(logits, first, shares, first, d_logits, first, kept, b, batch, iterations, eps)
+            pull = np.float32(0)
+            for e in range(outputs):
+                lift = d_logits[to + e] * alpha[min(e // n, 2)] / root
+                lifts[line + e] = lift
+                pull += lift * (projected[line + e] / root)
+            lifts[line + outputs] = -(pull / (root * np.float32(flat)))
+
+    return kernel, (f32p,) * 8 + (i64, i64, f32, i64), {"threads": THREADS}

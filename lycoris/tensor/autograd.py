@@ -1,0 +1,273 @@
+"""Reverse-mode differentiation: a graph of nodes, walked backwards in the order in which it was made.
+
+An operation calls `record` with its result, its inputs, the tensors that it needs again, and a pullback: for the
+gradient of the result, the gradients of those inputs that want one. Contributions to one tensor are added in fp32, in
+the order of the walk, so that two runs give the same bits. There is no second order: pullbacks record nothing.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from lycoris.errors import RefusedInput
+from plans.core import ElementKind
+
+if TYPE_CHECKING:
+    from lycoris.tensor.tensor import Storage, Tensor
+
+Pull = Callable[["Tensor", Sequence["Node | None"]], Sequence["Tensor | None"]]
+"""(gradient of the result, the inputs' nodes, None where no gradient is wanted) -> the inputs' gradients."""
+
+_numbers = itertools.count()
+
+
+class Node:
+    """What made a tensor: ``inputs`` are the nodes of what it was made from, None where no gradient is wanted.
+
+    ``kind`` is that of the gradients that are handed on; ``leaf`` refers to the tensor of a leaf.
+    """
+
+    __slots__ = ("hooks", "inputs", "kind", "leaf", "name", "number", "pull", "saved", "shape")
+
+    def __init__(self, name: str, shape: tuple[int, ...], kind: ElementKind) -> None:
+        self.name, self.shape, self.kind, self.number = name, shape, kind, next(_numbers)
+        self.inputs: tuple[Node | None, ...] = ()
+        self.pull: Pull | None = None
+        self.saved: tuple[tuple[Storage, int], ...] = ()
+        self.hooks: list[Callable[[Tensor], Tensor | None]] = []
+        self.leaf: weakref.ref[Tensor] | None = None
+
+
+class _Mode(threading.local):
+    enabled = True
+
+
+_mode = _Mode()
+
+
+@contextmanager
+def no_grad() -> Iterator[None]:
+    """Within, nothing is recorded and tensors that require gradients may be changed in place."""
+    before, _mode.enabled = _mode.enabled, False
+    try:
+        yield
+    finally:
+        _mode.enabled = before
+
+
+@contextmanager
+def enable_grad() -> Iterator[None]:
+    """Within, operations are recorded again, also inside of `no_grad`."""
+    before, _mode.enabled = _mode.enabled, True
+    try:
+        yield
+    finally:
+        _mode.enabled = before
+
+
+def is_grad_enabled() -> bool:
+    """Whether operations are recorded in this thread."""
+    return _mode.enabled
+
+
+def wanted(inputs: Sequence[Tensor]) -> bool:
+    """Whether an operation on these tensors is to be recorded."""
+    return _mode.enabled and any(tensor.requires_grad for tensor in inputs)
+
+
+def edge(tensor: Tensor) -> Node:
+    """The node of a tensor that requires a gradient; a leaf's is made when it is first asked for."""
+    if tensor.node is None:
+        # A leaf's gradient accumulates in fp32, whatever its own kind.
+        tensor.node = Node("leaf", tensor.shape, ElementKind.F32)
+        tensor.node.leaf = weakref.ref(tensor)
+    return tensor.node
+
+
+def record(name: str, out: Tensor, inputs: Sequence[Tensor], saved: Sequence[Tensor], pull: Pull) -> Tensor:
+    """Make ``out`` the result of an operation on ``inputs``; `wanted` has said that it is to be recorded.
+
+    ``saved`` are the tensors that ``pull`` reads: a change to one of them in place makes the walk back an error.
+    """
+    node = Node(name, out.shape, out.kind)
+    node.inputs = tuple(edge(tensor) if tensor.requires_grad else None for tensor in inputs)
+    node.pull, node.saved = pull, tuple((tensor.storage, tensor.storage.version) for tensor in saved)
+    out.node, out.requires_grad = node, True
+    return out
+
+
+def backward(
+    tensors: Sequence[Tensor], gradients: Sequence[Tensor] | None = None, *, retain_graph: bool = False
+) -> None:
+    """Add the derivatives of ``tensors``, weighted by ``gradients`` (1 for single numbers), to the leaves' ``grad``.
+
+    The graph is freed on the way unless ``retain_graph``. Raises RefusedInput for a tensor that requires no gradient,
+    several elements without a gradient, a gradient of another shape, a graph that was freed, and where a tensor that is
+    needed was changed in place.
+    """
+    _walk(_seeds("backward", tensors, gradients), retain_graph, None)
+
+
+def grad(
+    tensors: Sequence[Tensor] | Tensor,
+    inputs: Sequence[Tensor],
+    gradients: Sequence[Tensor] | None = None,
+    *,
+    retain_graph: bool = False,
+) -> list[Tensor | None]:
+    """The derivatives of ``tensors`` by ``inputs``, None where they do not depend on one; no ``grad`` changes.
+
+    Raises RefusedInput as `backward` does.
+    """
+    tensors = list(tensors) if isinstance(tensors, list | tuple) else [tensors]
+    for number, tensor in enumerate(inputs):
+        if not tensor.requires_grad:
+            raise RefusedInput(f"grad: input {number} requires no gradient; call requires_grad_() before it is used")
+    targets = [edge(tensor) for tensor in inputs]
+    found = _walk(_seeds("grad", tensors, gradients), retain_graph, set(targets))
+    return [found.get(node) for node in targets]
+
+
+def _seeds(operation: str, tensors: Sequence[Tensor], gradients: Sequence[Tensor] | None) -> list[tuple[Node, Tensor]]:
+    from lycoris.tensor.creation import ones
+
+    made = []
+    for number, tensor in enumerate(tensors):
+        if not tensor.requires_grad:
+            raise RefusedInput(f"{operation}: the tensor requires no gradient; none of what it was made from does")
+        gradient = None if gradients is None else gradients[number]
+        if gradient is None:
+            if tensor.size != 1:
+                raise RefusedInput(
+                    f"{operation}: a tensor of shape {tensor.shape} needs a gradient, or reduce it first"
+                )
+            gradient = ones(tensor.shape, tensor.kind, tensor.device)
+        elif gradient.shape != tensor.shape:
+            raise RefusedInput(f"{operation}: gradient of shape {gradient.shape}, wanted the tensor's, {tensor.shape}")
+        made.append((edge(tensor), gradient))
+    return made
+
+
+class _Sum:
+    """Contributions to one gradient: the first as it is, from the second on added in fp32.
+
+    ``own``: nothing else refers to the value, which may then be changed in place.
+    """
+
+    __slots__ = ("own", "single", "value")
+
+    def __init__(self, first: Tensor, own: bool) -> None:
+        self.value, self.own, self.single = first, own, True
+
+    def add(self, other: Tensor) -> None:
+        """One more."""
+        if self.single:
+            self.value, self.own, self.single = pointwise.add_f32(self.value, other), True, False
+        else:
+            self.value.add_(other)
+
+
+def _walk(seeds: list[tuple[Node, Tensor]], retain_graph: bool, targets: set[Node] | None) -> dict[Node, Tensor]:
+    """Latest nodes first; gives the gradients of ``targets``, or without those adds to the leaves' ``grad``."""
+    sums: dict[Node, _Sum] = {}
+    heap: list[tuple[int, Node]] = []
+    found: dict[Node, Tensor] = {}
+
+    def give(node: Node, gradient: Tensor, own: bool) -> None:
+        if node in sums:
+            sums[node].add(gradient)
+        else:
+            sums[node] = _Sum(gradient, own)
+            heapq.heappush(heap, (-node.number, node))
+
+    with no_grad():
+        for node, gradient in seeds:
+            give(node, gradient, False)
+        while heap:
+            _, node = heapq.heappop(heap)
+            summed = sums.pop(node)
+            gradient, own = summed.value, summed.own and not node.hooks
+            if gradient.kind is not node.kind:
+                gradient, own = gradient.to(node.kind), True
+            for hook in list(node.hooks):
+                gradient, own = _replaced(node, gradient, hook(gradient)), False
+            if targets is not None and node in targets:
+                found[node] = gradient
+            if node.leaf is None:
+                _pull(node, gradient, give, retain_graph)
+            elif targets is None:
+                _accumulate(node.leaf(), gradient, own)
+    return found
+
+
+def _replaced(node: Node, gradient: Tensor, returned: Tensor | None) -> Tensor:
+    if returned is None:
+        return gradient
+    if returned.shape != node.shape:
+        raise RefusedInput(f"a hook of {node.name} gave a gradient of shape {returned.shape}, wanted {node.shape}")
+    return returned.detach().to(node.kind)
+
+
+def _pull(node: Node, gradient: Tensor, give: Callable[[Node, Tensor, bool], None], retain_graph: bool) -> None:
+    if node.pull is None:
+        raise RefusedInput(f"backward: the graph behind {node.name} was freed; pass retain_graph=True the time before")
+    for storage, version in node.saved:
+        if storage.version != version:
+            raise RefusedInput(
+                f"backward: a tensor that the gradient of {node.name} needs was changed in place since; use a copy"
+            )
+    gradients = node.pull(gradient, node.inputs)
+    if not retain_graph:
+        node.pull, node.saved = None, ()
+    seen = {gradient.storage}
+    for target, part in zip(node.inputs, gradients, strict=True):
+        if target is not None and part is not None:
+            assert part.shape == target.shape, (node.name, part.shape, target.shape)
+            give(target, part, part.storage not in seen)
+            seen.add(part.storage)
+
+
+def _accumulate(leaf: Tensor | None, gradient: Tensor, own: bool) -> None:
+    """A leaf's gradient is its own, contiguous, to be changed at will; what else flows may be shared."""
+    if leaf is None:
+        return
+    if leaf.grad is None:
+        leaf.grad = gradient if own and gradient.contiguous_ else gradient.clone()
+    else:
+        leaf.grad.add_(gradient)
+
+
+def checkpoint(fn: Callable[..., Tensor], *args: Tensor) -> Tensor:
+    """fn(*args), of which only the arguments are kept: the way back computes it once more.
+
+    ``fn`` gives one tensor and does the same both times (random numbers by seed). Leaves that it uses beside its
+    arguments get their gradients too.
+    """
+
+    def again() -> tuple[list[Tensor], Tensor]:
+        with enable_grad():
+            inner = [a.detach().requires_grad_(a.requires_grad) for a in args]
+            return inner, fn(*inner)
+
+    if not _mode.enabled:
+        return fn(*args)
+    _, first = again()
+    out = first.detach()
+    if not first.requires_grad:
+        return out
+
+    def pull(g: Tensor, edges: Sequence[Node | None]) -> list[Tensor | None]:
+        inner, result = again()
+        backward([result], [g])
+        return [None if e is None or a.grad is None else a.grad.to(e.kind) for e, a in zip(edges, inner, strict=True)]
+
+    return record("checkpoint", out, args, args, pull)
+
+
+from lycoris.tensor import pointwise  # noqa: E402  (it needs what is above)

@@ -1,0 +1,187 @@
+"""New tensors: constants, ranges, random numbers by seed, from NumPy and from buffers of this library."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from lycoris.buffers import DeviceArray, stream_of
+from lycoris.errors import RefusedInput
+from lycoris.tensor import autograd, pointwise
+from lycoris.tensor.tensor import FLOATS, Storage, Tensor, empty, run
+from plans.core import Device, ElementKind
+from plans.expression import leaf
+from plans.random import (
+    Distribution,
+    DropoutArgs,
+    DropoutDescriptor,
+    DropoutPlan,
+    RandomArgs,
+    RandomDescriptor,
+    RandomPlan,
+)
+
+F32 = ElementKind.F32
+
+
+def zeros(
+    shape: Sequence[int], kind: ElementKind = F32, device: Device | None = None, *, requires_grad: bool = False
+) -> Tensor:
+    """All elements zero."""
+    out = empty(shape, kind, device)
+    if out.size:
+        out.device.fill(out.storage.buffer, 0, stream_of(out.device))
+    return out.requires_grad_(requires_grad)
+
+
+def full(
+    shape: Sequence[int],
+    value: float,
+    kind: ElementKind = F32,
+    device: Device | None = None,
+    *,
+    requires_grad: bool = False,
+) -> Tensor:
+    """All elements ``value``."""
+    if kind not in FLOATS:
+        return from_numpy(np.full(shape, value, kind.values), device)
+    out = empty(shape, kind, device)
+    pointwise.launch((leaf(0),), (), (float(value),), [out])
+    return out.requires_grad_(requires_grad)
+
+
+def ones(
+    shape: Sequence[int], kind: ElementKind = F32, device: Device | None = None, *, requires_grad: bool = False
+) -> Tensor:
+    """All elements one."""
+    return full(shape, 1, kind, device, requires_grad=requires_grad)
+
+
+def arange(
+    start: float, stop: float | None = None, step: float = 1, kind: ElementKind = F32, device: Device | None = None
+) -> Tensor:
+    """start, start + step, ... below ``stop``; from 0 where one number is given."""
+    first, last = (0, start) if stop is None else (start, stop)
+    return from_numpy(np.arange(first, last, step), device, kind)
+
+
+def from_numpy(
+    array: np.ndarray, device: Device | None = None, kind: ElementKind | None = None, *, requires_grad: bool = False
+) -> Tensor:
+    """A copy on the device of a float32, float16, bfloat16 (ml_dtypes), int32 or int64 array; rounded once to ``kind``."""
+    array = np.asarray(array)
+    if kind is None and array.dtype == np.float64:
+        raise RefusedInput("from_numpy: an array of float64; say the kind, for example ElementKind.F32")
+    if kind is not None and kind not in FLOATS:
+        array, kind = array.astype(kind.values), None
+    held = DeviceArray.from_numpy(array, kind, device)
+    return Tensor(Storage(held.buffer), tuple(array.shape), held.kind, requires_grad=requires_grad)
+
+
+def from_array(array: DeviceArray, *, requires_grad: bool = False) -> Tensor:
+    """A tensor that shares a `DeviceArray`'s memory."""
+    return Tensor(Storage(array.buffer), array.shape, array.kind, requires_grad=requires_grad)
+
+
+class Generator:
+    """Random numbers by a seed: each call of one generator draws from a stream of its own, so that runs repeat.
+
+    ``number`` is the next stream: what to save and to set for going on where a run stopped.
+    """
+
+    def __init__(self, seed: int = 0) -> None:
+        self.seed, self.number = seed, 0
+
+    def take(self) -> tuple[int, int]:
+        """The seed and the next stream's number."""
+        self.number += 1
+        return self.seed, self.number - 1
+
+
+_unseeded = itertools.count()
+_default = Generator()
+
+
+def manual_seed(seed: int) -> Generator:
+    """Start the generator that is used where no other is given from a seed."""
+    _default.seed, _default.number = seed, 0
+    return _default
+
+
+def default_generator() -> Generator:
+    """The generator that is used where no other is given."""
+    return _default
+
+
+def _stream(seed: int | None, generator: Generator | None) -> tuple[int, int]:
+    return (seed, 0) if seed is not None else (generator or _default).take()
+
+
+def _random(
+    distribution: Distribution, shape: Sequence[int], low: float, width: float, kind: ElementKind,
+    device: Device | None, stream: tuple[int, int],
+) -> Tensor:  # fmt: skip
+    out = empty(shape, kind, device)
+    plan = RandomPlan.select(None, RandomDescriptor(out.size, kind, distribution), device=out.device)
+    flat = Tensor(out.storage, (out.size,), kind)
+    run(plan, RandomArgs(flat.mut(), low, width, *stream))
+    return out
+
+
+def rand(
+    shape: Sequence[int],
+    low: float = 0.0,
+    high: float = 1.0,
+    kind: ElementKind = F32,
+    device: Device | None = None,
+    *,
+    seed: int | None = None,
+    generator: Generator | None = None,
+    requires_grad: bool = False,
+) -> Tensor:
+    """Uniform numbers in [low, high): those of ``seed``, or a generator's next ones."""
+    stream = _stream(seed, generator)
+    return _random(Distribution.UNIFORM, shape, low, high - low, kind, device, stream).requires_grad_(requires_grad)
+
+
+def randn(
+    shape: Sequence[int],
+    mean: float = 0.0,
+    std: float = 1.0,
+    kind: ElementKind = F32,
+    device: Device | None = None,
+    *,
+    seed: int | None = None,
+    generator: Generator | None = None,
+    requires_grad: bool = False,
+) -> Tensor:
+    """Normal numbers: those of ``seed``, or a generator's next ones."""
+    stream = _stream(seed, generator)
+    return _random(Distribution.NORMAL, shape, mean, std, kind, device, stream).requires_grad_(requires_grad)
+
+
+def dropout(x: Tensor, p: float = 0.5, *, seed: int | None = None, generator: Generator | None = None) -> Tensor:
+    """Zeros with probability p, the others times 1 / (1 - p). The way back draws the same numbers again; no mask is kept.
+
+    Raises RefusedInput unless 0 <= p < 1.
+    """
+    if not 0 <= p < 1:
+        raise RefusedInput(f"dropout: p is {p}, wanted 0 up to, not including, 1")
+    stream = _stream(seed, generator)
+    out = _dropped(x.detach(), p, stream, x.kind)
+    if not autograd.wanted((x,)):
+        return out
+    return autograd.record("dropout", out, (x,), (), lambda g, edges: [_dropped(g, p, stream, edges[0].kind)])
+
+
+def _dropped(x: Tensor, p: float, stream: tuple[int, int], kind: ElementKind) -> Tensor:
+    source = x if x.contiguous_ and x.aligned else x.clone()
+    out = empty(x.shape, kind, x.device)
+    count = math.prod(x.shape)
+    plan = DropoutPlan.select(None, DropoutDescriptor(count, x.kind, kind), device=x.device)
+    flat = Tensor(out.storage, (count,), kind), Tensor(source.storage, (count,), x.kind, offset=source.offset)
+    run(plan, DropoutArgs(flat[0].mut(), flat[1].ref(), p, 1 / (1 - p), *stream))
+    return out

@@ -1,0 +1,74 @@
+"""Choices by an index: index_select, gather, embedding; gradients are summed in the order of the index."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from lycoris.errors import RefusedInput
+from lycoris.tensor import autograd, creation, pointwise, views
+from lycoris.tensor.reductions import normal_axes
+from lycoris.tensor.tensor import FLOATS, Shape, Tensor, empty, run, same_device
+from plans.core import ElementKind
+from plans.movement import TakeArgs, TakeBackwardDescriptor, TakeBackwardPlan, TakeDescriptor, TakePlan
+
+F32 = ElementKind.F32
+
+
+def index_select(x: Tensor, axis: int, index: Tensor) -> Tensor:
+    """The elements ``index`` (one axis, i32 or i64) of an axis; NaN, or -1, where an index is outside."""
+    if index.ndim != 1:
+        raise RefusedInput(f"index_select: an index of shape {index.shape}, wanted one axis")
+    (at,) = normal_axes("index_select", x.ndim, axis)
+    return _take("index_select", x, at, index, (*x.shape[:at], index.size, *x.shape[at + 1 :]), False)
+
+
+def gather(x: Tensor, axis: int, index: Tensor) -> Tensor:
+    """out[..., j, ...] = x[..., index[..., j, ...], ...] along an axis; other extents are x's."""
+    (at,) = normal_axes("gather", x.ndim, axis)
+    if index.ndim != x.ndim or index.shape[:at] + index.shape[at + 1 :] != x.shape[:at] + x.shape[at + 1 :]:
+        raise RefusedInput(f"gather: an index of shape {index.shape} along axis {axis} of {x.shape}")
+    return _take("gather", x, at, index, index.shape, True)
+
+
+def embedding(index: Tensor, table: Tensor) -> Tensor:
+    """The rows of a table [n, width] at an index of any shape: [*index.shape, width]."""
+    if table.ndim != 2:
+        raise RefusedInput(f"embedding: a table of shape {table.shape}, wanted a matrix")
+    flat = views.reshape(index, -1) if index.size else views.reshape(index, 0)
+    return views.reshape(index_select(table, 0, flat), *index.shape, table.shape[1])
+
+
+def _take(name: str, x: Tensor, at: int, index: Tensor, shape: Shape, elementwise: bool) -> Tensor:
+    if index.kind not in (ElementKind.I32, ElementKind.I64):
+        raise RefusedInput(f"{name}: an index of {index.kind.value}, wanted i32 or i64")
+    device = same_device(name, (x, index))
+    source, place = pointwise.contiguous(x.detach()), pointwise.contiguous(index)
+    outer, n, inner = math.prod(x.shape[:at]), x.shape[at], math.prod(x.shape[at + 1 :])
+    extents = (outer, n, shape[at], inner)
+    out = empty(shape, x.kind, device)
+    descriptor = TakeDescriptor(*extents, x.kind, index.kind, elementwise)
+    place = Tensor(place.storage, descriptor.index_operand.shape, place.kind, offset=place.offset)
+    run(
+        TakePlan.select(None, descriptor, device=device),
+        TakeArgs(_as(out, descriptor.out_shape).mut(), _as(source, (outer, n, inner)).ref(), place.ref()),
+    )
+    if not autograd.wanted((x,)) or x.kind not in FLOATS:
+        return out
+    before = x.shape
+
+    def pull(g: Tensor, edges: Sequence[autograd.Node | None]) -> list[Tensor]:
+        wide = creation.zeros(before, F32, g.device)
+        back = TakeBackwardDescriptor(*extents, g.kind, place.kind, elementwise, F32)
+        g = pointwise.contiguous(g)
+        run(
+            TakeBackwardPlan.select(None, back, device=g.device),
+            TakeArgs(_as(wide, (outer, n, inner)).mut(), _as(g, back.out_shape).ref(), place.ref()),
+        )
+        return [pointwise.to(wide, edges[0].kind)]
+
+    return autograd.record(name, out, (x,), (place,), pull)
+
+
+def _as(x: Tensor, shape: Shape) -> Tensor:
+    return Tensor(x.storage, shape, x.kind, offset=x.offset)

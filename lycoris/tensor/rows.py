@@ -1,0 +1,181 @@
+"""Over the last axis: softmax, normalisation, cross-entropy; each one kernel that reads a row once."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from lycoris.errors import RefusedInput
+from lycoris.tensor import autograd, pointwise, reductions, views
+from lycoris.tensor.tensor import FLOATS, Shape, Tensor, empty, run, same_device
+from plans import loss, normalization, softmax as recipes
+from plans.core import ElementKind
+from plans.expression import Expr
+from plans.reduction import Reduction, ReductionArgs, ReductionDescriptor, ReductionPlan, elements
+from plans.rows import Recipe, RowsArgs, RowsDescriptor, RowsPlan
+
+F32 = ElementKind.F32
+
+
+def launch(
+    recipe: Recipe, sources: Sequence[Tensor], kinds: Sequence[ElementKind], scalars: Sequence[float] = ()
+) -> list[Tensor]:
+    """A recipe over the last axis of contiguous tensors; results by row have fp32 and the other axes. No gradients."""
+    first = sources[0]
+    if not first.shape:
+        raise RefusedInput(f"{recipe.name}: a tensor without axes, wanted one or more")
+    device = same_device(recipe.name, sources)
+    rows, n = math.prod(first.shape[:-1]), first.shape[-1]
+    row_kinds = (F32,) * len(recipe.row_outputs)
+    outs = [empty(first.shape, kind, device) for kind in kinds]
+    row_outs = [empty(first.shape[:-1], kind, device) for kind in row_kinds]
+    matrices = (*sources[: len(recipe.full) + len(recipe.columns)], *outs)
+    descriptor = RowsDescriptor(
+        recipe, rows, n, tuple(s.kind for s in sources), (*kinds, *row_kinds), all(m.aligned for m in matrices)
+    )
+    plan = RowsPlan.select(None, descriptor, device=device)
+    shapes = [operand.shape for operand in descriptor.operands()]
+    tensors = [
+        Tensor(s.storage, shape, s.kind, offset=s.offset)
+        for s, shape in zip((*outs, *row_outs, *sources), shapes, strict=True)
+    ]
+    count = len(outs) + len(row_outs)
+    run(plan, RowsArgs([t.mut() for t in tensors[:count]], [t.ref() for t in tensors[count:]], scalars))
+    return [*outs, *row_outs]
+
+
+def softmax(x: Tensor, axis: int = -1) -> Tensor:
+    """exp(x) / sum(exp(x)) along an axis."""
+    return _over_axis(x, axis, recipes.SOFTMAX, recipes.SOFTMAX_BACKWARD)
+
+
+def log_softmax(x: Tensor, axis: int = -1) -> Tensor:
+    """The logarithm of softmax along an axis."""
+    return _over_axis(x, axis, recipes.LOG_SOFTMAX, recipes.LOG_SOFTMAX_BACKWARD)
+
+
+def _over_axis(x: Tensor, axis: int, forward: Recipe, backward: Recipe) -> Tensor:
+    (at,) = reductions.normal_axes(forward.name, x.ndim, axis)
+    if at != x.ndim - 1:
+        return views.transpose(_over_axis(views.transpose(x, at, -1), -1, forward, backward), at, -1)
+    pointwise.result_kind(forward.name, (x,))
+    (y,) = launch(forward, (pointwise.contiguous(x.detach()),), (x.kind,))
+    if not autograd.wanted((x,)):
+        return y
+    saved = y.detach()
+
+    def pull(g: Tensor, edges: Sequence[autograd.Node | None]) -> list[Tensor]:
+        return launch(backward, (saved, pointwise.contiguous(g)), (edges[0].kind,))
+
+    return autograd.record(forward.name, y, (x,), (saved,), pull)
+
+
+def layer_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5) -> Tensor:
+    """(x - mean) / sqrt(var + eps) over the last axis, times ``weight``, plus ``bias``; both [n], or neither."""
+    if (weight is None) != (bias is None):
+        raise RefusedInput("layer_norm: weight and bias go together; give both or none")
+    if weight is None:
+        return _norm(x, (), normalization.STANDARDIZE, normalization.STANDARDIZE_BACKWARD, eps)
+    return _norm(x, (weight, bias), normalization.LAYER_NORM, normalization.LAYER_NORM_BACKWARD, eps)
+
+
+def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-6) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) over the last axis, times ``weight`` [n] if given."""
+    if weight is None:
+        return _norm(x, (), normalization.RMS, normalization.RMS_BACKWARD, eps)
+    return _norm(x, (weight,), normalization.RMS_NORM, normalization.RMS_NORM_BACKWARD, eps)
+
+
+def group_norm(
+    x: Tensor, groups: int, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
+) -> Tensor:
+    """Layer normalisation of each group of channels of [N, C, *space], times ``weight`` [C], plus ``bias`` [C]."""
+    if x.ndim < 2 or groups < 1 or x.shape[1] % groups:
+        raise RefusedInput(f"group_norm: {groups} groups of shape {x.shape}, wanted a divisor of the channels")
+    n, channels, *space = x.shape
+    y = layer_norm(views.reshape(x, n, groups, -1 if x.size else 0), eps=eps)
+    y = views.reshape(y, x.shape)
+    along = (channels, *(1 for _ in space))
+    if weight is not None and bias is not None:
+        return pointwise.fma(y, views.reshape(weight, along), views.reshape(bias, along))
+    if weight is not None:
+        return pointwise.binary("mul", y, views.reshape(weight, along))
+    return y if bias is None else pointwise.binary("add", y, views.reshape(bias, along))
+
+
+def _norm(x: Tensor, affine: tuple[Tensor, ...], forward: Recipe, backward: Recipe, eps: float) -> Tensor:
+    pointwise.result_kind(forward.name, (x, *affine))
+    for name, column in zip(forward.columns, affine, strict=True):
+        if column.shape != x.shape[-1:]:
+            raise RefusedInput(f"{forward.name}: {name} has shape {column.shape}, wanted {x.shape[-1:]}")
+    source = pointwise.contiguous(x.detach())
+    columns = [pointwise.contiguous(column.detach()) for column in affine]
+    y, *statistics = launch(forward, (source, *columns), (x.kind,), (eps,))
+    if not autograd.wanted((x, *affine)):
+        return y
+
+    def pull(g: Tensor, edges: Sequence[autograd.Node | None]) -> list[Tensor | None]:
+        g, d_x = pointwise.contiguous(g), None
+        if edges[0] is not None:
+            (d_x,) = launch(backward, (source, g, *columns[:1], *statistics), (edges[0].kind,))
+        d_affine = [
+            None if edge is None else _column_gradient(part, source, g, statistics, edge.kind)
+            for part, edge in zip(("weight", "bias"), edges[1:], strict=False)
+        ]
+        return [d_x, *d_affine]
+
+    return autograd.record(forward.name, y, (x, *affine), (source, *columns), pull)
+
+
+def _normalised(x: Expr, statistics: Sequence[Expr]) -> Expr:
+    """x as the recipes normalise it: of (mean, rstd) or of rstd alone."""
+    *mean, rstd = statistics
+    return (x - mean[0]) * rstd if mean else x * rstd
+
+
+def _column_gradient(part: str, x: Tensor, g: Tensor, statistics: Sequence[Tensor], kind: ElementKind) -> Tensor:
+    """The sum over rows of g, or of g times the normalised x, which is made anew."""
+    n = x.shape[-1]
+    rows = x.size // n if n else 0
+    if part == "bias":
+        return reductions.sum_to(g, (n,), kind)
+    s = elements(2, lines=len(statistics))
+    value = s.full[1] * _normalised(s.full[0], s.row)
+    kinds, lines = (x.kind, g.kind), (F32,) * len(statistics)
+    descriptor = ReductionDescriptor(
+        Reduction.SUM, value, 1, rows, n, kinds, kind, lines, aligned=x.aligned and g.aligned
+    )
+    out = empty((n,), kind, x.device)
+    shaped = [Tensor(m.storage, (1, rows, n), m.kind, offset=m.offset).ref() for m in (x, g)]
+    shaped += [Tensor(m.storage, (1, rows), m.kind, offset=m.offset).ref() for m in statistics]
+    run(
+        ReductionPlan.select(None, descriptor, device=x.device),
+        ReductionArgs(Tensor(out.storage, (1, n), kind).mut(), shaped),
+    )
+    return out
+
+
+def cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
+    """-log softmax(logits)[target] for every row, fp32, [...] of logits [..., classes]; 0 where target is no class.
+
+    ``target`` holds classes as i32 or i64, or whole numbers. Raises RefusedInput for other shapes.
+    """
+    if target.shape != logits.shape[:-1]:
+        raise RefusedInput(f"cross_entropy: target of shape {target.shape}, wanted {logits.shape[:-1]}")
+    if logits.kind not in FLOATS:
+        raise RefusedInput(f"cross_entropy: logits of {logits.kind.value}, wanted bf16, f16 or f32")
+    source, classes = pointwise.contiguous(logits.detach()), pointwise.contiguous(target.detach())
+    losses, lse = launch(loss.CROSS_ENTROPY, (source, classes), ())
+    if not autograd.wanted((logits,)):
+        return losses
+
+    def pull(g: Tensor, edges: Sequence[autograd.Node | None]) -> list[Tensor]:
+        weights = pointwise.to(pointwise.contiguous(g), F32)
+        return launch(loss.CROSS_ENTROPY_BACKWARD, (source, classes, lse, weights), (edges[0].kind,))
+
+    return autograd.record("cross_entropy", losses, (logits,), (source, classes), pull)
+
+
+def flat_rows(x: Tensor) -> Shape:
+    """The shape of a tensor as a matrix of its last axis."""
+    return (math.prod(x.shape[:-1]), x.shape[-1])

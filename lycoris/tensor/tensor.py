@@ -1,0 +1,220 @@
+"""Tensor: a shape, strides and an element kind over device memory, and its place in the graph of gradients.
+
+    x = tensor.randn((4096, 3072), seed=1, requires_grad=True)
+    loss = (x @ w.t()).gelu().mean()
+    loss.backward()
+    x.grad                                     # a tensor, fp32; may be read, changed or replaced
+
+A tensor owns no code: what it can do is in tables (`lycoris.tensor.pointwise`, `.reductions`, `.views`, ...), whose
+rows are made methods here.
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from lycoris.buffers import DeviceArray, stream_of
+from lycoris.errors import RefusedInput
+from plans.core import Device, DeviceBuffer, ElementKind, TensorMut, TensorRef, Workspace
+from plans.core.plan import Contract
+from plans.core.tensor import contiguous_strides
+
+Shape = tuple[int, ...]
+FLOATS = (ElementKind.BF16, ElementKind.F16, ElementKind.F32)
+
+
+class Storage:
+    """Device memory that tensors share, and how often it was changed in place."""
+
+    __slots__ = ("buffer", "version")
+
+    def __init__(self, buffer: DeviceBuffer) -> None:
+        self.buffer, self.version = buffer, 0
+
+
+class Tensor:
+    """Elements of ``kind`` at ``offset + sum(index * strides)`` of a storage; views share it.
+
+    ``grad`` is the accumulated gradient, fp32, of a leaf that requires one. ``node`` is what made the tensor, where
+    gradients flow through it (`lycoris.tensor.autograd`).
+    """
+
+    __slots__ = (
+        "__weakref__", "contiguous_", "grad", "kind", "node", "offset", "requires_grad", "shape", "storage", "strides",
+    )  # fmt: skip
+
+    __array_ufunc__ = None  # NumPy leaves operators with an array on the left to us
+
+    def __init__(
+        self,
+        storage: Storage,
+        shape: Shape,
+        kind: ElementKind,
+        strides: Shape | None = None,
+        offset: int = 0,
+        requires_grad: bool = False,
+    ) -> None:
+        self.storage, self.shape, self.kind, self.offset = storage, shape, kind, offset
+        compact = contiguous_strides(shape)
+        self.strides = compact if strides is None else strides
+        self.contiguous_ = self.strides == compact or all(
+            s == c or e == 1 for s, c, e in zip(self.strides, compact, shape, strict=True)
+        )
+        self.requires_grad = False
+        self.grad: Tensor | None = None
+        self.node: Any = None
+        if requires_grad:
+            self.requires_grad_()
+
+    @property
+    def device(self) -> Device:
+        """Where it lies."""
+        return self.storage.buffer.device
+
+    @property
+    def ndim(self) -> int:
+        """The number of axes."""
+        return len(self.shape)
+
+    @property
+    def size(self) -> int:
+        """The number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def is_leaf(self) -> bool:
+        """Whether no operation that gradients flow through made it."""
+        return self.node is None or self.node.leaf is not None
+
+    @property
+    def is_contiguous(self) -> bool:
+        """Whether the elements lie in row-major order without gaps."""
+        return self.contiguous_
+
+    @property
+    def aligned(self) -> bool:
+        """Whether the first element lies at a multiple of 16 bytes."""
+        return (self.storage.buffer.address + self.offset * self.kind.itemsize) % 16 == 0
+
+    def requires_grad_(self, wanted: bool = True) -> Tensor:
+        """Ask for a gradient of this leaf, or no more. Raises RefusedInput for integers and for what is no leaf."""
+        if wanted and self.kind not in FLOATS:
+            raise RefusedInput(f"requires_grad: a tensor of {self.kind.value} has no gradient; use bf16, f16 or f32")
+        if not self.is_leaf:
+            raise RefusedInput("requires_grad: the tensor is the result of an operation; detach() it first")
+        self.requires_grad = wanted
+        return self
+
+    def detach(self) -> Tensor:
+        """The same memory, with no way back for gradients."""
+        return Tensor(self.storage, self.shape, self.kind, self.strides, self.offset)
+
+    def backward(self, gradient: Tensor | None = None, *, retain_graph: bool = False) -> None:
+        """Add d(self) / d(leaf) to ``grad`` of every leaf that requires it; see `autograd.backward`."""
+        autograd.backward([self], None if gradient is None else [gradient], retain_graph=retain_graph)
+
+    def register_hook(self, hook: Callable[[Tensor], Tensor | None]) -> Callable[[], None]:
+        """Call ``hook`` with the gradient of this tensor whenever it is known; what it returns replaces it.
+
+        Returns a function that removes the hook. Raises RefusedInput where no gradient is asked for.
+        """
+        if not self.requires_grad:
+            raise RefusedInput("register_hook: the tensor requires no gradient; call requires_grad_() first")
+        hooks = autograd.edge(self).hooks
+        hooks.append(hook)
+        return lambda: hooks.remove(hook)
+
+    def ref(self) -> TensorRef:
+        """The tensor as plans read it."""
+        return self._as(TensorRef)
+
+    def mut(self) -> TensorMut:
+        """The tensor as plans write it."""
+        return self._as(TensorMut)
+
+    def _as(self, made: type) -> Any:
+        buffer, kind = self.storage.buffer, self.kind
+        data = buffer.pointer(kind.storage, self.offset * kind.itemsize)
+        available = buffer.nbytes // kind.itemsize - self.offset
+        return made(data, self.shape, self.strides, kind, available, buffer.device.ordinal, self.storage)
+
+    def numpy(self) -> np.ndarray:
+        """A copy on the host, in the kind's NumPy type; waits for what was launched before."""
+        source, device = self.contiguous(), self.device
+        start, nbytes = source.offset * self.kind.itemsize, self.size * self.kind.itemsize
+        part = source.storage.buffer.part(start, nbytes)
+        return device.download(part, self.kind.values, self.shape, stream_of(device))
+
+    def item(self) -> float | int:
+        """The only element. Raises RefusedInput where there are others."""
+        if self.size != 1:
+            raise RefusedInput(f"item: a tensor of shape {self.shape} has {self.size} elements, wanted one")
+        return self.numpy().reshape(()).astype(np.float64 if self.kind in FLOATS else np.int64).item()
+
+    def array(self) -> DeviceArray:
+        """The elements for `lycoris.ops` and `lycoris.algorithms`, without a copy where they lie so."""
+        source = self if self.contiguous_ and self.aligned else self.clone()
+        start, nbytes = source.offset * self.kind.itemsize, self.size * self.kind.itemsize
+        return DeviceArray(source.storage.buffer.part(start, nbytes), self.shape, self.kind)
+
+    def __len__(self) -> int:
+        if not self.shape:
+            raise RefusedInput("len: a tensor without axes has no length")
+        return self.shape[0]
+
+    def __float__(self) -> float:
+        return float(self.item())
+
+    def __bool__(self) -> bool:
+        return bool(self.item())
+
+    def __repr__(self) -> str:
+        extra = ", requires_grad=True" if self.requires_grad else ""
+        return f"Tensor(shape={self.shape}, kind={self.kind.value}, device={self.device.name!r}{extra})"
+
+
+def empty(shape: Sequence[int], kind: ElementKind = ElementKind.F32, device: Device | None = None) -> Tensor:
+    """Memory with undefined contents, from the stream-ordered pool of ``device`` or the first there is."""
+    shape = tuple(shape)
+    if min(shape, default=0) < 0:
+        raise RefusedInput(f"empty: shape {shape}, wanted no negative extent")
+    device = device or Device.open("auto")
+    return Tensor(Storage(device.allocate(math.prod(shape) * kind.itemsize, stream_of(device))), shape, kind)
+
+
+def run(plan: Contract, args: Any) -> None:
+    """Launch a plan on its device's stream, with workspace taken for the run.
+
+    The descriptor was read off these very tensors, so that on a GPU nothing is checked again; the simulator checks.
+    """
+    device = plan.device
+    stream, size = stream_of(device), plan.workspace_size()
+    workspace = Workspace(device.allocate(size, stream)) if size else Workspace()
+    if device.is_simulator:
+        plan.can_implement(args)
+    for launch, arguments in plan.launches(args, workspace):
+        launch(stream, arguments)
+
+
+def same_device(operation: str, tensors: Sequence[Tensor]) -> Device:
+    """The device of all tensors. Raises RefusedInput where they are on several."""
+    device = tensors[0].device
+    for other in tensors[1:]:
+        if other.device is not device:
+            raise RefusedInput(f"{operation}: tensors on {device.name} and {other.device.name}; bring them together")
+    return device
+
+
+def changed(tensor: Tensor) -> None:
+    """Count an in-place change, by which a gradient that needs the old values is refused."""
+    tensor.storage.version += 1
+
+
+Reference = weakref.ref
+
+from lycoris.tensor import autograd  # noqa: E402  (the two know each other)

@@ -1,0 +1,78 @@
+"""The SKU of products with at most 64 columns, such as a low-rank factor's: bound by reading A once."""
+
+from __future__ import annotations
+
+from kernels.matmul_narrow import ROW_TILES, matmul_narrow
+from plans.core.device import Device
+from plans.core.plan import Launches, Sku
+from plans.core.precision import ElementKind, MathPrecision, PrecisionGuarantee
+from plans.core.sku import ArchSku, BackendKind
+from plans.core.workspace import Workspace
+from plans.matmul.descriptor import SegmentedMatmulArgs, SegmentedMatmulDescriptor
+from plans.matmul.program import MatmulProgram, kernel_steps, matmul_guarantee, refuses_low_rank
+
+MOST_COLUMNS = 64
+_KINDS = (ElementKind.BF16, ElementKind.F16)
+_ROWS = 16 * ROW_TILES
+_UNIT = 8
+_MOST_BATCHES = 65535
+
+
+def _refuses(descriptor: SegmentedMatmulDescriptor) -> str:
+    if reason := refuses_low_rank(descriptor):
+        return reason
+    first, *others = descriptor.segments
+    if others or descriptor.gated or first.layout != "NT":
+        return "wants one segment of layout NT and no gate"
+    if first.a is not first.b or first.a not in _KINDS:
+        return f"wants A and B both bf16 or both fp16, found {first.a.value} and {first.b.value}"
+    if descriptor.n > MOST_COLUMNS:
+        return f"wants at most {MOST_COLUMNS} columns, found {descriptor.n}"
+    if (descriptor.batch or 1) > _MOST_BATCHES or descriptor.m >= 1 << 31:
+        return f"wants at most {_MOST_BATCHES} batches of fewer than 2**31 rows"
+    strides = [stride for operand in descriptor.segment_operands[0] for stride in operand.strides[:-1]]
+    if first.k % _UNIT or any(stride % _UNIT for stride in strides):
+        return f"wants K and the strides of A and B to be multiples of {_UNIT}, found K {first.k}, strides {strides}"
+    return ""
+
+
+def _suits(descriptor: SegmentedMatmulDescriptor) -> bool:
+    return descriptor.m > 16 and descriptor.segments[0].k > 0
+
+
+def _guarantee(descriptor: SegmentedMatmulDescriptor) -> PrecisionGuarantee:
+    derivation = (
+        "the tensor core truncates each aligned term at fp32's last place (2 units a term); the warps' sums are added "
+        "up (8 units) and scaled (2); then the epilogue's steps"
+    )
+    units = 2.0 * descriptor.depth + 10.0
+    return matmul_guarantee(descriptor, MathPrecision.BF16_TENSOR_CORE, units, derivation)
+
+
+class NarrowProgram(MatmulProgram):
+    """One launch, a block for every 32 rows."""
+
+    def __init__(self, descriptor: SegmentedMatmulDescriptor, device: Device) -> None:
+        super().__init__(descriptor, device)
+        if self.empty:
+            return
+        kind, tiles = descriptor.segments[0].a.value, -(-descriptor.n // 8)
+        kernel = matmul_narrow(kind, descriptor.out.value, 1 << (tiles - 1).bit_length(), kernel_steps(descriptor))
+        batches = 1 if descriptor.batch is None else descriptor.batch
+        self.launch = kernel.launcher((-(-descriptor.m // _ROWS), batches, 1))
+
+    def bind(self, args: SegmentedMatmulArgs, workspace: Workspace) -> Launches:
+        """The launch; none where Y is empty."""
+        return [] if self.empty else [(self.launch, self.arguments(args))]
+
+
+NARROW = Sku(
+    name="narrow",
+    backend=BackendKind.VECTOR,
+    arch=ArchSku.SM80,
+    refuses=_refuses,
+    guarantee=_guarantee,
+    build=NarrowProgram,
+    alignment=16,
+    suits=_suits,
+)

@@ -1,0 +1,148 @@
+"""The skinny SKU of the matmul family: up to 16 rows of A, bound by reading B; low-rank terms in the same launch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from kernels.matmul_skinny import SkinnyProblem, matmul_skinny
+from kernels.matmul_skinny_sums import GROUP, SkinnyTile
+from kernels.target import SIMULATOR
+from plans.core.device import Device
+from plans.core.plan import Launches, Sku
+from plans.core.precision import ElementKind, MathPrecision, PrecisionGuarantee
+from plans.core.sku import ArchSku, BackendKind
+from plans.core.workspace import Workspace
+from plans.matmul.descriptor import SegmentedMatmulArgs, SegmentedMatmulDescriptor
+from plans.matmul.mma import UNIT, is_wide
+from plans.matmul.program import MOST_BLOCKS, MatmulProgram, element_offset, kernel_steps, matmul_guarantee
+
+WARPS = 2 if SIMULATOR else 8
+BLOCKS = 1 if SIMULATOR else 128
+"""Blocks that keep every multiprocessor reading."""
+MOST_ROWS = 16
+WORDS = 64
+SHARED_BYTES = 47 << 10
+_KINDS = (ElementKind.BF16, ElementKind.F16)
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Up to 16 ranks of a low-rank term: which term, the first rank and how many."""
+
+    term: int
+    first: int
+    rank: int
+
+
+def pieces_of(descriptor: SegmentedMatmulDescriptor) -> tuple[_Piece, ...]:
+    """The low-rank terms in pieces of 16 ranks, in the order of the segments whose A they take."""
+    return tuple(
+        _Piece(number, first, min(GROUP, term.rank - first))
+        for number, term in sorted(enumerate(descriptor.low_rank), key=lambda entry: entry[1].of)
+        for first in range(0, term.rank, GROUP)
+    )
+
+
+def tile_of(descriptor: SegmentedMatmulDescriptor) -> SkinnyTile:
+    """As many rows of B in a block as leave enough blocks, so that A and D are read seldom."""
+    a_groups, pieces = (1 if descriptor.m <= 8 else 2), len(pieces_of(descriptor))
+    sides = 2 if descriptor.gated else 1
+    blocks_of = descriptor.n * (descriptor.batch or 1) // GROUP
+    row_groups = next((g for g in (2 * a_groups, a_groups) if g >= sides and blocks_of // g >= BLOCKS), sides)
+    slot = 8 * (row_groups + pieces) + 4 * a_groups
+    return SkinnyTile(row_groups, a_groups, WARPS, max(1, min(4, WORDS // slot)))
+
+
+def _blocks(descriptor: SegmentedMatmulDescriptor) -> tuple[int, int]:
+    """Tiles of one result, and blocks of the batch."""
+    tile = tile_of(descriptor)
+    tiles = -(-descriptor.columns // (tile.rows // 2 if descriptor.gated else tile.rows))
+    return tiles, tiles * (1 if descriptor.batch is None else descriptor.batch)
+
+
+def _refuses(descriptor: SegmentedMatmulDescriptor) -> str:
+    if descriptor.m > MOST_ROWS:
+        return f"wants at most {MOST_ROWS} rows, found {descriptor.m}"
+    first = descriptor.segments[0]
+    for segment, operands in zip(descriptor.segments, descriptor.segment_operands, strict=True):
+        if segment.layout != "NT":
+            return f"wants layout NT, found {segment.layout}"
+        if segment.a is not segment.b or segment.a is not first.a or segment.a not in _KINDS:
+            return f"wants A and B of all segments bf16 or all fp16, found {segment.a.value} and {segment.b.value}"
+        strides = [stride for operand in operands for stride in operand.strides[:-1]]
+        if any(value % UNIT for value in (segment.k, *strides)):
+            return f"wants k and strides in multiples of {UNIT} elements, found {segment.k} and {strides}"
+    for term in descriptor.low_rank:
+        if term.element is not first.a or term.rank % UNIT:
+            return f"wants low-rank terms of {first.a.value} with ranks in multiples of {UNIT}, found {term}"
+    needed = tile_of(descriptor).shared_bytes(len(pieces_of(descriptor)))
+    if needed > SHARED_BYTES:
+        return f"the low-rank terms need {needed} bytes of shared memory, wanted at most {SHARED_BYTES}"
+    blocks = _blocks(descriptor)[1]
+    return f"wants fewer than 2**31 blocks, found {blocks}" if blocks > MOST_BLOCKS else ""
+
+
+def _guarantee(descriptor: SegmentedMatmulDescriptor) -> PrecisionGuarantee:
+    terms = len(descriptor.segments) + len(descriptor.low_rank)
+    derivation = (
+        "the tensor core truncates each aligned term at fp32's last place (2 units a term), low-rank terms' second "
+        "product rounds twice a rank; each segment's scale 4, the sums of eight warps 8, alignment 8; then the epilogue"
+    )
+    units = 2.0 * descriptor.depth + 4.0 * terms + 16.0
+    return matmul_guarantee(descriptor, MathPrecision.BF16_TENSOR_CORE, units, derivation)
+
+
+class SkinnyProgram(MatmulProgram):
+    """One launch."""
+
+    def __init__(self, descriptor: SegmentedMatmulDescriptor, device: Device) -> None:
+        super().__init__(descriptor, device)
+        self.pieces = pieces_of(descriptor)
+        self.tiles, blocks = _blocks(descriptor)
+        problem = SkinnyProblem(
+            descriptor.segments[0].a.value,
+            len(descriptor.segments),
+            tuple(descriptor.low_rank[piece.term].of for piece in self.pieces),
+            descriptor.out.value,
+            kernel_steps(descriptor),
+            is_wide(descriptor),
+        )
+        self.launch = None if self.empty else matmul_skinny(problem, tile_of(descriptor)).launcher((blocks, 1, 1))
+
+    def bind(self, args: SegmentedMatmulArgs, workspace: Workspace) -> Launches:
+        """The launch; none where Y is empty."""
+        if self.empty:
+            return []
+        low_rank = [value for piece in self.pieces for value in self._low_rank(args, piece)]
+        # A low-rank term's A belongs to a segment by number, so segments keep their order.
+        segments = self.segment_arguments(args, None if self.pieces else self.smallest_first(args))
+        head = (self.tiles, *self.result_arguments(args), *segments)
+        return [(self.launch, (*head, *low_rank, *self.epilogue_arguments(args)))]
+
+    def _low_rank(self, args: SegmentedMatmulArgs, piece: _Piece) -> tuple:
+        """D, U, rank, row strides, batch strides, scale."""
+        (down, up), scale = args.low_rank[piece.term], args.low_rank_scales[piece.term]
+        d_stride, u_stride = down.shape[1], up.shape[1]
+        return (
+            element_offset(down, piece.first * d_stride),
+            element_offset(up, piece.first),
+            piece.rank if scale else 0,
+            d_stride,
+            u_stride,
+            0,
+            0,
+            np.float32(scale),
+        )
+
+
+SKINNY = Sku(
+    name="skinny",
+    backend=BackendKind.SKINNY,
+    arch=ArchSku.SM80,
+    refuses=_refuses,
+    guarantee=_guarantee,
+    build=SkinnyProgram,
+    alignment=16,
+)

@@ -1,0 +1,328 @@
+"""Elements moved: windows of a tensor (copies, padding, reversal, triangles), rows chosen by an index, and gradients.
+
+For example, the rows of an embedding, and the gradient of the table:
+
+    plan = TakePlan.select(stream, TakeDescriptor(1, 32000, 4096, 3072, ElementKind.BF16, ElementKind.I32))
+    plan.run(stream, None, TakeArgs(out, table, index))
+    plan = TakeBackwardPlan.select(stream, TakeBackwardDescriptor(1, 32000, 4096, 3072, BF16, ElementKind.I32, F32))
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from kernels import movement as kernel
+from plans.core import (
+    ArchSku,
+    BackendKind,
+    Device,
+    ElementKind,
+    InvalidProblem,
+    MathPrecision,
+    OpCategory,
+    Operand,
+    Plan,
+    PrecisionGuarantee,
+    Sku,
+    TensorMut,
+    TensorRef,
+    Workspace,
+)
+from plans.core.plan import Arguments, UnaryArguments
+
+MAX_AXES = 6
+_FLOATS = (ElementKind.BF16, ElementKind.F16, ElementKind.F32)
+_INTEGERS = (ElementKind.I32, ElementKind.I64)
+_COUNT = 2**31
+_NO_DIAGONAL = -(2**40)
+
+
+@dataclass(frozen=True)
+class WindowDescriptor:
+    """out[c] = source[shift + sign * c] where that lies inside and c[-1] - c[-2] >= diagonal, else ``fill``.
+
+    ``shape`` is out's; ``shifts`` and ``signs`` (1 or -1) have one number an axis. Strides are in elements, None where
+    a tensor is contiguous.
+    """
+
+    shape: tuple[int, ...]
+    source_shape: tuple[int, ...]
+    element: ElementKind
+    shifts: tuple[int, ...]
+    signs: tuple[int, ...]
+    fill: float = 0
+    diagonal: int | None = None
+    stride: tuple[int, ...] | None = None
+    out_stride: tuple[int, ...] | None = None
+
+    category = OpCategory.SHAPE_LAYOUT
+
+    def __post_init__(self) -> None:
+        axes = len(self.shape)
+        if any(len(part) != axes for part in (self.source_shape, self.shifts, self.signs)):
+            raise InvalidProblem(
+                f"window: {self.source_shape}, {self.shifts}, {self.signs}: wanted {axes} numbers each"
+            )
+        if not set(self.signs) <= {1, -1} or min((*self.shape, *self.source_shape), default=0) < 0:
+            raise InvalidProblem(
+                f"window: signs {self.signs}, shape {self.shape}; wanted 1 or -1, and no negative extent"
+            )
+        if self.diagonal is not None and axes < 2:
+            raise InvalidProblem(f"window: a diagonal of shape {self.shape}, wanted two axes or more")
+
+    def operands(self) -> tuple[Operand, ...]:
+        """``out`` and ``source``."""
+        return (
+            Operand("out", self.element, self.shape, writes=True, layout=self.out_stride),
+            Operand("source", self.element, self.source_shape, layout=self.stride),
+        )
+
+    def reference(self, source: np.ndarray) -> np.ndarray:
+        """The result, exactly."""
+        places = np.indices(self.shape)
+        out = np.full(self.shape, self.fill, source.dtype)
+        wanted = [shift + sign * c for shift, sign, c in zip(self.shifts, self.signs, places, strict=True)]
+        ok = np.logical_and.reduce(
+            [(w >= 0) & (w < e) for w, e in zip(wanted, self.source_shape, strict=True)], initial=True
+        )
+        ok = np.broadcast_to(ok, self.shape).copy()
+        if self.diagonal is not None:
+            ok &= places[-1] - places[-2] >= self.diagonal
+        out[ok] = source[tuple(w[ok] for w in wanted)]
+        return out
+
+
+class WindowArgs(UnaryArguments):
+    """The tensors of one window."""
+
+
+def _refuses_window(d: WindowDescriptor) -> str:
+    if len(d.shape) > MAX_AXES:
+        return f"takes up to {MAX_AXES} axes, not {len(d.shape)}"
+    return "" if math.prod(d.shape) < _COUNT else "takes fewer than 2**31 elements"
+
+
+def _fill_value(kind: ElementKind, fill: float) -> np.float32 | int:
+    return int(fill) if kind in _INTEGERS else np.float32(fill)
+
+
+class _WindowProgram:
+    """One launch, one thread an element."""
+
+    def __init__(self, d: WindowDescriptor, device: Device) -> None:
+        out, source = d.operands()
+        count, axes = out.count, max(1, len(d.shape))
+        self.launch = None
+        if not count:
+            return
+        groups = (d.shape, d.shifts, d.signs, d.source_shape, source.strides, out.strides)
+        if not d.shape:  # a single number is a window of one axis
+            groups = ((1,), (0,), (1,), (1,), (1,), (1,))
+        self.launch = kernel.window(d.element.value, axes).launcher((-(-count // kernel.THREADS), 1, 1))
+        self.fill = _fill_value(d.element, d.fill)
+        diagonal = _NO_DIAGONAL if d.diagonal is None else d.diagonal
+        self.rest = (*(number for group in groups for number in group), diagonal, count)
+
+    def bind(self, args: WindowArgs, workspace: Workspace) -> list[tuple[Callable, tuple]]:
+        """The launch; none where there is nothing to write."""
+        return [] if self.launch is None else [(self.launch, (args.source.data, args.out.data, self.fill, *self.rest))]
+
+
+@dataclass(frozen=True)
+class TakeDescriptor:
+    """out[o, j, i] = source[o, index[j], i] for source [outer, n, inner]; ``elementwise``: index[o, j, i].
+
+    An index outside of 0..n-1 gives NaN (integers: -1), so that it shows.
+    """
+
+    outer: int
+    n: int
+    chosen: int
+    inner: int
+    element: ElementKind
+    index: ElementKind
+    elementwise: bool = False
+
+    category = OpCategory.INDEXING
+
+    def __post_init__(self) -> None:
+        if min(self.outer, self.n, self.chosen, self.inner) < 0:
+            raise InvalidProblem(f"take: {self}, wanted no negative extent")
+        if self.index not in _INTEGERS:
+            raise InvalidProblem(f"take: operand index holds {self.index.value}, wanted i32 or i64")
+
+    @property
+    def out_shape(self) -> tuple[int, int, int]:
+        """What is taken."""
+        return (self.outer, self.chosen, self.inner)
+
+    @property
+    def index_operand(self) -> Operand:
+        """``index``."""
+        return Operand("index", self.index, self.out_shape if self.elementwise else (self.chosen,))
+
+    def operands(self) -> tuple[Operand, ...]:
+        """``out``, ``source`` and ``index``."""
+        return (
+            Operand("out", self.element, self.out_shape, writes=True),
+            Operand("source", self.element, (self.outer, self.n, self.inner)),
+            self.index_operand,
+        )
+
+    def places(self, index: np.ndarray) -> tuple[np.ndarray, ...]:
+        """Where in the source each element comes from, and which indices are inside."""
+        o, j, i = np.indices(self.out_shape)
+        row = index.reshape(self.out_shape) if self.elementwise else index[j]
+        return o, row, i, (row >= 0) & (row < self.n)
+
+    def reference(self, source: np.ndarray, index: np.ndarray) -> np.ndarray:
+        """The result, exactly."""
+        o, row, i, ok = self.places(index)
+        out = np.full(self.out_shape, -1 if self.element in _INTEGERS else np.nan, source.dtype)
+        out[ok] = source.reshape(self.outer, self.n, self.inner)[o[ok], row[ok], i[ok]]
+        return out
+
+
+@dataclass(frozen=True)
+class TakeBackwardDescriptor(TakeDescriptor):
+    """d_source[o, r, i] += sum of d_out[o, j, i] over the j whose index is r, in their order; others are not written.
+
+    ``element`` is d_out's kind, ``out`` d_source's (fp32 where ``elementwise``). d_source holds zeros beforehand.
+    """
+
+    out: ElementKind = ElementKind.F32
+
+    def operands(self) -> tuple[Operand, ...]:
+        """``d_source``, ``d_out`` and ``index``."""
+        return (
+            Operand("d_source", self.out, (self.outer, self.n, self.inner), writes=True),
+            Operand("d_out", self.element, self.out_shape),
+            self.index_operand,
+        )
+
+    def backward_reference(self, d_out: np.ndarray, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The gradient in float64, and its magnitude: the sum of |terms|, as often as there are terms."""
+        o, row, i, ok = self.places(index)
+        places = (o[ok], row[ok], i[ok])
+        exact, terms, count = np.zeros((3, self.outer, self.n, self.inner))
+        g = d_out.reshape(self.out_shape).astype(np.float64)[ok]
+        np.add.at(exact, places, g)
+        np.add.at(terms, places, np.abs(g))
+        np.add.at(count, places, 1)
+        return exact, terms * count
+
+
+class TakeArgs(Arguments):
+    """The tensor written (out or d_source), the one read (source or d_out), and the index."""
+
+    def __init__(self, out: TensorMut, source: TensorRef, index: TensorRef) -> None:
+        super().__init__()
+        self.out, self.source, self.index = out, source, index
+
+    def tensors(self) -> list[TensorRef]:
+        """``out``, ``source`` and ``index``."""
+        return [self.out, self.source, self.index]
+
+
+def _refuses_take(d: TakeDescriptor) -> str:
+    extents = (math.prod(d.out_shape), d.outer * d.n * d.inner)
+    return "" if max(extents) < _COUNT else "takes fewer than 2**31 elements"
+
+
+def _refuses_backward(d: TakeBackwardDescriptor) -> str:
+    if d.element not in _FLOATS or d.out not in _FLOATS:
+        return f"adds {', '.join(k.value for k in _FLOATS)}, not {d.element.value} to {d.out.value}"
+    if d.elementwise and d.out is not ElementKind.F32:
+        return f"adds up in f32 where the index is elementwise, not {d.out.value}"
+    if not d.elementwise and d.outer >= 2**16:
+        return "takes fewer than 2**16 outer rows"
+    return _refuses_take(d)
+
+
+class _TakeProgram:
+    """One launch, one thread an element."""
+
+    def __init__(self, d: TakeDescriptor, device: Device) -> None:
+        count = math.prod(d.out_shape)
+        self.launch = None
+        if count:
+            made = kernel.take(d.element.value, d.index.value, d.elementwise)
+            self.launch = made.launcher((-(-count // kernel.THREADS), 1, 1))
+            self.rest = (
+                _fill_value(d.element, -1 if d.element in _INTEGERS else np.nan),
+                d.n,
+                d.chosen,
+                d.inner,
+                count,
+            )
+
+    def bind(self, args: TakeArgs, workspace: Workspace) -> list[tuple[Callable, tuple]]:
+        """The launch; none where nothing is taken."""
+        if self.launch is None:
+            return []
+        return [(self.launch, (args.source.data, args.index.data, args.out.data, *self.rest))]
+
+
+class _BackwardProgram:
+    """One launch: a block for each chosen row, or a thread for each column where the index is elementwise."""
+
+    def __init__(self, d: TakeBackwardDescriptor, device: Device) -> None:
+        self.launch = None
+        if not math.prod(d.out_shape):
+            return
+        extents = (d.n, d.chosen, d.inner)
+        if d.elementwise:
+            columns = d.outer * d.inner
+            made = kernel.gather_backward(d.element.value, d.index.value)
+            self.launch, self.rest = made.launcher((-(-columns // kernel.THREADS), 1, 1)), (*extents, columns)
+        else:
+            made = kernel.take_backward(d.element.value, d.out.value, d.index.value)
+            self.launch, self.rest = made.launcher((d.chosen, d.outer, 1)), extents
+
+    def bind(self, args: TakeArgs, workspace: Workspace) -> list[tuple[Callable, tuple]]:
+        """The launch; none where nothing was taken."""
+        if self.launch is None:
+            return []
+        return [(self.launch, (args.index.data, args.source.data, args.out.data, *self.rest))]
+
+
+_EXACT = PrecisionGuarantee.exact("elements are moved, not computed")
+_ADDED = PrecisionGuarantee(
+    math_precision=MathPrecision.F32,
+    accumulator=ElementKind.F32,
+    deterministic=True,
+    bit_stable_on_same_hardware=True,
+    rounding_units=1.0,
+    derivation="one rounding an addition, of no more than the sum of |terms|",
+)
+
+
+def _portable(refuses: Callable, guarantee: PrecisionGuarantee, build: type) -> tuple[Sku, ...]:
+    return (
+        Sku("portable", BackendKind.PORTABLE, ArchSku.ANY, refuses, lambda descriptor: guarantee, build),
+    )  # fmt: skip
+
+
+class WindowPlan(Plan):
+    """A window of a tensor; see :class:`WindowDescriptor`."""
+
+    name = "window"
+    skus = _portable(_refuses_window, _EXACT, _WindowProgram)
+
+
+class TakePlan(Plan):
+    """Rows, or elements, chosen by an index; see :class:`TakeDescriptor`."""
+
+    name = "take"
+    skus = _portable(_refuses_take, _EXACT, _TakeProgram)
+
+
+class TakeBackwardPlan(Plan):
+    """The gradient of what was chosen from; see :class:`TakeBackwardDescriptor`."""
+
+    name = "take backward"
+    skus = _portable(_refuses_backward, _ADDED, _BackwardProgram)

@@ -1,0 +1,74 @@
+"""Running the plans of hyper-connections over arrays by name, and holding their results against their guarantees."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from plans.core import ElementKind, Workspace
+from plans.core.precision import round_to
+from plans.hyper_connection_common import NamedArguments
+
+SCALED = ("h_", "alpha", "bias")
+
+
+def problem(rng, descriptor, scale=1.0):
+    """What a descriptor's plan reads, by name: normal values, the mixing parameters ``scale`` times as large."""
+    arrays = {}
+    for operand in descriptor.operands():
+        if not operand.writes:
+            factor = scale if operand.name.startswith(SCALED) else 1.0
+            if operand.name == "projection":
+                factor = operand.shape[1] ** -0.5
+            arrays[operand.name] = round_to(factor * rng.standard_normal(operand.shape), operand.element)
+    return arrays
+
+
+def tensors_of(device, poisoned, descriptor, arrays):
+    """Tensors for every operand; those that are written hold NaN."""
+    tensors = {}
+    for operand in descriptor.operands():
+        buffer = poisoned(operand.nbytes) if operand.writes else device.upload(arrays[operand.name])
+        tensors[operand.name] = buffer.tensor(operand.element, operand.shape)
+    return tensors
+
+
+def run(device, poisoned, plan_class, descriptor, arrays, preference=None):
+    """The plan and everything that it wrote, by name."""
+    plan = plan_class.select(None, descriptor, preference, device=device)
+    tensors, stream = tensors_of(device, poisoned, descriptor, arrays), device.stream()
+    plan.run(stream, Workspace(poisoned(plan.workspace_size())), NamedArguments(descriptor, **tensors))
+    device.synchronize(stream)
+    found = {}
+    for operand in descriptor.operands():
+        if operand.writes:
+            kind = operand.element
+            raw = device.download(tensors[operand.name].owner, kind.storage, operand.shape, stream)
+            found[operand.name] = raw.view(kind.values)
+    return plan, found
+
+
+def assert_kept(plan, found, expected):
+    """Every result keeps the plan's guarantee."""
+    kinds = {operand.name: operand.element for operand in plan.operands if operand.writes}
+    assert found.keys() == expected.keys() == kinds.keys()
+    for name, (exact, magnitude) in expected.items():
+        assert np.isfinite(exact).all() and found[name].shape == exact.shape, name
+        kept = plan.precision_guarantee.accepts(found[name], exact, magnitude, kinds[name])
+        worst = np.abs(found[name].astype(np.float64) - exact).max()
+        assert kept.all(), f"{name}: {worst} off, {(~kept).sum()} of {kept.size} elements"
+
+
+def refusals(device, poisoned, good):
+    """Tensors that do not fit in the place of ``good``, with what is said of them."""
+    from plans.core import BufferTooSmall, InvalidProblem
+
+    kind, shape, nbytes = good.element, good.shape, good.count * good.element.itemsize
+    other = ElementKind.F16
+    strides = tuple(2 * s for s in good.stride)
+    yield None, InvalidProblem, "is missing"
+    yield poisoned(nbytes).tensor(kind, (1, *shape)), InvalidProblem, r"has shape \(.*\), wanted \(.*\)"
+    yield poisoned(nbytes).tensor(other, shape), InvalidProblem, f"holds f16, wanted {kind.value}; cast it first"
+    yield poisoned(nbytes - 1).tensor(kind, shape), BufferTooSmall, f"the buffer holds {good.count - 1} elements"
+    if good.count > 1:
+        strided = type(good)(good.data, shape, strides, kind, good.available, device.ordinal, good.owner)
+        yield strided, InvalidProblem, "wanted it contiguous, copy it first"

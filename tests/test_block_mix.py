@@ -1,0 +1,66 @@
+"""Blocks mixed by a small matrix, against float64 over poisoned memory."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from matmul_cases import gather, scatter
+
+from kernels.target import SIMULATOR
+from plans.block_mix import BlockMixArgs, BlockMixDescriptor, BlockMixPlan
+from plans.core import BackendKind, ElementKind, InvalidProblem, NoSku, PlanPreference
+
+BF16, F16, F32 = ElementKind.BF16, ElementKind.F16, ElementKind.F32
+SHAPES = [(1, 1, 1, 8), (3, 8, 8, 72), (5, 17, 3, 64), (2, 33, 48, 40), (7, 16, 20, 136), (2, 5, 128, 16)]
+LARGE = [] if SIMULATOR else [(4096, 8, 8, 384), (4099, 48, 48, 64), (1000, 112, 64, 64), (33, 8, 8, 1792)]
+
+
+def run(device, rng, descriptor, backend, scale=-0.75):
+    out, *operands = descriptor.operands()
+    values = [rng.standard_normal(o.shape).astype(o.element.values) for o in operands]
+    result = scatter(device, out, np.full(out.shape, np.nan))
+    args = BlockMixArgs(result, *(scatter(device, o, v) for o, v in zip(operands, values, strict=True)), scale)
+    plan = BlockMixPlan.select(None, descriptor, PlanPreference(prefer_backend=backend), device)
+    stream = device.stream()
+    plan.run(stream, None, args)
+    device.synchronize(stream)
+    exact, magnitude = descriptor.reference(*values, scale)
+    kept = plan.precision_guarantee.accepts(gather(device, result, out), exact, magnitude, descriptor.out)
+    assert kept.all(), f"{(~kept).sum()} of {kept.size} beyond the guarantee"
+
+
+@pytest.mark.parametrize("transposed", [False, True], ids=["w", "w transposed"])
+@pytest.mark.parametrize("backend", [BackendKind.PORTABLE, BackendKind.MMA], ids=lambda backend: backend.value)
+@pytest.mark.parametrize("shape", SHAPES + LARGE, ids=str)
+def test_awkward_extents(device, rng, shape, backend, transposed):
+    run(device, rng, BlockMixDescriptor(*shape, transposed=transposed), backend)
+
+
+@pytest.mark.parametrize("backend", [BackendKind.PORTABLE, BackendKind.MMA], ids=lambda backend: backend.value)
+def test_kinds_and_strides(device, rng, backend):
+    run(device, rng, BlockMixDescriptor(9, 4, 6, 24, F16, F16, F16, x_stride=152), backend)
+
+
+def test_mixed_kinds_are_for_the_portable_sku(device, rng):
+    descriptor = BlockMixDescriptor(4, 3, 5, 7, BF16, F32, F32)
+    run(device, rng, descriptor, None)
+    with pytest.raises(NoSku, match="all bf16 or all fp16, found bf16, f32"):
+        BlockMixPlan.select(None, descriptor, PlanPreference(prefer_backend=BackendKind.MMA), device)
+
+
+@pytest.mark.parametrize("shape", [(0, 2, 2, 8), (2, 0, 2, 8), (2, 2, 2, 0), (2, 2, 0, 8)], ids=str)
+def test_empty(device, rng, shape):
+    run(device, rng, BlockMixDescriptor(*shape), None)
+
+
+@pytest.mark.parametrize(
+    ("reason", "make"),
+    [
+        ("none negative", lambda: BlockMixDescriptor(-1, 1, 1, 1)),
+        ("row stride 8, wanted at least its 16 elements", lambda: BlockMixDescriptor(1, 1, 2, 8, x_stride=8)),
+        ("w of i32", lambda: BlockMixDescriptor(1, 1, 2, 8, weight=ElementKind.I32)),
+    ],
+)
+def test_bad_problems(reason, make):
+    with pytest.raises(InvalidProblem, match=reason):
+        make()

@@ -1,0 +1,63 @@
+"""Products of few columns, as low-rank factors make them, against float64 over poisoned memory."""
+
+from __future__ import annotations
+
+import pytest
+from matmul_cases import BF16, F16, F32, assert_exact, assert_kept, gaussian, make, run, small_integers
+
+from kernels.target import SIMULATOR
+from plans.core import NoSku, PlanPreference
+from plans.matmul import Activation, Bias, ColumnScale, Gate, MatmulDescriptor, Residual, SegmentedMatmulPlan
+from plans.matmul.narrow import NARROW
+
+SHAPES = [(1, 1, 8), (33, 16, 40), (31, 7, 264), (64, 64, 64), (17, 33, 520)]
+LARGE = [] if SIMULATOR else [(4096, 16, 3072), (4099, 64, 4096), (1000, 48, 12288), (65, 3, 10248)]
+
+
+def check(device, poisoned, rng, descriptor, scale=1.0):
+    for draw in (small_integers(rng), gaussian(rng)):
+        problem = make(device, descriptor, draw, (scale,))
+        plan = run(problem, poisoned, NARROW.backend)
+        assert plan.chosen is NARROW
+        assert_kept(problem, plan)
+    problem = make(device, MatmulDescriptor(descriptor.m, descriptor.n, 64, out=F32).segmented, small_integers(rng))
+    run(problem, poisoned, NARROW.backend)
+    assert_exact(problem)
+
+
+@pytest.mark.parametrize("shape", SHAPES + LARGE, ids=str)
+def test_products_of_awkward_extents(device, poisoned, rng, shape):
+    check(device, poisoned, rng, MatmulDescriptor(*shape).segmented)
+
+
+@pytest.mark.parametrize("out", [BF16, F16, F32], ids=lambda kind: kind.value)
+def test_kinds_strides_and_scales(device, poisoned, rng, out):
+    kind = F16 if out is F16 else BF16
+    descriptor = MatmulDescriptor(40, 20, 72, a=kind, b=kind, out=out, a_stride=80, b_stride=88, out_stride=23)
+    check(device, poisoned, rng, descriptor.segmented, -1.75)
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["own B", "one B"])
+def test_batches_and_epilogues(device, poisoned, rng, shared):
+    steps = (ColumnScale(F32), Bias(per_batch=True), Activation("silu"), Residual())
+    check(device, poisoned, rng, MatmulDescriptor(34, 24, 48, batch=3, b_shared=shared, epilogue=steps).segmented)
+
+
+@pytest.mark.parametrize(("m", "n"), [(0, 8), (8, 0)], ids=str)
+def test_empty_products(device, poisoned, rng, m, n):
+    check(device, poisoned, rng, MatmulDescriptor(m, n, 16).segmented)
+
+
+@pytest.mark.parametrize(
+    ("reason", "descriptor"),
+    [
+        ("at most 64 columns, found 65", MatmulDescriptor(32, 65, 64)),
+        ("K and the strides .* multiples of 8, found K 20", MatmulDescriptor(32, 16, 20)),
+        ("layout NT", MatmulDescriptor(32, 16, 16, "NN")),
+        ("no gate", MatmulDescriptor(32, 16, 16, epilogue=(Gate("silu"),))),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_refusals(device, reason, descriptor):
+    with pytest.raises(NoSku, match=reason):
+        SegmentedMatmulPlan.select(None, descriptor.segmented, PlanPreference(prefer_backend=NARROW.backend), device)

@@ -1,0 +1,148 @@
+"""Windows, choices by an index and their gradients: bits as they were, sums in order."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from plans.core import ElementKind, InvalidProblem, NoSku, TensorMut, TensorRef
+from plans.core.precision import round_to
+from plans.core.tensor import contiguous_strides
+from plans.movement import (
+    TakeArgs,
+    TakeBackwardDescriptor,
+    TakeBackwardPlan,
+    TakeDescriptor,
+    TakePlan,
+    WindowArgs,
+    WindowDescriptor,
+    WindowPlan,
+)
+
+BF16, F16, F32, I32, I64 = ElementKind.BF16, ElementKind.F16, ElementKind.F32, ElementKind.I32, ElementKind.I64
+KINDS = (BF16, F16, F32, I32, I64)
+
+
+def array_of(rng, shape, kind):
+    return (
+        round_to(rng.integers(-100, 100, shape), kind) if kind in (I32, I64) else round_to(rng.normal(size=shape), kind)
+    )
+
+
+def run(device, plan, args):
+    stream = device.stream()
+    plan.run(stream, None, args)
+    device.synchronize(stream)
+
+
+def window(device, poisoned, descriptor, source):
+    plan = WindowPlan.select(None, descriptor, device=device)
+    buffer, out = device.upload(source), poisoned(math.prod(descriptor.shape) * source.itemsize)
+    stride = descriptor.stride or contiguous_strides(descriptor.source_shape)
+    data = buffer.pointer(descriptor.element.storage)
+    ref = TensorRef(data, descriptor.source_shape, stride, descriptor.element, source.size, device.ordinal, buffer)
+    run(device, plan, WindowArgs(out.tensor(descriptor.element, descriptor.shape), ref))
+    return device.download(out, source.dtype, descriptor.shape)
+
+
+WINDOWS = [
+    ("padding", (6, 9), (3, 5), (-2, -1), (1, 1), {"fill": 3}),
+    ("reversal", (3, 5), (3, 5), (2, 4), (-1, -1), {}),
+    ("cropping and one axis reversed", (2, 3), (3, 5), (1, 4), (1, -1), {}),
+    ("upper triangle", (2, 4, 5), (2, 4, 5), (0, 0, 0), (1, 1, 1), {"diagonal": 1}),
+    ("six axes", (2, 1, 3, 2, 2, 2), (2, 1, 3, 2, 2, 2), (0,) * 6, (1,) * 6, {}),
+    ("a number", (), (), (), (), {}),
+    ("nothing", (0, 3), (2, 3), (0, 0), (1, 1), {}),
+    ("all outside", (37,), (5,), (5,), (1,), {"fill": -1}),
+]
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda k: k.value)
+@pytest.mark.parametrize(
+    ("shape", "of", "shifts", "signs", "options"), [w[1:] for w in WINDOWS], ids=[w[0] for w in WINDOWS]
+)
+def test_windows(device, poisoned, rng, shape, of, shifts, signs, options, kind):
+    source = array_of(rng, of, kind)
+    descriptor = WindowDescriptor(shape, of, kind, shifts, signs, **options)
+    np.testing.assert_array_equal(window(device, poisoned, descriptor, source), descriptor.reference(source))
+
+
+def test_a_window_of_a_transposed_tensor(device, poisoned, rng):
+    source = array_of(rng, (4, 3), I32)
+    descriptor = WindowDescriptor((3, 4), (3, 4), I32, (0, 0), (1, 1), stride=(1, 3))
+    np.testing.assert_array_equal(window(device, poisoned, descriptor, source), source.T)
+
+
+def test_windows_that_contradict_themselves():
+    with pytest.raises(InvalidProblem, match="wanted 2 numbers each"):
+        WindowDescriptor((2, 3), (2, 3), F32, (0,), (1, 1))
+    with pytest.raises(InvalidProblem, match="wanted 1 or -1"):
+        WindowDescriptor((2,), (2,), F32, (0,), (2,))
+    with pytest.raises(InvalidProblem, match="wanted two axes or more"):
+        WindowDescriptor((2,), (2,), F32, (0,), (1,), diagonal=0)
+    with pytest.raises(NoSku, match="takes up to 6 axes, not 7"):
+        WindowPlan.select(None, WindowDescriptor((1,) * 7, (1,) * 7, F32, (0,) * 7, (1,) * 7))
+
+
+TAKES = [(1, 7, 5, 3), (2, 3, 40, 1), (3, 11, 4, 37), (1, 1, 1, 1), (2, 5, 0, 3), (1, 0, 3, 2)]
+
+
+@pytest.mark.parametrize("elementwise", [False, True], ids=["rows", "elements"])
+@pytest.mark.parametrize("extents", TAKES, ids=str)
+def test_choices_and_their_gradients(device, poisoned, rng, extents, elementwise):
+    outer, n, chosen, inner = extents
+    kind, index_kind = KINDS[sum(extents) % 3], (I32, I64)[chosen % 2]
+    descriptor = TakeDescriptor(*extents, kind, index_kind, elementwise)
+    index = rng.integers(-1, n + 1, descriptor.index_operand.shape).astype(index_kind.values)
+    source = array_of(rng, (outer, n, inner), kind)
+    out = poisoned(descriptor.operands()[0].nbytes)
+    place = device.upload(index).tensor(index_kind, index.shape)
+    args = TakeArgs(out.tensor(kind, descriptor.out_shape), device.upload(source).tensor(kind, source.shape), place)
+    run(device, TakePlan.select(None, descriptor, device=device), args)
+    found = device.download(out, kind.values, descriptor.out_shape)
+    np.testing.assert_array_equal(found.astype(np.float64), descriptor.reference(source, index).astype(np.float64))
+
+    backward = TakeBackwardDescriptor(*extents, kind, index_kind, elementwise)
+    plan = TakeBackwardPlan.select(None, backward, device=device)
+    d_out = array_of(rng, descriptor.out_shape, kind)
+    d_source = device.upload(np.zeros((outer, n, inner), np.float32))
+    target = d_source.tensor(F32, (outer, n, inner))
+    run(device, plan, TakeArgs(target, device.upload(d_out).tensor(kind, d_out.shape), place))
+    exact, magnitude = backward.backward_reference(d_out, index)
+    found = device.download(d_source, np.float32, (outer, n, inner))
+    assert plan.precision_guarantee.accepts(found, exact, magnitude, F32).all()
+
+
+def test_integers_are_chosen_and_an_index_outside_shows(device, poisoned):
+    descriptor = TakeDescriptor(1, 3, 4, 1, I64, I32)
+    out = poisoned(32)
+    source, index = np.array([5, 6, 7]).reshape(1, 3, 1), np.array([2, 0, 3, -1], np.int32)
+    args = TakeArgs(
+        out.tensor(I64, (1, 4, 1)), device.upload(source).tensor(I64, (1, 3, 1)), device.upload(index).tensor(I32, (4,))
+    )
+    run(device, TakePlan.select(None, descriptor, device=device), args)
+    assert device.download(out, np.int64, (4,)).tolist() == [7, 5, -1, -1]
+
+
+def test_choices_that_contradict_themselves(device):
+    with pytest.raises(InvalidProblem, match="operand index holds f32, wanted i32 or i64"):
+        TakeDescriptor(1, 2, 3, 4, F32, F32)
+    with pytest.raises(NoSku, match="adds up in f32"):
+        TakeBackwardPlan.select(None, TakeBackwardDescriptor(1, 2, 3, 4, F32, I32, True, BF16), device=device)
+
+
+def test_a_window_may_be_written_into_a_larger_tensor(device, poisoned, rng):
+    source = array_of(rng, (2, 3), I32)
+    descriptor = WindowDescriptor((2, 3), (2, 3), I32, (0, 0), (1, 1), out_stride=(5, 1))
+    out = poisoned(40)
+    target = TensorMut(out.pointer(np.int32), (2, 3), (5, 1), I32, 10, device.ordinal, out)
+    run(
+        device,
+        WindowPlan.select(None, descriptor, device=device),
+        WindowArgs(target, device.upload(source).tensor(I32, (2, 3))),
+    )
+    found = device.download(out, np.int32, (2, 5))
+    np.testing.assert_array_equal(found[:, :3], source)
+    assert (found[:, 3:] == -1).all()
