@@ -42,6 +42,17 @@ cluster_barrier = instruction(
     "barrier.cluster.arrive.release.aligned; barrier.cluster.wait.acquire.aligned;", "", twin=twins.cluster_barrier
 )
 
+# The barrier in two halves: what comes between them need not wait for the other blocks.
+cluster_arrive = instruction("barrier.cluster.arrive.release.aligned;", "", twin=twins.nothing)
+cluster_wait = instruction("barrier.cluster.wait.acquire.aligned;", "", twin=twins.cluster_barrier)
+# (shared address, rank): a word at the same address in another block of the cluster.
+shared_load_remote = instruction(
+    "{ .reg .b32 there; mapa.shared::cluster.u32 there, $1, $2; ld.shared::cluster.b32 $0, [there]; }",
+    "rr",
+    "r",
+    twin=twins.shared_load_remote,
+)
+
 # (shared address, map, barrier, column, row): one box of a matrix to shared memory, its bytes counted at the barrier.
 tma_load = instruction(
     "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [$0], [$1, {$3, $4}], [$2];",

@@ -17,6 +17,7 @@ import numpy as np
 
 from kernels import memory, warp
 from kernels.elements import ELEMENTS, parked8
+from kernels.hyper_connection_weights import static_line
 from kernels.simulator import WARP
 from kernels.target import blocks_by_shared, cuda, device, f32, f32p, i64, kernel_factory
 
@@ -24,6 +25,8 @@ RUN = 8
 """Neighbouring channels that a thread moves at once."""
 MOST_THREADS = 512
 MOST_STAGES = 4
+SM80_BYTES, SM90_BYTES = 160 << 10, 224 << 10
+"""Shared memory that a block may use for samples, on sm_80 and on sm_90; a few KiB are left for the rest."""
 
 
 @dataclass(frozen=True)
@@ -39,22 +42,52 @@ class Shape:
         return self.threads * ELEMENTS[element].words * 4
 
 
-def shape_for(element: str, streams: int, channels: int, most_bytes: int, most_runs: int = 2) -> Shape | None:
-    """The block for samples of so many streams, or None where even two samples do not fit in ``most_bytes``."""
+def shape_for(
+    element: str, streams: int, channels: int, most_bytes: int, most_runs: int = 2, held_bytes: int = 0
+) -> Shape | None:
+    """The block for samples of so many streams, or None where even two samples do not fit in ``most_bytes``.
+
+    A thread holds ``held_bytes`` a channel beside them.
+    """
     runs = next((r for r in range(1, most_runs + 1) if channels <= r * RUN * MOST_THREADS), 0)
     if not runs:
         return None
     threads = -(-channels // (RUN * runs * WARP)) * WARP
     sample = streams * runs * threads * ELEMENTS[element].words * 4
-    stages = min(MOST_STAGES, most_bytes // sample)
+    stages = min(MOST_STAGES, (most_bytes - held_bytes * RUN * runs * threads) // sample)
     return Shape(threads, runs, stages) if stages > 1 else None
 
 
 @functools.cache
 def block_sums(warps: int) -> Callable:
-    """A device function: the sum over the block in every thread, in one order.
+    """A device function: the sums over the block of two values in every thread, in one order.
 
-    ``partial`` has a place a warp at ``at``; the places may be used again after the next barrier but one.
+    ``partial`` has two places a warp at ``at``; they may be used again after the next barrier but one.
+    """
+
+    @device
+    def total_of(partial, at, first, second):
+        thread = warp.thread_index()
+        first, second = warp.warp_sum(first), warp.warp_sum(second)
+        if thread % np.uint32(WARP) == np.uint32(0):
+            own = at + np.int64(np.uint32(np.uint32(thread // np.uint32(WARP)) * np.uint32(2)))
+            partial[own] = first
+            partial[own + np.int64(1)] = second
+        warp.block_barrier()
+        first, second = np.float32(0), np.float32(0)
+        for i in range(warps):
+            first += partial[at + 2 * i]
+            second += partial[at + 2 * i + 1]
+        return first, second
+
+    return total_of
+
+
+@functools.cache
+def block_sum(warps: int) -> Callable:
+    """A device function: the sum over the block of a value in every thread, in one order.
+
+    ``partial`` has a place a warp at ``at``; they may be used again after the next barrier but one.
     """
 
     @device
@@ -126,18 +159,22 @@ def weight_ring(count: int, threads: int, slots: int) -> SimpleNamespace:
     return SimpleNamespace(fetch=fetch, place=place)
 
 
-def launch_options(element: str, lines: int, shape: Shape) -> dict:
-    """Threads, shared memory and how many blocks a multiprocessor is to hold: of 1024 threads in all."""
-    shared = lines * shape.runs * shape.stages * shape.slot_bytes(element)
+def launch_options(element: str, lines: int, shape: Shape, more: int = 0, most_threads: int = 1024) -> dict:
+    """Threads, shared memory, and how many blocks a multiprocessor is to hold: of ``most_threads`` threads in all.
+
+    ``more`` bytes of shared memory are used beside the samples'.
+    """
+    samples = lines * shape.runs * shape.stages * shape.slot_bytes(element)
     return {
         "threads": shape.threads,
-        "shared_bytes": shared,
-        "min_blocks": max(1, min(1024 // shape.threads, blocks_by_shared(shared))),
+        "shared_bytes": samples,
+        "min_blocks": max(1, min(most_threads // shape.threads, blocks_by_shared(samples + more))),
+        "architectures": (8, 0) if samples + more <= SM80_BYTES else (9, 0, "a"),
     }
 
 
 @functools.cache
-def _scaled(gamma_element: str | None, runs: int) -> tuple[Callable, Callable, object]:
+def gamma_runs(gamma_element: str | None, runs: int) -> tuple[Callable, Callable, object]:
     """Device functions that fetch the thread's gamma into words, and unpack a run of it; and gamma's pointer type."""
     found = ELEMENTS[gamma_element or "f32"]
     fetch8, unpack8, words_of_8, normalised = found.fetch8_cached, found.unpack8, found.words, gamma_element is not None
@@ -156,33 +193,38 @@ def _scaled(gamma_element: str | None, runs: int) -> tuple[Callable, Callable, o
 
 
 _EXAMPLES = (
-    ("full", "bf16", "bf16", 4, Shape(512, 1, 2), False),
-    ("full", "bf16", "bf16", 4, Shape(160, 1, 4), True),
-    ("full", "f32", "f32", 4, Shape(320, 1, 2), False),
-    ("full", "bf16", "f32", 8, Shape(512, 1, 2), False),
-    ("pre", "bf16", None, 4, Shape(512, 1, 2), True),
-    ("pre", "bf16", "bf16", 4, Shape(512, 1, 2), True),
-    ("post", "bf16", None, 4, Shape(512, 1, 2), True),
-    ("full", "bf16", "bf16", 2, Shape(512, 2, 3), False),
+    ("full", "bf16", "bf16", 4, Shape(512, 1, 2), "exp"),
+    ("full", "bf16", "bf16", 4, Shape(160, 1, 4), None),
+    ("full", "f32", "f32", 4, Shape(320, 1, 2), "exp"),
+    ("full", "bf16", "f32", 8, Shape(512, 1, 2), "exp"),
+    ("full", "bf16", "bf16", 2, Shape(512, 2, 3), "exp"),
+    ("pre", "bf16", None, 4, Shape(512, 1, 2), None),
+    ("pre", "bf16", "bf16", 4, Shape(512, 1, 2), "softmax"),
+    ("post", "bf16", None, 4, Shape(512, 1, 2), None),
+    ("post", "bf16", None, 4, Shape(512, 1, 2), "given"),
 )
 
 
 @kernel_factory(*_EXAMPLES)
-def stream(role, element, gamma_element, n, shape, per_sample):
+def stream(role, element, gamma_element, n, shape, static):
     """A walk over samples b: roles "full", out[b] = M x[b] + s_post y[b]; "pre", out[b] = y[b]; "post", y is given.
 
-    y is the RMS-normalised s_pre x[b], or s_pre x[b] itself where gamma_element is None. Parameters: x, gamma, y,
-    weights, out, C, B, blocks, eps; ``y`` [B, C] is read in role "post", gamma where there is one; ``weights`` have a
-    line a sample where they are ``per_sample``, else one for all.
+    y is the RMS-normalised s_pre x[b], or s_pre x[b] itself where gamma_element is None. ``static`` is None where
+    ``weights`` have a line a sample, "given" where they are one line for all, and else Sinkhorn's mode: then every
+    block makes the line from h_pre, h_post and h_res, while its first samples are on their way, and in role "pre" the
+    first block writes it to ``weights``. Parameters: x, gamma, y, weights, h_pre, h_post, h_res, out, C, B, blocks,
+    iterations, eps; ``y`` [B, C] is read in role "post", gamma where there is one.
     """
+    per_sample, made = static is None, static not in (None, "given")
+    make_line = static_line(static if made else "exp", n)
     aggregates, mixes, given = role != "post", role != "pre", role == "post"
     normalised = gamma_element is not None
-    lines, count, runs, stages = n + given, n * (n + 2), shape.runs, shape.stages
+    lines, count, runs, stages, threads = n + given, n * (n + 2), shape.runs, shape.stages, shape.threads
     parked, ring_of = parking(element, lines, shape), weight_ring(count, shape.threads, stages + 1)
     park, unpark, channel, fetch_line, place = parked.park, parked.unpark, parked.channel, ring_of.fetch, ring_of.place
-    fetch_gamma, unpack_gamma, gamma_pointer = _scaled(gamma_element, runs)
+    fetch_gamma, unpack_gamma, gamma_pointer = gamma_runs(gamma_element, runs)
     store8, warps = ELEMENTS[element].store8, shape.threads // WARP
-    total_of, arrived = block_sums(warps), memory.copy_async_wait(stages - 1)
+    total_of, arrived = block_sum(warps), memory.copy_async_wait(stages - 1)
     gamma_words, values_of_run = runs * ELEMENTS[gamma_element or "f32"].words, RUN * n
     ring_length, partials, held = (stages + 1) * count, 2 * warps, RUN * runs
 
@@ -230,7 +272,7 @@ def stream(role, element, gamma_element, n, shape, per_sample):
                 result[e] = mixed
             store8(out, at + np.int64(i) * channels, result, 0, np.uint32(0))
 
-    def kernel(x, gamma, y, weights, out, channels, batch, blocks, eps):
+    def kernel(x, gamma, y, weights, h_pre, h_post, h_res, out, channels, batch, blocks, iterations, eps):
         shared = cuda.shared.array(0, np.uint16, alignment=128)
         ring = cuda.shared.array(ring_length, np.float32)
         partial = cuda.shared.array(partials, np.float32)
@@ -238,10 +280,12 @@ def stream(role, element, gamma_element, n, shape, per_sample):
         a = cuda.local.array(held, np.float32)
         v = cuda.local.array(RUN, np.float32)
         b, number = warp.block_x(), np.uint32(0)
-        if not per_sample:
+        if not per_sample and not made:
             fetch_line(ring, weights, np.int64(0), number)
         for s in range(stages - 1):
             ahead(shared, ring, x, y, weights, b + np.int64(s) * blocks, np.uint32(s), channels, batch)
+        if made:
+            make_line(h_pre, h_post, h_res, ring, iterations, eps)
         for run in range(runs):
             if channel(run) < channels:
                 fetch_gamma(gamma, words, run, channel(run))
@@ -277,7 +321,10 @@ def stream(role, element, gamma_element, n, shape, per_sample):
             b += blocks
             number = np.uint32(number + np.uint32(1))
         memory.copy_async_wait_all()
+        if made and not mixes and warp.block_x() == np.int64(0):
+            for e in range(np.int64(warp.thread_index()), count, threads):
+                weights[e] = ring[e]
 
     pointer = ELEMENTS[element].pointer
-    parameters = (pointer, gamma_pointer, pointer, f32p, pointer, i64, i64, i64, f32)
+    parameters = (pointer, gamma_pointer, pointer, f32p, f32p, f32p, f32p, pointer, i64, i64, i64, i64, f32)
     return kernel, parameters, launch_options(element, lines, shape)

@@ -1,4 +1,4 @@
-"""Lines of mixing weights of few streams, one thread a line: what the streaming kernels take.
+"""Lines of mixing weights of few streams, a thread a line: what the streaming kernels take.
 
 What is computed is said in ``plans/hyper_connection.py`` and ``plans/hyper_connection_dynamic.py``; weights lie as in
 ``kernels/hyper_connection.py``.
@@ -38,25 +38,30 @@ def _write_line(mode: str, n: int) -> Callable:
     return write
 
 
-@kernel_factory(("exp", 2), ("exp", 4), ("softmax", 4), ("exp", 8))
-def mixing_weights_by_thread(mode, n):
-    """The line of a static H; one warp, M by one lane. Parameters: h_pre, h_post, h_res, weights, iterations, eps."""
+@functools.cache
+def static_line(mode: str, n: int) -> Callable:
+    """A device function for the first warp of a block: the line of a static H to ``line``, M by one of its lanes.
+
+    The others of the block may read it after a barrier.
+    """
     step, s_pre, cells = matrix_steps(mode, n), pre_weight(mode), n * n
     start, iterate = step.start, step.iterate
 
-    def kernel(h_pre, h_post, h_res, weights, iterations, eps):
-        x = cuda.local.array(cells, np.float32)
-        k = np.int64(warp.thread_index())
-        if k == np.int64(0):
+    @device
+    def fill(h_pre, h_post, h_res, line, iterations, eps):
+        thread = np.int64(warp.thread_index())
+        if thread == np.int64(0):
+            x = cuda.local.array(cells, np.float32)
             start(h_res, np.int64(0), x, eps)
             iterate(x, iterations, eps)
             for i in range(cells):
-                weights[2 * n + i] = x[i]
-        elif k <= np.int64(n):
-            weights[k - np.int64(1)] = s_pre(h_pre[k - np.int64(1)], eps)
-            weights[n + k - np.int64(1)] = post_weight(h_post[k - np.int64(1)])
+                line[2 * n + i] = x[i]
+        elif thread <= np.int64(n):
+            k = thread - np.int64(1)
+            line[k] = s_pre(h_pre[k], eps)
+            line[n + k] = post_weight(h_post[k])
 
-    return kernel, (f32p, f32p, f32p, f32p, i64, f32), {"threads": THREADS}
+    return fill
 
 
 @kernel_factory(("exp", 2), ("exp", 4), ("softmax", 4), ("exp", 8))

@@ -10,12 +10,14 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import numpy as np
 
 from kernels import bits, memory, warp
 from kernels.matmul_epilogue import epilogue
 from kernels.matmul_mma_tile import MmaTile, Operand, loader, multiplier
+from kernels.matmul_pipeline import pipeline
 from kernels.matmul_problem import (
     A_BATCH,
     A_STRIDE,
@@ -95,100 +97,56 @@ def _or_segment(rest: Callable, position: int) -> Callable:
     return pick
 
 
-@functools.cache
-def _walk(problem: Problem, tile: MmaTile) -> Callable:
-    """``walk(shared, sums, result, p, row0, column0, batch, first, count)``: tiles of depth [first, first + count).
-
-    Counted over all segments. Leaves the scaled sums.
-    """
+def _source(problem: Problem, tile: MmaTile) -> SimpleNamespace:
+    """Segments by their parameters; ``q`` is (result, segments, first row, first column, batch)."""
     a_side, b_side = problem.operands(tile)
     a_load, b_load = loader(a_side, tile.threads), loader(b_side, tile.threads)
-    multiply, pick = multiplier(problem.kind, tile, a_side, b_side), _picker(problem.segments)
-    segments, stages, depth = problem.segments, tile.stages, tile.depth
-    several = segments > 1
-    stage_elements, b_offset = tile.stage_elements, tile.rows * tile.depth
-    sums_count = tile.rows_of_warp * tile.columns_of_warp // 32
-    warp_columns, a_words, b_words = tile.warp_columns, a_load.words, b_load.words
     a_begin, a_fetch, b_begin, b_fetch = a_load.begin, a_load.fetch, b_load.begin, b_load.fetch
-    arrived = memory.copy_async_wait(stages - 2)
+    pick, count, depth, b_offset = _picker(problem.segments), problem.segments, tile.depth, tile.rows * tile.depth
 
     @device
-    def depth_tiles(s):
-        return np.uint32(np.uint32(s[K] + np.int64(depth - 1)) // np.uint32(depth))
+    def segments(q):
+        return np.uint32(count)
 
     @device
-    def walk(shared, sums, result, p, row0, column0, batch, first, count):
-        thread = warp.thread_index()
-        lane, number = np.uint32(thread & np.uint32(31)), np.uint32(thread >> np.uint32(5))
-        warp_row, warp_column = (
-            np.uint32(number // np.uint32(warp_columns)),
-            np.uint32(number % np.uint32(warp_columns)),
-        )
-        a_at = cuda.local.array(a_words, np.int64)
-        b_at = cuda.local.array(b_words, np.int64)
-        for i in range(sums_count):
-            sums[i] = np.float32(0)
-        fetching = np.uint32(0)
-        s = pick(p, fetching)
-        skipped = first
-        if several:
-            while skipped >= depth_tiles(s) and np.uint32(fetching + np.uint32(1)) < np.uint32(segments):
-                skipped = np.uint32(skipped - depth_tiles(s))
-                fetching = np.uint32(fetching + np.uint32(1))
-                s = pick(p, fetching)
-        multiplying, left, scale = fetching, np.uint32(depth_tiles(s) - skipped), s[SCALE]
-        depth0 = np.int64(np.uint32(skipped * np.uint32(depth)))
+    def depth_tiles(q, number):
+        return np.uint32(np.uint32(pick(q[1], number)[K] + np.int64(depth - 1)) // np.uint32(depth))
+
+    @device
+    def begin(q, number, a_at, b_at, thread):
+        result, p, row0, column0, batch = q
+        s = pick(p, number)
         a_begin(a_at, batch * s[A_BATCH], s[A_STRIDE], row0, result[ROWS], np.int64(0), thread)
         b_begin(b_at, batch * s[B_BATCH], s[B_STRIDE], column0, result[COLUMNS], result[COLUMNS], thread)
-        fetched_at, multiplied_at = np.int64(0), np.int64(0)
-        for turn in range(np.uint32(count + np.uint32(stages - 1))):
-            if np.uint32(turn) >= np.uint32(stages - 1):
-                arrived()
-                warp.block_barrier()
-            if np.uint32(turn) < count:
-                if several and depth0 >= s[K]:
-                    fetching = np.uint32(fetching + np.uint32(1))
-                    s = pick(p, fetching)
-                    depth0 = np.int64(0)
-                    a_begin(a_at, batch * s[A_BATCH], s[A_STRIDE], row0, result[ROWS], np.int64(0), thread)
-                    b_begin(b_at, batch * s[B_BATCH], s[B_STRIDE], column0, result[COLUMNS], result[COLUMNS], thread)
-                a_fetch(shared, fetched_at, s[A], a_at, s[A_STRIDE], row0, result[ROWS], depth0, s[K], thread)
-                b_to = fetched_at + np.int64(b_offset)
-                b_fetch(shared, b_to, s[B], b_at, s[B_STRIDE], column0, result[COLUMNS], depth0, s[K], thread)
-                depth0 += np.int64(depth)
-                fetched_at += np.int64(stage_elements)
-                if fetched_at == np.int64(stages * stage_elements):
-                    fetched_at = np.int64(0)
-            memory.copy_async_commit()
-            if np.uint32(turn) >= np.uint32(stages - 1):
-                if several and left == np.uint32(0):
-                    multiplying = np.uint32(multiplying + np.uint32(1))
-                    following = pick(p, multiplying)
-                    left, scale = depth_tiles(following), following[SCALE]
-                    if following[RATIO] != np.float32(1):
-                        for i in range(sums_count):
-                            sums[i] = sums[i] * following[RATIO]
-                multiply(shared, multiplied_at, multiplied_at + np.int64(b_offset), sums, warp_row, warp_column, lane)
-                left = np.uint32(left - np.uint32(1))
-                multiplied_at += np.int64(stage_elements)
-                if multiplied_at == np.int64(stages * stage_elements):
-                    multiplied_at = np.int64(0)
-        if scale != np.float32(1):
-            for i in range(sums_count):
-                sums[i] = sums[i] * scale
 
-    return walk
+    @device
+    def fetch(q, number, shared, at, a_at, b_at, depth0, thread):
+        result, p, row0, column0, batch = q
+        s = pick(p, number)
+        a_fetch(shared, at, s[A], a_at, s[A_STRIDE], row0, result[ROWS], depth0, s[K], thread)
+        b_to = at + np.int64(b_offset)
+        b_fetch(shared, b_to, s[B], b_at, s[B_STRIDE], column0, result[COLUMNS], depth0, s[K], thread)
+
+    @device
+    def factors(q, number):
+        s = pick(q[1], number)
+        return s[RATIO], s[SCALE]
+
+    return SimpleNamespace(
+        segments=segments, depth_tiles=depth_tiles, begin=begin, fetch=fetch, factors=factors, several=count > 1,
+        a_words=a_load.words, b_words=b_load.words,
+    )  # fmt: skip
 
 
 @functools.cache
-def _finish(problem: Problem, tile: MmaTile) -> Callable:
-    """``finish(shared, sums, result, e, row0, column0, batch, place)``: a warp's sums through the epilogue to memory.
+def finisher(tile: MmaTile, out: str, steps: tuple, wide: bool, ragged: bool) -> Callable:
+    """``finish(shared, sums, result, e, row0, column0, batch)``: a block's sums through the epilogue to memory.
 
-    Sixteen rows at a time pass through the warp's own part of shared memory.
+    Sixteen rows at a time pass through each warp's own part of shared memory.
     """
-    emit = storer(problem.out, problem.steps, problem.wide)
-    gated, ragged = problem.gated, problem.ragged
-    columns_of_warp, rows_of_warp = tile.columns_of_warp, tile.rows_of_warp
+    emit, gated = storer(out, steps, wide), epilogue(steps).gated
+    columns_of_warp, rows_of_warp, warp_columns = tile.columns_of_warp, tile.rows_of_warp, tile.warp_columns
+    result_columns = columns_of_warp // 2 if gated else columns_of_warp
     pitch, blocks = columns_of_warp + 4, columns_of_warp // 8
     units = 16 * blocks // (2 if gated else 1)
     units_of_row, sides = units // 16, 2 if gated else 1
@@ -219,7 +177,17 @@ def _finish(problem: Problem, tile: MmaTile) -> Callable:
             values[4 * i + 3] = bits.bits_f32(d)
 
     @device
-    def finish(shared, sums, result, e, row0, column0, batch, number, lane):
+    def finish(shared, sums, result, e, row0, column0, batch):
+        memory.copy_async_wait_all()
+        warp.block_barrier()
+        thread = warp.thread_index()
+        number, lane = np.uint32(thread >> np.uint32(5)), np.uint32(thread & np.uint32(31))
+        warp_row, warp_column = (
+            np.uint32(number // np.uint32(warp_columns)),
+            np.uint32(number % np.uint32(warp_columns)),
+        )
+        row0 += np.int64(np.uint32(warp_row * np.uint32(rows_of_warp)))
+        column0 += np.int64(np.uint32(warp_column * np.uint32(result_columns)))
         base = np.int64(np.uint32(number * np.uint32(warp_elements)))
         values = cuda.local.array(values_count, np.float32)
         for block in range(row_blocks):
@@ -242,12 +210,13 @@ def _finish(problem: Problem, tile: MmaTile) -> Callable:
 
 def _body(problem: Problem, tile: MmaTile) -> Callable:
     """``body(block, work, result, p, e)``: a tile of a result, or a part of its sum."""
-    walk, finish, pick = _walk(problem, tile), _finish(problem, tile), _picker(problem.segments)
-    tile_rows, tile_columns, depth = tile.rows, tile.columns // 2 if problem.gated else tile.columns, tile.depth
-    locate, segments = tile_of_block(tile_rows, tile_columns, PANEL), problem.segments
+    source = _source(problem, tile)
+    a_side, b_side = problem.operands(tile)
+    walk = pipeline(source, multiplier(problem.kind, tile, a_side, b_side), tile)
+    finish = finisher(tile, problem.out, problem.steps, problem.wide, problem.ragged)
+    tile_rows, tile_columns = tile.rows, tile.columns // 2 if problem.gated else tile.columns
+    locate, segments, depth_tiles = tile_of_block(tile_rows, tile_columns, PANEL), problem.segments, source.depth_tiles
     sums_count = tile.rows_of_warp * tile.columns_of_warp // 32
-    rows_of_warp, warp_columns = tile.rows_of_warp, tile.warp_columns
-    columns_of_warp = tile.columns_of_warp // 2 if problem.gated else tile.columns_of_warp
 
     @device
     def body(block, work, result, p, e):
@@ -255,27 +224,17 @@ def _body(problem: Problem, tile: MmaTile) -> Callable:
         tile_row, tile_column, rest = locate(block, result[ROWS], result[COLUMNS])
         part = np.uint32(rest // np.uint32(work[BATCHES]))
         batch = np.int64(np.uint32(rest - np.uint32(part * np.uint32(work[BATCHES]))))
-        total = np.uint32(0)
-        for i in range(segments):
-            s = pick(p, np.uint32(i))
-            total = np.uint32(total + np.uint32(np.uint32(s[K] + np.int64(depth - 1)) // np.uint32(depth)))
-        first = np.uint32(min(np.uint32(part * np.uint32(work[PART])), total))
-        count = np.uint32(min(np.uint32(work[PART]), np.uint32(total - first)))
         row0 = np.int64(tile_row) * np.int64(tile_rows)
         column0 = np.int64(tile_column) * np.int64(tile_columns)
+        q = (result, p, row0, column0, batch)
+        total = np.uint32(0)
+        for number in range(segments):
+            total = np.uint32(total + depth_tiles(q, np.uint32(number)))
+        first = np.uint32(min(np.uint32(part * np.uint32(work[PART])), total))
+        count = np.uint32(min(np.uint32(work[PART]), np.uint32(total - first)))
         sums = cuda.local.array(sums_count, np.float32)
-        walk(shared, sums, result, p, row0, column0, batch, first, count)
-        memory.copy_async_wait_all()
-        warp.block_barrier()
-        thread = warp.thread_index()
-        number, lane = np.uint32(thread >> np.uint32(5)), np.uint32(thread & np.uint32(31))
-        warp_row, warp_column = (
-            np.uint32(number // np.uint32(warp_columns)),
-            np.uint32(number % np.uint32(warp_columns)),
-        )
-        row = row0 + np.int64(np.uint32(warp_row * np.uint32(rows_of_warp)))
-        column = column0 + np.int64(np.uint32(warp_column * np.uint32(columns_of_warp)))
-        finish(shared, sums, result, e, row, column, np.int64(rest), number, lane)
+        walk(shared, sums, q, first, count)
+        finish(shared, sums, result, e, row0, column0, np.int64(rest))
 
     return body
 
@@ -290,7 +249,7 @@ def _parameters(problem: Problem) -> tuple:
     )
 
 
-def _options(tile: MmaTile) -> dict:
+def launch_bounds(tile: MmaTile) -> dict:
     """Launch bounds: as many blocks as sums, fragments and addresses leave registers for."""
     sums = tile.rows_of_warp * tile.columns_of_warp // 32
     warps = 16 if sums <= 32 else 12 if sums <= 48 else 8
@@ -326,7 +285,7 @@ def matmul_mma(problem, tile):
     def kernel(work, result, p, e):
         body(warp.block_x(), work, result, p, e)
 
-    return kernel, _parameters(problem), _options(tile)
+    return kernel, _parameters(problem), launch_bounds(tile)
 
 
 @kernel_factory((_BASE, _LARGE))
@@ -345,4 +304,4 @@ def matmul_mma_grouped(problem, tile):
         q = read(table, np.int64(blocks[at]) * np.int64(width))
         body(np.int64(blocks[at + np.int64(1)]), q[0], q[1], q[2], q[3])
 
-    return kernel, (i64p, i32p), _options(tile)
+    return kernel, (i64p, i32p), launch_bounds(tile)

@@ -1,8 +1,9 @@
-"""Products with few columns: a low-rank factor's, out[m, n] = epilogue(A[m, k] B[n, k]^T) with n at most 64.
+"""Products of one A with few columns: low-rank factors', out[m, n] = epilogue(scale A[m, k] B[n, k]^T), n at most 64.
 
-Reading A is all the work, so A goes from memory to the tensor core without shared memory: a lane loads eight
-neighbouring values of its row and calls them the columns that the instruction wants of it, and does the same with B; a
-sum does not ask in which order its terms come. The warps of a block share the depth and add up in the end, in order.
+Several B stand side by side in the result, each from a multiple of eight columns on. Reading A is all the work, so A
+goes from memory to the tensor core without shared memory: a lane loads eight neighbouring values of its row and calls
+them the columns that the instruction wants of it, and does the same with B; a sum does not ask in which order its terms
+come. The warps of a block share the depth and add up in the end, in order.
 """
 
 from __future__ import annotations
@@ -14,24 +15,8 @@ import numpy as np
 from kernels import memory, tensor_core
 from kernels.elements import ELEMENTS
 from kernels.matmul_epilogue import epilogue
-from kernels.matmul_problem import (
-    A_BATCH,
-    A_STRIDE,
-    B_BATCH,
-    B_STRIDE,
-    COLUMNS,
-    OUT,
-    OUT_BATCH,
-    OUT_STRIDE,
-    ROWS,
-    SCALE,
-    A,
-    B,
-    K,
-    result_parameters,
-    segment_parameters,
-)
-from kernels.target import SIMULATOR, cuda, device, kernel_factory, types
+from kernels.matmul_problem import COLUMNS, OUT, OUT_BATCH, OUT_STRIDE, ROWS, result_parameters
+from kernels.target import SIMULATOR, cuda, device, f32, i64, kernel_factory, types
 from kernels.warp import block_barrier, block_x, block_y, thread_index
 
 WARPS = 2 if SIMULATOR else 8
@@ -42,6 +27,10 @@ DEPTH = 32
 """Values of K that a warp takes at once: eight a lane, four lanes a row."""
 
 UNROLL = 2
+A, A_STRIDE, A_BATCH, DEPTH_OF_A = range(4)
+"""Positions of A's parameters."""
+B, B_STRIDE, B_BATCH, RANK, SCALE = range(5)
+"""Positions of a B's: its lines are the columns that it makes, ``RANK`` of them."""
 _MMA = {"bf16": tensor_core.mma_bf16, "f16": tensor_core.mma_f16}
 _u32 = np.uint32
 
@@ -84,39 +73,103 @@ def _multiplier(kind: str, column_tiles: int) -> Callable:
     return multiply
 
 
-@kernel_factory(
-    ("bf16", "bf16", 2, ()),
-    ("bf16", "bf16", 8, (("scale_column", "f32"),)),
-    ("f16", "f32", 1, (("bias", "f16"), ("gelu",))),
-)
-def matmul_narrow(kind: str, out: str, column_tiles: int, steps: tuple):
-    """Parameters: the result's, a tuple of the one segment's, the epilogue's; blocks along y are results of a batch.
-
-    A and B begin at, and their lines are apart by, multiples of eight elements; so is K.
-    """
-    element, finish = ELEMENTS[out], epilogue(steps)
-    store_one, one = element.store, finish.one
-    a_words, b_words, sum_count = 8 * ROW_TILES, 4 * column_tiles, 4 * ROW_TILES * column_tiles
-    all_a, all_b = UNROLL * a_words, UNROLL * b_words
-    fetch_a, fetch_b, multiply = _fetcher(2 * ROW_TILES, 8), _fetcher(column_tiles, 8), _multiplier(kind, column_tiles)
-    width, height = 8 * column_tiles, 16 * ROW_TILES
-    threads, partial = 32 * WARPS, 16 * ROW_TILES * 8 * column_tiles
+def _terms(tiles: tuple[int, ...]) -> tuple[Callable, Callable]:
+    """Device functions over all B: fetch their tiles; and the scale of a column, 0 for one that no B makes."""
 
     @device
-    def accumulate(sums, s, result, row0, batch, lane, number):
+    def nothing(words, at, terms, batch, g, k, depth):
+        pass
+
+    @device
+    def no_scale(terms, column):
+        return np.float32(0)
+
+    fetch, scale_of, position = nothing, no_scale, sum(tiles)
+    for number in reversed(range(len(tiles))):
+        position -= tiles[number]
+        fetch = _fetch_term(number, position, tiles[number], fetch)
+        scale_of = _scale_of_term(number, position, tiles[number], scale_of)
+    return fetch, scale_of
+
+
+def _fetch_term(number: int, position: int, count: int, rest: Callable) -> Callable:
+    fetch_rows = _fetcher(count, 8)
+
+    @device
+    def fetch(words, at, terms, batch, g, k, depth):
+        term = terms[number]
+        start = batch * term[B_BATCH]
+        fetch_rows(words, at + 4 * position, term[B], start, term[B_STRIDE], np.int64(0), term[RANK], g, k, depth)
+        rest(words, at, terms, batch, g, k, depth)
+
+    return fetch
+
+
+def _scale_of_term(number: int, position: int, count: int, rest: Callable) -> Callable:
+    first, end = np.int64(8 * position), np.int64(8 * (position + count))
+
+    @device
+    def scale_of(terms, column):
+        if column >= first and column < end:
+            return terms[number][SCALE] if column - first < terms[number][RANK] else np.float32(0)
+        return rest(terms, column)
+
+    return scale_of
+
+
+def _storer(out: str, steps: tuple, parts: int, width: int) -> Callable:
+    """A device function: one element, through the epilogue, as ``parts`` values of ``out`` that add up to it."""
+    element, one = ELEMENTS[out], epilogue(steps).one
+    store_one, rounded = element.store, element.rounded
+
+    @device
+    def store(result, value, batch, row, column, e):
+        at = batch * result[OUT_BATCH] + row * result[OUT_STRIDE] + column
+        value = one(value, batch, row, column, e)
+        store_one(result[OUT], at, value)
+        if parts == 2:
+            store_one(result[OUT], at + np.int64(width), value - rounded(value))
+
+    return store
+
+
+@kernel_factory(
+    ("bf16", "bf16", (2,), (), 1),
+    ("bf16", "bf16", (8,), (("scale_column", "f32"),), 1),
+    ("f16", "f32", (1,), (("bias", "f16"), ("gelu",)), 1),
+    ("bf16", "bf16", (2, 1, 2), (), 2),
+)
+def matmul_narrow(kind: str, out: str, tiles: tuple[int, ...], steps: tuple, parts: int):
+    """``tiles`` are groups of eight columns of each B, ``parts`` the values that a result is stored as.
+
+    Two parts: the rounded value, and 8 sum(tiles) columns further what rounding left; together as good as fp32.
+    Parameters: the result's, A's, a tuple of each B's, the epilogue's; blocks along y are results of a batch. A and B
+    begin at, and their lines are apart by, multiples of eight elements; so is K.
+    """
+    column_tiles = sum(tiles)
+    fetch_b, scale_of = _terms(tiles)
+    a_words, b_words, sum_count = 8 * ROW_TILES, 4 * column_tiles, 4 * ROW_TILES * column_tiles
+    all_a, all_b = UNROLL * a_words, UNROLL * b_words
+    fetch_a, multiply = _fetcher(2 * ROW_TILES, 8), _multiplier(kind, column_tiles)
+    width, height = 8 * column_tiles, 16 * ROW_TILES
+    threads, partial = 32 * WARPS, 16 * ROW_TILES * 8 * column_tiles
+    store = _storer(out, steps, parts, width)
+
+    @device
+    def accumulate(sums, left, terms, rows, row0, batch, lane, number):
         a = cuda.local.array(all_a, np.uint32)
         b = cuda.local.array(all_b, np.uint32)
         for i in range(sum_count):
             sums[i] = np.float32(0)
         g, own = np.int64(lane >> _u32(2)), np.int64((lane & _u32(3)) << _u32(3))
-        a_start, b_start = batch * s[A_BATCH], batch * s[B_BATCH]
-        turns = _u32((s[K] + np.int64(DEPTH * WARPS * UNROLL - 1)) // np.int64(DEPTH * WARPS * UNROLL))
+        depth, start = left[DEPTH_OF_A], batch * left[A_BATCH]
+        turns = _u32(_u32(depth + np.int64(DEPTH * WARPS * UNROLL - 1)) // _u32(DEPTH * WARPS * UNROLL))
         for turn in range(turns):
             for i in range(UNROLL):
                 chunk = np.int64(_u32(_u32(turn) * _u32(UNROLL) + _u32(i)) * _u32(WARPS) + number)
                 k = chunk * np.int64(DEPTH) + own
-                fetch_a(a, i * a_words, s[A], a_start, s[A_STRIDE], row0, result[ROWS], g, k, s[K])
-                fetch_b(b, i * b_words, s[B], b_start, s[B_STRIDE], np.int64(0), result[COLUMNS], g, k, s[K])
+                fetch_a(a, i * a_words, left[A], start, left[A_STRIDE], row0, rows, g, k, depth)
+                fetch_b(b, i * b_words, terms, batch, g, k, depth)
             for i in range(UNROLL):
                 multiply(sums, a, i * a_words, b, i * b_words)
 
@@ -131,14 +184,13 @@ def matmul_narrow(kind: str, out: str, column_tiles: int, steps: tuple):
                     value = sums[4 * (row_tile * column_tiles + column_tile) + i]
                     shared[at + _u32(row * width + column)] = value
 
-    def kernel(result, p, e):
+    def kernel(result, left, terms, e):
         shared = cuda.shared.array(0, np.float32, alignment=16)
         sums = cuda.local.array(sum_count, np.float32)
         thread = thread_index()
         lane, number = _u32(thread & _u32(31)), _u32(thread >> _u32(5))
         row0, batch = block_x() * np.int64(height), block_y()
-        s = p[0]
-        accumulate(sums, s, result, row0, batch, lane, number)
+        accumulate(sums, left, terms, result[ROWS], row0, batch, lane, number)
         park(shared, sums, lane, number)
         block_barrier()
         for turn in range(partial // threads + (partial % threads > 0)):
@@ -148,9 +200,12 @@ def matmul_narrow(kind: str, out: str, column_tiles: int, steps: tuple):
                 value = np.float32(0)
                 for other in range(WARPS):
                     value += shared[place + _u32(other * partial)]
-                value = one(value * s[SCALE], batch, row, column, e)
-                store_one(result[OUT], batch * result[OUT_BATCH] + row * result[OUT_STRIDE] + column, value)
+                scale = scale_of(terms, column)
+                store(result, np.float32(0) if scale == np.float32(0) else value * scale, batch, row, column, e)
 
-    parameters = (result_parameters(out), types.Tuple((segment_parameters(("NT", kind, kind)),)), finish.parameters)
+    pointer = ELEMENTS[kind].pointer
+    term = types.Tuple((pointer, i64, i64, i64, f32))
+    left = types.Tuple((pointer, i64, i64, i64))
+    parameters = (result_parameters(out), left, types.Tuple((term,) * len(tiles)), epilogue(steps).parameters)
     options = {"threads": threads, "shared_bytes": 4 * WARPS * partial, "min_blocks": 2 if column_tiles <= 4 else 1}
     return kernel, parameters, options

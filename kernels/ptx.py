@@ -104,7 +104,7 @@ def _code_generator(template: str, takes: tuple[str, ...], gives: str, pure: boo
         result = builder.call(
             ir.InlineAsm(function, template, ",".join(constraints), side_effect=not pure),
             values,
-            attrs=("convergent",) if ".sync" in template else (),
+            attrs=("convergent",) if ".sync" in template or ".aligned" in template else (),
         )
         if not gives:
             return context.get_dummy_value()

@@ -113,6 +113,12 @@ def cluster_barrier() -> None:
     cluster_collective()
 
 
+def shared_load_remote(address, rank):
+    """A word at the same shared address in another block of the cluster."""
+    block = current_thread().block.cluster[int(rank)]
+    return _dynamic(block)[_bytes_at(block, address, 4)].view(np.uint32)[0]
+
+
 def _swizzled(addresses: np.ndarray, span: int) -> np.ndarray:
     """Addresses with the 16-byte unit exchanged within ``span`` bytes, as TMA and wgmma do; 0 for not at all."""
     if span == 0:

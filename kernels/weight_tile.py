@@ -65,7 +65,7 @@ def _base_access(base: str | None, out: str, sources: tuple[Source, ...], tile: 
 
 
 @functools.cache
-def _requests(base, out, sources, tile) -> Callable:
+def requests(base, out, sources, tile) -> Callable:
     """``request_tile(shared, raw, slot0, thread, pointer, row, rows, column, columns)``: a lane's base in a tile.
 
     In a ragged weight, addresses outside are moved inside, so that loads need no branches, and stores are guarded.
@@ -99,30 +99,24 @@ def _tile_body(base, out, sources, sink, check, tile) -> Callable:
     return make(base, out, sources, sink, check and finish.stores, tile, finish)
 
 
-@functools.cache
-def _lane_place() -> Callable:
-    """``place()``: the thread, its lane, and its first row and column in a tile."""
-
-    @device
-    def place():
-        thread = warp.thread_index()
-        lane = np.uint32(thread & np.uint32(31))
-        row = np.uint32((thread >> np.uint32(5)) * np.uint32(16) + (lane >> np.uint32(2)))
-        return thread, lane, np.int64(row), np.int64((lane & np.uint32(3)) * np.uint32(8))
-
-    return place
+@device
+def lane_place():
+    """The thread, its lane, and its first row and column in a tile."""
+    thread = warp.thread_index()
+    lane = np.uint32(thread & np.uint32(31))
+    row = np.uint32((thread >> np.uint32(5)) * np.uint32(16) + (lane >> np.uint32(2)))
+    return thread, lane, np.int64(row), np.int64((lane & np.uint32(3)) * np.uint32(8))
 
 
 def _single_body(base, out, sources, sink, check, tile, finish) -> Callable:
-    lane_place = _lane_place()
     tile_rows, tile_columns = tile.rows, tile.columns
     every = summed(sources, tile)
     stage, hold, words_held = every.stage, every.hold, max(1, held_words(sources, tile))
     _, _, raw_words = _base_access(base, out, sources, tile)
-    request_tile = _requests(base, out, sources, tile)
+    request_tile = requests(base, out, sources, tile)
     begin, end = finish.begin, finish.end
-    all_groups = _group_chain(base, out, sources, sink, check, tile)
-    parked = tile.base == "shared"
+    all_groups = group_chain(base, out, sources, sink, check, tile)
+    parked, staged = tile.base == "shared", factor_elements(sources, tile) > 0
 
     @device
     def body(shared, tile_row, tile_column, base_pointer, out_pointer, rows, columns, walk, flag, p, sink_p):
@@ -139,7 +133,8 @@ def _single_body(base, out, sources, sink, check, tile, finish) -> Callable:
         begin(state, row, rows, lane, sink_p)
         if parked:
             memory.copy_async_wait_all()
-        warp.block_barrier()
+        if staged:
+            warp.block_barrier()
         place = (row, rows, lane_column, columns, thread, lane)
         trace = all_groups(np.uint32(0), shared, raw, np.uint32(0), held, state, out_pointer, place, p, sink_p)
         end(state, tile_column, row, rows, lane, sink_p)
@@ -150,13 +145,12 @@ def _single_body(base, out, sources, sink, check, tile, finish) -> Callable:
 
 
 def _walk_body(base, out, sources, sink, check, tile, finish) -> Callable:
-    lane_place = _lane_place()
     tile_rows, tile_columns, slots = tile.rows, tile.columns, ROWS_OF_LANE * tile.groups
     every = summed(sources, tile)
     stage, hold, words_held = every.stage, every.hold, max(1, held_words(sources, tile))
-    request_tile = _requests(base, out, sources, tile)
+    request_tile = requests(base, out, sources, tile)
     begin, end = finish.begin, finish.end
-    all_groups = _group_chain(base, out, sources, sink, check, tile)
+    all_groups = group_chain(base, out, sources, sink, check, tile)
     base_arrived = memory.copy_async_wait(1)
 
     @device
@@ -210,7 +204,7 @@ def _no_group(trace, shared, raw, slot0, held, state, out_pointer, place, p, sin
     return trace
 
 
-def _group_chain(base, out, sources, sink, check, tile) -> Callable:
+def group_chain(base, out, sources, sink, check, tile) -> Callable:
     """All groups of 32 columns, one after the other; unrolled, since registers cannot be indexed by a variable.
 
     ``place`` is where the lane is: row, rows, its first column, columns, thread, lane.

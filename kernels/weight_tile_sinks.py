@@ -1,8 +1,9 @@
 """What becomes of a tile of the delta.
 
-"delta" and "merge" store it, alone or added to the base. DoRA by row takes two launches: "norm" leaves each row's sum
-of squares over each tile, "dora" adds those up and applies the
-gain g: W + s (g (W + delta) - W) = ((1 - s) + s g) W + s g delta.
+"delta" and "merge" store it, alone or added to the base. DoRA by row takes two passes: "norm" leaves each row's sum of
+squares over each tile, "dora" adds those up and applies the gain g:
+W + s (g (W + delta) - W) = ((1 - s) + s g) W + s g delta. Each is a launch of its own here; where a cluster of blocks
+holds whole rows, `weight_tile_cluster.py` makes both passes in one.
 
 A sink is begin, accumulate (eight elements of the lane's i-th row) and end, with a number of state a row; ``stores``
 says whether it writes results. Its parameters are (partial sums, magnitude, tiles in a row, strength) for DoRA.
@@ -82,13 +83,19 @@ def _norm_sink(out_element: SimpleNamespace) -> SimpleNamespace:
     return SimpleNamespace(begin=begin, accumulate=accumulate, end=end, stores=False)
 
 
+@device
+def dora_gain(magnitude, squares):
+    """A row's gain, of its magnitude and its sum of squares."""
+    return magnitude / (np.float32(math.sqrt(squares)) + DORA_EPS)
+
+
 def _dora_sink(magnitude: str) -> Callable:
     load_magnitude = ELEMENTS[magnitude].load
 
     def make(out_element: SimpleNamespace) -> SimpleNamespace:
         @device
         def begin(state, row, rows, lane, p):
-            """Two lanes for each of the warp's 16 rows add up its tiles; the gain then goes to the lanes that need it."""
+            # Two lanes for each of the warp's 16 rows add up its tiles; the gain then goes to the lanes that need it.
             row_of_lane = np.uint32(lane >> np.uint32(2))
             own = min(row - np.int64(row_of_lane) + np.int64(lane >> np.uint32(1)), rows - np.int64(1))
             squares = np.float32(0)
@@ -101,7 +108,7 @@ def _dora_sink(magnitude: str) -> Callable:
                     squares += part if tile < tiles else np.float32(0)
                 first = np.uint32(first + np.uint32(16))
             squares = squares + warp.shuffle_xor(squares, np.uint32(1))
-            gain = p[3] * (load_magnitude(p[1], own) / (np.float32(math.sqrt(squares)) + DORA_EPS))
+            gain = p[3] * dora_gain(load_magnitude(p[1], own), squares)
             for i in range(ROWS_OF_LANE):
                 state[i] = warp.shuffle_from(gain, np.uint32(np.uint32(2) * row_of_lane + np.uint32(16 * i)))
                 state[ROWS_OF_LANE + i] = (np.float32(1) - p[3]) + state[i]

@@ -26,6 +26,16 @@ from plans.hyper_connection_split_backward import (
     HyperConnectionPreBackwardPlan,
 )
 from plans.layout import Conversion, LayoutDescriptor, LayoutPlan
+from plans.matmul import (
+    Bias,
+    Gate,
+    LowRankTerm,
+    MatmulDescriptor,
+    MatmulPlan,
+    Segment,
+    SegmentedMatmulDescriptor,
+    SegmentedMatmulPlan,
+)
 from plans.sinkhorn import (
     SinkhornBackwardDescriptor,
     SinkhornBackwardPlan,
@@ -65,6 +75,19 @@ EXAMPLES: tuple[tuple[type[Plan], str, object], ...] = (
         WeightPlan,
         "LoCon's delta in FLAME layout",
         _linear(_LOW_RANK, base=None, sink=Sink.DELTA, layout=WeightLayout.FLAME),
+    ),
+    (MatmulPlan, "linear, 4096 tokens, 3072x3072", MatmulDescriptor(4096, 3072, 3072, epilogue=(Bias(),))),
+    (MatmulPlan, "SwiGLU, 4096 tokens, 2 x 8192x3072", MatmulDescriptor(4096, 16384, 3072, epilogue=(Gate("silu"),))),
+    (MatmulPlan, "gradient of a weight, 3072x3072", MatmulDescriptor(3072, 3072, 4096, "TN", out=_F32)),
+    (
+        SegmentedMatmulPlan,
+        "linear with LoCon, 4096 tokens, 3072x3072, rank 16",
+        SegmentedMatmulDescriptor(4096, 3072, (Segment(3072), Segment(16))),
+    ),
+    (
+        SegmentedMatmulPlan,
+        "linear with LoCon, 1 token, 4096x4096, rank 16",
+        SegmentedMatmulDescriptor(1, 4096, (Segment(4096),), low_rank=(LowRankTerm(16),)),
     ),
     (CastPlan, "bf16 to fp32", CastDescriptor(3072 * 3072, _BF16, _F32)),
     (LayoutPlan, "NHWC to NCHW", LayoutDescriptor((2, 64, 64, 320), _BF16, Conversion.TO_NCHW)),

@@ -24,7 +24,6 @@ from plans.core import (
     BackendKind,
     Device,
     ElementKind,
-    MathPrecision,
     OpCategory,
     Operand,
     Plan,
@@ -35,9 +34,17 @@ from plans.core import (
     Workspace,
 )
 from plans.core.plan import Arguments
-from plans.hyper_connection_common import check_streams, refuses_kinds, static_operands, weight_line, weights_count
+from plans.hyper_connection_common import (
+    check_streams,
+    fp32_guarantee,
+    refuses_kinds,
+    static_operands,
+    weight_line,
+    weights_count,
+)
 from plans.hyper_connection_math import Projection, aggregate_of, mixed_of, weights_of
-from plans.sinkhorn import SinkhornDescriptor, SinkhornMode, check_sinkhorn, sinkhorn_units
+from plans.hyper_connection_stream import ALIGNMENT, StaticStreamProgram, refuses_stream, stream_units
+from plans.sinkhorn import SinkhornDescriptor, SinkhornMode, check_sinkhorn, sinkhorn_units, units_by_thread
 
 _F32 = ElementKind.F32
 
@@ -137,14 +144,22 @@ def refuses(descriptor: HyperConnectionDescriptor) -> str:
 
 def _guarantee(descriptor: HyperConnectionDescriptor) -> PrecisionGuarantee:
     n, squares = descriptor.n_streams, -(-descriptor.hidden_dim // kernel.THREADS)
-    return PrecisionGuarantee(
-        math_precision=MathPrecision.F32,
-        accumulator=_F32,
-        deterministic=True,
-        bit_stable_on_same_hardware=True,
-        rounding_units=sinkhorn_units(descriptor.sinkhorn) + 2 * (n + 8) + (squares + 16) / 2 + 12,
-        derivation="M's own error; sums over n streams of products with sigmoids (n + 8, in a and again in the root); "
+    return fp32_guarantee(
+        sinkhorn_units(descriptor.sinkhorn) + 2 * (n + 8) + (squares + 16) / 2 + 12,
+        "M's own error; sums over n streams of products with sigmoids (n + 8, in a and again in the root); "
         "half the sum of squares' roundings (a thread's channels and 16); the root, two products and the sums 12",
+    )
+
+
+def _refuses_stream(d: HyperConnectionDescriptor) -> str:
+    return refuses_stream(d.sinkhorn, d.n_streams, d.n_streams, d.hidden_dim, d.batch, element=d.element, gamma=d.gamma)
+
+
+def _stream_guarantee(d: HyperConnectionDescriptor) -> PrecisionGuarantee:
+    return fp32_guarantee(
+        units_by_thread(d.sinkhorn) + 16 + stream_units(d.element, d.n_streams, d.n_streams, d.hidden_dim),
+        "M's own error; sigmoids 8 each in a and the root; sums over streams in a and again in the root; half the sum "
+        "of squares' roundings (a thread's channels, a warp, the block's warps); the root, products and sums 14",
     )
 
 
@@ -171,6 +186,16 @@ class HyperConnectionPlan(Plan):
 
     name = "hyper-connection"
     skus = (
+        Sku(
+            name="stream",
+            backend=BackendKind.VECTOR,
+            arch=ArchSku.SM80,
+            refuses=_refuses_stream,
+            guarantee=_stream_guarantee,
+            build=StaticStreamProgram,
+            workspace=lambda d: 4 * weights_count(d.n_streams),
+            alignment=ALIGNMENT,
+        ),
         Sku(
             name="portable",
             backend=BackendKind.PORTABLE,

@@ -52,7 +52,9 @@ from plans.hyper_connection_dynamic import (
     weight_units,
 )
 from plans.hyper_connection_math import Pair, Projection, aggregate_of, mixed_of, weights_of
-from plans.sinkhorn import SinkhornDescriptor, SinkhornMode, check_sinkhorn, sinkhorn_units
+from plans.hyper_connection_stream import ALIGNMENT, StaticWeights, Stream, refuses_stream
+from plans.hyper_connection_stream import stream_units as fast_stream_units
+from plans.sinkhorn import SinkhornDescriptor, SinkhornMode, check_sinkhorn, sinkhorn_units, units_by_thread
 
 _F32 = ElementKind.F32
 
@@ -215,8 +217,60 @@ def _pre_guarantee(d: HyperConnectionPreDescriptor) -> PrecisionGuarantee:
     )
 
 
+def _pre_stream_guarantee(d: HyperConnectionPreDescriptor) -> PrecisionGuarantee:
+    # The reference counts M's error as sinkhorn_units over the portable kernel's other units.
+    ratio = units_by_thread(d.sinkhorn) / sinkhorn_units(d.sinkhorn)
+    n = d.n_streams
+    return fp32_guarantee(
+        max(_pre_units(d) * max(1.0, ratio), fast_stream_units(d.element, n, n, d.hidden_dim)),
+        "as the portable kernels', M's error with a reciprocal and a product a step instead of a division; sums over "
+        "streams, and half the sum of squares' roundings",
+    )
+
+
 def _post_guarantee(d: HyperConnectionPostDescriptor) -> PrecisionGuarantee:
     return fp32_guarantee(d.n_streams + 3, "a sum over n streams, and the update's product and sum")
+
+
+def _refuses_pre_stream(d: HyperConnectionPreDescriptor) -> str:
+    if d.projection is not None:
+        return "takes a static H"
+    n = d.n_streams
+    return refuses_stream(d.sinkhorn, n, n, d.hidden_dim, d.batch, element=d.element, gamma=d.gamma)
+
+
+def _refuses_post_stream(d: HyperConnectionPostDescriptor) -> str:
+    return refuses_stream(None, d.n_streams, d.n_streams + 1, d.hidden_dim, d.batch, element=d.element)
+
+
+class _PreStream:
+    """Two launches: the mixing weights, then every sample's aggregate."""
+
+    def __init__(self, descriptor: HyperConnectionPreDescriptor, device: Device) -> None:
+        self.descriptor = d = descriptor
+        self.weigh = StaticWeights(d.mode, d.n_streams, d.sinkhorn_iters, d.eps)
+        self.stream = Stream("pre", d.element, d.gamma, d.shape, False, device)
+
+    def bind(self, args: NamedArguments, workspace: Workspace) -> list[tuple[Callable, tuple]]:
+        """Both launches."""
+        d, mixing = self.descriptor, args["mixing"]
+        gamma = args["rmsnorm_weight"] if d.norm else None
+        return [
+            self.weigh.bind(*(args[operand.name] for operand in d.parameters), mixing),
+            self.stream.bind(args["x_expanded"], mixing, args["aggregate"], d.eps, gamma),
+        ]
+
+
+class _PostStream:
+    """One launch."""
+
+    def __init__(self, descriptor: HyperConnectionPostDescriptor, device: Device) -> None:
+        d = descriptor
+        self.stream = Stream("post", d.element, None, d.shape, d.per_sample, device)
+
+    def bind(self, args: NamedArguments, workspace: Workspace) -> list[tuple[Callable, tuple]]:
+        """The launch."""
+        return [self.stream.bind(args["x_expanded"], args["mixing"], args["out"], 0.0, y=args["update"])]
 
 
 class _PrePortable:
@@ -270,6 +324,15 @@ class HyperConnectionPrePlan(Plan):
     name = "hyper-connection pre"
     skus = (
         Sku(
+            name="stream",
+            backend=BackendKind.VECTOR,
+            arch=ArchSku.SM80,
+            refuses=_refuses_pre_stream,
+            guarantee=_pre_stream_guarantee,
+            build=_PreStream,
+            alignment=ALIGNMENT,
+        ),
+        Sku(
             name="portable",
             backend=BackendKind.PORTABLE,
             arch=ArchSku.ANY,
@@ -286,6 +349,15 @@ class HyperConnectionPostPlan(Plan):
 
     name = "hyper-connection post"
     skus = (
+        Sku(
+            name="stream",
+            backend=BackendKind.VECTOR,
+            arch=ArchSku.SM80,
+            refuses=_refuses_post_stream,
+            guarantee=_post_guarantee,
+            build=_PostStream,
+            alignment=ALIGNMENT,
+        ),
         Sku(
             name="portable",
             backend=BackendKind.PORTABLE,

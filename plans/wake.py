@@ -33,5 +33,5 @@ def _retain_context(ordinal: int) -> None:
     except OSError:
         return
     device, context = ctypes.c_int(), ctypes.c_void_p()
-    if driver.cuInit(0) == 0 and driver.cuDeviceGet(ctypes.byref(device), ordinal) == 0:
+    if driver.cuInit(0) == 0 and driver.cuDeviceGet(ctypes.byref(device), ctypes.c_int(ordinal)) == 0:
         driver.cuDevicePrimaryCtxRetain(ctypes.byref(context), device)

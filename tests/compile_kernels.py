@@ -69,6 +69,27 @@ EXPECTED: dict[str, tuple[tuple[str, str], ...]] = {
         ("", r"LDG\.E\..*128"),
         ("", r"STG\.E\..*128"),
     ),
+    "kernels.matmul_mma.matmul_mma": (
+        ("bf16", r"HMMA\.16816\.F32\.BF16"),
+        ("kind='f16'", r"HMMA\.16816\.F32\b"),
+        ("layout='NT'", r"LDSM\.16\.M88\.4"),
+        ("layout='(TN|TT|NN)'", r"LDSM\.16\.MT88\.4"),
+        ("a_vector=8", r"LDGSTS\.E\..*128"),
+        ("wide=True", r"STG\.E\..*128"),
+    ),
+    "kernels.matmul_mma.matmul_mma_grouped": (("", r"HMMA\.16816\.F32"), ("", r"LDGSTS\.E\..*128")),
+    "kernels.matmul_skinny.matmul_skinny": (
+        ("", r"HMMA\.16816\.F32"),
+        ("", r"LDG\.E\..*128"),
+        ("wide=True", r"STG\.E\..*128"),
+    ),
+    "kernels.weight_tile_cluster.dora_cluster": (
+        ("", r"HMMA\.16816\.F32"),
+        ("", r"LDSM\.16\.MT88\.4"),
+        ("", r"LDGSTS\.E\..*128"),
+        ("", r"STG\.E\..*128"),
+        ("", r"UCGABAR_ARV"),
+    ),
     "kernels.kronecker.kronecker_merge": (("", r"LDG\.E\..*128"), ("", r"STG\.E\..*128")),
     "kernels.kronecker.kronecker_merge_grouped": (("", r"LDG\.E\..*128"), ("", r"STG\.E\..*128")),
 }

@@ -1,8 +1,8 @@
 """Whole models in two families' names: an adapter for every weight of the one covers every row of the other, once.
 
-Layers are listed as the models' own code has them, not from the table that is tested: Flux.1 (black-forest-labs/flux
-`model.py`, diffusers `FluxTransformer2DModel`), SD3.5 (Stability `mmditx.py`, diffusers `SD3Transformer2DModel`), CLIP
-(open_clip `transformer.py`, transformers `CLIPTextModelWithProjection`).
+Layers are listed as the models' own code has them, not from the table that is tested: Flux.1 and Flux.2 (Black Forest
+Labs' `model.py`, diffusers `FluxTransformer2DModel` and `Flux2Transformer2DModel`), SD3.5 (Stability `mmditx.py`,
+diffusers `SD3Transformer2DModel`), CLIP (open_clip `transformer.py`, transformers `CLIPTextModelWithProjection`).
 """
 
 from __future__ import annotations
@@ -94,6 +94,51 @@ FLUX_DIFFUSERS = {
             **linears("proj_out", 1, 5),
             **norms("attn.norm_q attn.norm_k"),
         },
+    ),
+}
+
+FLUX2_SINGLE_FILE = {
+    **linears("img_in txt_in time_in.in_layer time_in.out_layer guidance_in.in_layer guidance_in.out_layer", 1),
+    **linears("double_stream_modulation_img.lin double_stream_modulation_txt.lin", 6),
+    **linears("single_stream_modulation.lin final_layer.linear", 3),
+    **linears("final_layer.adaLN_modulation.1", 2),
+    **blocks(
+        "double_blocks",
+        {
+            **linears("img_attn.qkv txt_attn.qkv", 3),
+            **linears("img_attn.proj txt_attn.proj", 1),
+            **linears("img_mlp.0 txt_mlp.0", 6),
+            **linears("img_mlp.2 txt_mlp.2", 1, 3),
+            **norms("img_attn.norm.query_norm.scale img_attn.norm.key_norm.scale"),
+            **norms("txt_attn.norm.query_norm.scale txt_attn.norm.key_norm.scale"),
+        },
+    ),
+    **blocks(
+        "single_blocks",
+        {**linears("linear1", 9), **linears("linear2", 1, 4), **norms("norm.query_norm.scale norm.key_norm.scale")},
+    ),
+}
+
+FLUX2_DIFFUSERS = {
+    **linears("x_embedder context_embedder", 1),
+    **{f"time_guidance_embed.{name}": shape for name, shape in EMBEDDERS.items()},
+    **linears("time_guidance_embed.guidance_embedder.linear_1 time_guidance_embed.guidance_embedder.linear_2", 1),
+    **linears("double_stream_modulation_img.linear double_stream_modulation_txt.linear", 6),
+    **linears("single_stream_modulation.linear proj_out", 3),
+    **linears("norm_out.linear", 2),
+    **blocks(
+        "transformer_blocks",
+        {
+            **linears("attn.to_q attn.to_k attn.to_v attn.add_q_proj attn.add_k_proj attn.add_v_proj", 1),
+            **linears("attn.to_out.0 attn.to_add_out", 1),
+            **linears("ff.linear_in ff_context.linear_in", 6),
+            **linears("ff.linear_out ff_context.linear_out", 1, 3),
+            **norms("attn.norm_q attn.norm_k attn.norm_added_q attn.norm_added_k"),
+        },
+    ),
+    **blocks(
+        "single_transformer_blocks",
+        {**linears("attn.to_qkv_mlp_proj", 9), **linears("attn.to_out", 1, 4), **norms("attn.norm_q attn.norm_k")},
     ),
 }
 
@@ -194,6 +239,7 @@ def adapter(folder, model: Shapes, prefix: str, underscored: bool):
 
 
 FLUX, SD3 = (FLUX_SINGLE_FILE, FLUX_DIFFUSERS), (SD3_SINGLE_FILE, SD3_DIFFUSERS)
+FLUX2 = (FLUX2_SINGLE_FILE, FLUX2_DIFFUSERS)
 SDXL_SECOND = "conditioner.embedders.1.model."
 CASES = {
     "diffusers Flux over a single file": (FLUX[1], "transformer.", False, FLUX[0], "model.diffusion_model."),
@@ -201,6 +247,9 @@ CASES = {
     "PEFT-like Flux over a single file": (FLUX[1], "", False, FLUX[0], "model.diffusion_model."),
     "kohya Flux over diffusers": (FLUX[0], "lora_unet_", True, FLUX[1], ""),
     "ComfyUI Flux over diffusers": (FLUX[0], "diffusion_model.", False, FLUX[1], "transformer."),
+    "diffusers Flux.2 over a single file": (FLUX2[1], "transformer.", False, FLUX2[0], ""),
+    "kohya Flux.2 over diffusers": (FLUX2[0], "lora_unet_", True, FLUX2[1], ""),
+    "LyCORIS Flux.2 over a single file": (FLUX2[1], "lycoris_", True, FLUX2[0], "model.diffusion_model."),
     "diffusers SD3 over a single file": (SD3[1], "transformer.", False, SD3[0], "model.diffusion_model."),
     "kohya SD3 over diffusers": (SD3[0], "lora_unet_", True, SD3[1], ""),
     "kohya over SDXL's second text encoder": (CLIP, "lora_te2_", True, OPEN_CLIP, SDXL_SECOND),

@@ -12,7 +12,7 @@ from plans.matmul import (
     Activation,
     Bias,
     Gate,
-    LowRank,
+    LowRankTerm,
     MatmulDescriptor,
     Residual,
     RowScale,
@@ -71,10 +71,10 @@ def test_segments_strides_and_batches(device, poisoned, rng):
 @pytest.mark.parametrize(
     ("m", "ks", "terms", "scales"),
     [
-        (1, (64,), (LowRank(16),), (1.0,)),
-        (4, (72,), (LowRank(8), LowRank(16), LowRank(24)), (0.5, -1.0, 0.5)),
-        (3, (40, 24), (LowRank(8, of=1), LowRank(16, of=0), LowRank(8, of=1)), (1.0, 0.0, -0.5)),
-        (16, (136,), (LowRank(32),), (-1.0,)),
+        (1, (64,), (LowRankTerm(16),), (1.0,)),
+        (4, (72,), (LowRankTerm(8), LowRankTerm(16), LowRankTerm(24)), (0.5, -1.0, 0.5)),
+        (3, (40, 24), (LowRankTerm(8, of=1), LowRankTerm(16, of=0), LowRankTerm(8, of=1)), (1.0, 0.0, -0.5)),
+        (16, (136,), (LowRankTerm(32),), (-1.0,)),
     ],
 )
 def test_low_rank_terms(device, poisoned, rng, m, ks, terms, scales, backend):
@@ -89,13 +89,13 @@ def test_low_rank_terms(device, poisoned, rng, m, ks, terms, scales, backend):
 
 def test_low_rank_terms_of_batches(device, poisoned, rng):
     for backend in (SKINNY, PORTABLE):
-        descriptor = SegmentedMatmulDescriptor(2, 24, (Segment(24),), batch=3, low_rank=(LowRank(8),))
+        descriptor = SegmentedMatmulDescriptor(2, 24, (Segment(24),), batch=3, low_rank=(LowRankTerm(8),))
         check(device, poisoned, rng, descriptor, None, (0.5,), backend)
 
 
 def test_a_term_of_scale_zero_is_left_out_whatever_it_holds(device, poisoned, rng):
     for backend in (SKINNY, PORTABLE):
-        descriptor = SegmentedMatmulDescriptor(2, 24, (Segment(24),), low_rank=(LowRank(8), LowRank(8)))
+        descriptor = SegmentedMatmulDescriptor(2, 24, (Segment(24),), low_rank=(LowRankTerm(8), LowRankTerm(8)))
         problem = make(device, descriptor, gaussian(rng), low_rank_scales=(0.0, 1.0))
         nan = make(device, descriptor, lambda shape: np.full(shape, np.nan))
         problem.args.low_rank = (nan.args.low_rank[0], problem.args.low_rank[1])
@@ -110,11 +110,11 @@ def test_a_term_of_scale_zero_is_left_out_whatever_it_holds(device, poisoned, rn
         (MatmulDescriptor(1, 8, 12), "wants k and strides in multiples of 8 elements, found 12"),
         (MatmulDescriptor(1, 8, 8, a=F32), "wants A and B of all segments bf16 or all fp16, found f32 and bf16"),
         (
-            SegmentedMatmulDescriptor(1, 8, (Segment(8),), low_rank=(LowRank(4),)),
+            SegmentedMatmulDescriptor(1, 8, (Segment(8),), low_rank=(LowRankTerm(4),)),
             "wants low-rank terms of bf16 with ranks in multiples of 8",
         ),
         (
-            SegmentedMatmulDescriptor(1, 8, (Segment(8),), low_rank=(LowRank(1024),)),
+            SegmentedMatmulDescriptor(1, 8, (Segment(8),), low_rank=(LowRankTerm(1024),)),
             "the low-rank terms need .* bytes of shared memory",
         ),
     ],
@@ -126,7 +126,11 @@ def test_refusals(device, descriptor, message):
 
 
 def test_terms_that_name_no_segment_are_refused():
-    for term, segment in ((LowRank(0), Segment(8)), (LowRank(8, of=1), Segment(8)), (LowRank(8), Segment(8, "TN"))):
+    for term, segment in (
+        (LowRankTerm(0), Segment(8)),
+        (LowRankTerm(8, of=1), Segment(8)),
+        (LowRankTerm(8), Segment(8, "TN")),
+    ):
         with pytest.raises(InvalidProblem, match="wanted a positive rank and a segment with A stored"):
             SegmentedMatmulDescriptor(1, 8, (segment,), low_rank=(term,))
 

@@ -18,7 +18,8 @@ class Driver:
 
     def __getattr__(self, name):
         def call(*arguments):
-            self.calls.append((name, *(a for a in arguments if isinstance(a, int))))
+            numbers = [argument.value for argument in arguments if isinstance(argument, ctypes.c_int)]
+            self.calls.append((name, *numbers))
             return self.status
 
         return call
@@ -42,7 +43,7 @@ def woken(monkeypatch):
     return wake_with
 
 
-@pytest.mark.parametrize(("which", "ordinal"), [("auto", 0), ("cuda:0", 0), ("cuda:3", 3)])
+@pytest.mark.parametrize(("which", "ordinal"), [("auto", 0), ("cuda:0", 0), ("cuda:3", 3), (f"cuda:{1 << 70}", 0)])
 def test_a_context_is_made_for_the_device(woken, which, ordinal):
     calls = woken(Driver(), which)
     assert [name for name, *_ in calls] == ["cuInit", "cuDeviceGet", "cuDevicePrimaryCtxRetain"]
@@ -50,7 +51,7 @@ def test_a_context_is_made_for_the_device(woken, which, ordinal):
 
 
 def test_a_driver_that_does_not_start_is_left_alone(woken):
-    assert woken(Driver(status=100)) == [("cuInit", 0)]
+    assert woken(Driver(status=100)) == [("cuInit",)]
 
 
 @pytest.mark.parametrize(("which", "environment"), [("simulator", {}), ("auto", {"NUMBA_ENABLE_CUDASIM": "1"})])

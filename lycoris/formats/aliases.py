@@ -1,7 +1,7 @@
 """Layers that two families of checkpoints name differently, and that one of them may store fused.
 
 `ALIASES` is the table: a single-file layer is the rows of one or more diffusers (or transformers) layers, one after
-the other. Sources: diffusers 0.42.1 `scripts/convert_{flux,sd3}_to_diffusers.py`, `loaders/single_file_utils.py`
+the other. Sources: diffusers 0.42.1 `scripts/convert_{flux,flux2,sd3}_to_diffusers.py`, `loaders/single_file_utils.py`
 (OpenCLIP), ComfyUI `comfy/utils.py` (`flux_to_diffusers`, `mmdit_to_diffusers`, `clip_text_transformers_convert`).
 """
 
@@ -87,7 +87,7 @@ def _block(whole: str, part: str, layers: Mapping[str, str]) -> Iterator[Alias]:
 
 
 ALIASES: tuple[Alias, ...] = (
-    # Flux: Black Forest Labs' names, diffusers' names.
+    # Flux.1: Black Forest Labs' names, diffusers' names.
     *_block(
         "double_blocks.{}.",
         "transformer_blocks.{}.",
@@ -136,6 +136,35 @@ ALIASES: tuple[Alias, ...] = (
             "vector_in.out_layer": "time_text_embed.text_embedder.linear_2",
             "guidance_in.in_layer": "time_text_embed.guidance_embedder.linear_1",
             "guidance_in.out_layer": "time_text_embed.guidance_embedder.linear_2",
+        },
+    ),
+    # Flux.2, where it differs.
+    *_block(
+        "double_blocks.{}.",
+        "transformer_blocks.{}.",
+        {
+            "img_mlp.0": "ff.linear_in",
+            "img_mlp.2": "ff.linear_out",
+            "txt_mlp.0": "ff_context.linear_in",
+            "txt_mlp.2": "ff_context.linear_out",
+        },
+    ),
+    *_block(
+        "single_blocks.{}.",
+        "single_transformer_blocks.{}.",
+        {"linear1": "attn.to_qkv_mlp_proj", "linear2": "attn.to_out"},
+    ),
+    *_block(
+        "",
+        "",
+        {
+            "time_in.in_layer": "time_guidance_embed.timestep_embedder.linear_1",
+            "time_in.out_layer": "time_guidance_embed.timestep_embedder.linear_2",
+            "guidance_in.in_layer": "time_guidance_embed.guidance_embedder.linear_1",
+            "guidance_in.out_layer": "time_guidance_embed.guidance_embedder.linear_2",
+            "double_stream_modulation_img.lin": "double_stream_modulation_img.linear",
+            "double_stream_modulation_txt.lin": "double_stream_modulation_txt.linear",
+            "single_stream_modulation.lin": "single_stream_modulation.linear",
         },
     ),
     # Stable Diffusion 3: Stability's names, diffusers' names.

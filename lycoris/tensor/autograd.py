@@ -114,6 +114,23 @@ def backward(
     _walk(_seeds("backward", tensors, gradients), retain_graph, None)
 
 
+def backward_of(tensor: Tensor, gradient: Tensor | None = None, *, retain_graph: bool = False) -> None:
+    """Add d(tensor) / d(leaf), weighted by ``gradient`` (1 for a single number), to the leaves' ``grad``."""
+    backward([tensor], None if gradient is None else [gradient], retain_graph=retain_graph)
+
+
+def register_hook(tensor: Tensor, hook: Callable[[Tensor], Tensor | None]) -> Callable[[], None]:
+    """Call ``hook`` with the gradient of this tensor whenever it is known; what it returns replaces it.
+
+    Returns a function that removes the hook. Raises RefusedInput where no gradient is asked for.
+    """
+    if not tensor.requires_grad:
+        raise RefusedInput("register_hook: the tensor requires no gradient; call requires_grad_() first")
+    hooks = edge(tensor).hooks
+    hooks.append(hook)
+    return lambda: hooks.remove(hook)
+
+
 def grad(
     tensors: Sequence[Tensor] | Tensor,
     inputs: Sequence[Tensor],
@@ -135,8 +152,6 @@ def grad(
 
 
 def _seeds(operation: str, tensors: Sequence[Tensor], gradients: Sequence[Tensor] | None) -> list[tuple[Node, Tensor]]:
-    from lycoris.tensor.creation import ones
-
     made = []
     for number, tensor in enumerate(tensors):
         if not tensor.requires_grad:
@@ -147,7 +162,7 @@ def _seeds(operation: str, tensors: Sequence[Tensor], gradients: Sequence[Tensor
                 raise RefusedInput(
                     f"{operation}: a tensor of shape {tensor.shape} needs a gradient, or reduce it first"
                 )
-            gradient = ones(tensor.shape, tensor.kind, tensor.device)
+            gradient = tensor.detach().full_like(1)
         elif gradient.shape != tensor.shape:
             raise RefusedInput(f"{operation}: gradient of shape {gradient.shape}, wanted the tensor's, {tensor.shape}")
         made.append((edge(tensor), gradient))
@@ -168,7 +183,7 @@ class _Sum:
     def add(self, other: Tensor) -> None:
         """One more."""
         if self.single:
-            self.value, self.own, self.single = pointwise.add_f32(self.value, other), True, False
+            self.value, self.own, self.single = self.value.add(other, kind=ElementKind.F32), True, False
         else:
             self.value.add_(other)
 
@@ -268,6 +283,3 @@ def checkpoint(fn: Callable[..., Tensor], *args: Tensor) -> Tensor:
         return [None if e is None or a.grad is None else a.grad.to(e.kind) for e, a in zip(edges, inner, strict=True)]
 
     return record("checkpoint", out, args, args, pull)
-
-
-from lycoris.tensor import pointwise  # noqa: E402  (it needs what is above)

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Sequence
 
 import numpy as np
 
-from lycoris.buffers import DeviceArray, stream_of
+from lycoris.buffers import DeviceArray
 from lycoris.errors import RefusedInput
-from lycoris.tensor import autograd, pointwise
-from lycoris.tensor.tensor import FLOATS, Storage, Tensor, empty, run
+from lycoris.tensor import autograd, launch
+from lycoris.tensor.launch import F32, empty, run
+from lycoris.tensor.tensor import FLOATS, Storage, Tensor
 from plans.core import Device, ElementKind
-from plans.expression import leaf
 from plans.random import (
     Distribution,
     DropoutArgs,
@@ -24,17 +23,12 @@ from plans.random import (
     RandomPlan,
 )
 
-F32 = ElementKind.F32
-
 
 def zeros(
     shape: Sequence[int], kind: ElementKind = F32, device: Device | None = None, *, requires_grad: bool = False
 ) -> Tensor:
     """All elements zero."""
-    out = empty(shape, kind, device)
-    if out.size:
-        out.device.fill(out.storage.buffer, 0, stream_of(out.device))
-    return out.requires_grad_(requires_grad)
+    return launch.zeros(shape, kind, device).requires_grad_(requires_grad)
 
 
 def full(
@@ -48,9 +42,7 @@ def full(
     """All elements ``value``."""
     if kind not in FLOATS:
         return from_numpy(np.full(shape, value, kind.values), device)
-    out = empty(shape, kind, device)
-    pointwise.launch((leaf(0),), (), (float(value),), [out])
-    return out.requires_grad_(requires_grad)
+    return launch.filled(shape, value, kind, device).requires_grad_(requires_grad)
 
 
 def ones(
@@ -71,7 +63,10 @@ def arange(
 def from_numpy(
     array: np.ndarray, device: Device | None = None, kind: ElementKind | None = None, *, requires_grad: bool = False
 ) -> Tensor:
-    """A copy on the device of a float32, float16, bfloat16 (ml_dtypes), int32 or int64 array; rounded once to ``kind``."""
+    """A copy on the device of a float32, float16, bfloat16 (ml_dtypes), int32 or int64 array.
+
+    With ``kind``, of an array of any numbers, rounded to it once. Raises RefusedInput for other arrays.
+    """
     array = np.asarray(array)
     if kind is None and array.dtype == np.float64:
         raise RefusedInput("from_numpy: an array of float64; say the kind, for example ElementKind.F32")
@@ -101,7 +96,6 @@ class Generator:
         return self.seed, self.number - 1
 
 
-_unseeded = itertools.count()
 _default = Generator()
 
 
@@ -164,9 +158,9 @@ def randn(
 
 
 def dropout(x: Tensor, p: float = 0.5, *, seed: int | None = None, generator: Generator | None = None) -> Tensor:
-    """Zeros with probability p, the others times 1 / (1 - p). The way back draws the same numbers again; no mask is kept.
+    """Zeros with probability p, the others times 1 / (1 - p).
 
-    Raises RefusedInput unless 0 <= p < 1.
+    The way back draws the same numbers again; no mask is kept. Raises RefusedInput unless 0 <= p < 1.
     """
     if not 0 <= p < 1:
         raise RefusedInput(f"dropout: p is {p}, wanted 0 up to, not including, 1")
@@ -178,7 +172,7 @@ def dropout(x: Tensor, p: float = 0.5, *, seed: int | None = None, generator: Ge
 
 
 def _dropped(x: Tensor, p: float, stream: tuple[int, int], kind: ElementKind) -> Tensor:
-    source = x if x.contiguous_ and x.aligned else x.clone()
+    source = x if x.contiguous_ and x.aligned else launch.converted(x, x.kind)
     out = empty(x.shape, kind, x.device)
     count = math.prod(x.shape)
     plan = DropoutPlan.select(None, DropoutDescriptor(count, x.kind, kind), device=x.device)

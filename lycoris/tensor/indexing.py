@@ -6,13 +6,12 @@ import math
 from collections.abc import Sequence
 
 from lycoris.errors import RefusedInput
-from lycoris.tensor import autograd, creation, pointwise, views
+from lycoris.tensor import autograd, views
+from lycoris.tensor.launch import F32, compact, converted, empty, run, same_device, shaped, zeros
 from lycoris.tensor.reductions import normal_axes
-from lycoris.tensor.tensor import FLOATS, Shape, Tensor, empty, run, same_device
+from lycoris.tensor.tensor import FLOATS, Shape, Tensor
 from plans.core import ElementKind
 from plans.movement import TakeArgs, TakeBackwardDescriptor, TakeBackwardPlan, TakeDescriptor, TakePlan
-
-F32 = ElementKind.F32
 
 
 def index_select(x: Tensor, axis: int, index: Tensor) -> Tensor:
@@ -43,32 +42,28 @@ def _take(name: str, x: Tensor, at: int, index: Tensor, shape: Shape, elementwis
     if index.kind not in (ElementKind.I32, ElementKind.I64):
         raise RefusedInput(f"{name}: an index of {index.kind.value}, wanted i32 or i64")
     device = same_device(name, (x, index))
-    source, place = pointwise.contiguous(x.detach()), pointwise.contiguous(index)
+    source, place = compact(x.detach()), compact(index)
     outer, n, inner = math.prod(x.shape[:at]), x.shape[at], math.prod(x.shape[at + 1 :])
     extents = (outer, n, shape[at], inner)
     out = empty(shape, x.kind, device)
     descriptor = TakeDescriptor(*extents, x.kind, index.kind, elementwise)
-    place = Tensor(place.storage, descriptor.index_operand.shape, place.kind, offset=place.offset)
+    place = shaped(place, descriptor.index_operand.shape)
     run(
         TakePlan.select(None, descriptor, device=device),
-        TakeArgs(_as(out, descriptor.out_shape).mut(), _as(source, (outer, n, inner)).ref(), place.ref()),
+        TakeArgs(shaped(out, descriptor.out_shape).mut(), shaped(source, (outer, n, inner)).ref(), place.ref()),
     )
     if not autograd.wanted((x,)) or x.kind not in FLOATS:
         return out
     before = x.shape
 
     def pull(g: Tensor, edges: Sequence[autograd.Node | None]) -> list[Tensor]:
-        wide = creation.zeros(before, F32, g.device)
+        wide = zeros(before, F32, g.device)
         back = TakeBackwardDescriptor(*extents, g.kind, place.kind, elementwise, F32)
-        g = pointwise.contiguous(g)
+        g = compact(g)
         run(
             TakeBackwardPlan.select(None, back, device=g.device),
-            TakeArgs(_as(wide, (outer, n, inner)).mut(), _as(g, back.out_shape).ref(), place.ref()),
+            TakeArgs(shaped(wide, (outer, n, inner)).mut(), shaped(g, back.out_shape).ref(), place.ref()),
         )
-        return [pointwise.to(wide, edges[0].kind)]
+        return [wide if edges[0].kind is F32 else converted(wide, edges[0].kind)]
 
     return autograd.record(name, out, (x,), (place,), pull)
-
-
-def _as(x: Tensor, shape: Shape) -> Tensor:
-    return Tensor(x.storage, shape, x.kind, offset=x.offset)

@@ -10,12 +10,21 @@ import functools
 from collections.abc import Callable, Sequence
 
 from lycoris.errors import RefusedInput
-from lycoris.tensor import autograd, reductions
-from lycoris.tensor.tensor import FLOATS, Shape, Tensor, changed, empty, run, same_device
+from lycoris.tensor import autograd
+from lycoris.tensor.launch import (
+    broadcast_shape,
+    compute,
+    copy_bits,
+    empty,
+    filled,
+    same_device,
+    sum_to,
+    sum_to_of,
+)
+from lycoris.tensor.tensor import FLOATS, Shape, Tensor, changed
 from plans import expression
 from plans.core import ElementKind
 from plans.expression import ZERO, Expr, leaf
-from plans.pointwise import PointwiseArgs, PointwiseDescriptor, PointwisePlan, View
 
 Scalar = float | int
 
@@ -25,53 +34,6 @@ UNARY = (
 )  # fmt: skip
 BINARY = ("add", "sub", "mul", "div", "pow", "maximum", "minimum", "gt", "ge", "lt", "le", "eq", "ne")
 """Of two tensors, or a tensor and a number. Comparisons give 1 and 0 in the tensors' kind."""
-
-
-def broadcast_shape(operation: str, shapes: Sequence[Shape]) -> Shape:
-    """The common shape: axes are aligned from the last one, and an extent of 1 repeats. Raises RefusedInput."""
-    axes = max(map(len, shapes), default=0)
-    padded = [(1,) * (axes - len(shape)) + shape for shape in shapes]
-    found = []
-    for extents in zip(*padded, strict=True):
-        others = {extent for extent in extents if extent != 1}
-        if len(others) > 1:
-            raise RefusedInput(f"{operation}: shapes {' and '.join(map(str, shapes))} do not broadcast")
-        found.append(others.pop() if others else 1)
-    return tuple(found)
-
-
-def broadcast_strides(tensor: Tensor, shape: Shape) -> Shape:
-    """The strides under which a tensor has ``shape``: 0 where it repeats."""
-    missing = len(shape) - tensor.ndim
-    own = zip(tensor.strides, tensor.shape, shape[missing:], strict=True)
-    return (0,) * missing + tuple(0 if extent == 1 and to != 1 else step for step, extent, to in own)
-
-
-def _view(tensor: Tensor, shape: Shape) -> View:
-    if tensor.shape == shape:
-        return View(tensor.kind) if tensor.contiguous_ else View(tensor.kind, tensor.strides)
-    return View(tensor.kind, broadcast_strides(tensor, shape))
-
-
-def launch(
-    outputs: tuple[Expr, ...], sources: Sequence[Tensor], scalars: Sequence[float], targets: Sequence[Tensor]
-) -> None:
-    """Write expressions of tensors that broadcast to the targets' shape; no gradients."""
-    shape = targets[0].shape
-    views = tuple(_view(tensor, shape) for tensor in sources)
-    out_views = tuple(_view(tensor, shape) for tensor in targets)
-    aligned = all(tensor.aligned for tensor in (*sources, *targets))
-    descriptor = PointwiseDescriptor(outputs, shape, views, out_views, len(scalars), aligned)
-    plan = PointwisePlan.select(None, descriptor, device=targets[0].device)
-    refs = [
-        tensor.ref() if view.stride is None or tensor.shape == shape else _repeated(tensor, shape, view)
-        for tensor, view in zip(sources, views, strict=True)
-    ]
-    run(plan, PointwiseArgs([tensor.mut() for tensor in targets], refs, scalars))
-
-
-def _repeated(tensor: Tensor, shape: Shape, view: View) -> object:
-    return Tensor(tensor.storage, shape, tensor.kind, view.stride, tensor.offset).ref()
 
 
 def result_kind(operation: str, tensors: Sequence[Tensor]) -> ElementKind:
@@ -94,7 +56,7 @@ def apply(
     device = same_device(expr.op, tensors)
     shape = broadcast_shape(expr.op, [tensor.shape for tensor in tensors])
     out = empty(shape, kind or result_kind(expr.op, tensors), device)
-    launch((expr,), tensors, scalars, [out])
+    compute((expr,), tensors, scalars, out)
     if not autograd.wanted(tensors):
         return out
     slopes = derivatives(expr, len(tensors), len(scalars))
@@ -131,13 +93,13 @@ def _weighted(
     """A gradient of ``shape``: the expression, summed over what was repeated."""
     g = sources[max(sources)]
     if slope.op == "leaf" and slope.value == tensors + len(scalars):
-        return reductions.sum_to(g, shape, kind)
+        return sum_to(g, shape, kind)
     used, expr = narrowed(slope, tuple(sources), tensors, len(scalars))
     parts = [sources[number] for number in used]
     if g.shape != shape:
-        return reductions.sum_to_of(expr, parts, scalars, g.shape, shape, kind)
+        return sum_to_of(expr, parts, scalars, g.shape, shape, kind)
     out = empty(shape, kind, g.device)
-    launch((expr,), parts, scalars, [out])
+    compute((expr,), parts, scalars, out)
     return out
 
 
@@ -221,12 +183,12 @@ def clamp(x: Tensor, low: Scalar, high: Scalar) -> Tensor:
 
 
 def leaky_relu(x: Tensor, slope: Scalar = 0.01) -> Tensor:
-    """x where it is positive, else slope * x."""
+    """Element x where it is positive, else slope * x."""
     return apply(_symbolic("leaky_relu", 2), (x,), (float(slope),))
 
 
 def fma(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
-    """a * b + c."""
+    """The sum a * b + c."""
     return apply(_symbolic("fma", 3), (a, b, c))
 
 
@@ -237,9 +199,11 @@ def to(x: Tensor, kind: ElementKind) -> Tensor:
 
 def clone(x: Tensor) -> Tensor:
     """A contiguous copy with memory of its own."""
-    if x.kind not in FLOATS:
-        return views.copy(x)
-    return apply(leaf(0), (x,))
+    if x.kind in FLOATS:
+        return apply(leaf(0), (x,))
+    out = empty(x.shape, x.kind, x.device)
+    copy_bits(out, x)
+    return out
 
 
 def contiguous(x: Tensor) -> Tensor:
@@ -247,15 +211,20 @@ def contiguous(x: Tensor) -> Tensor:
     return x if x.contiguous_ else clone(x)
 
 
-def add_f32(a: Tensor, b: Tensor) -> Tensor:
-    """The sum in fp32, for gradients."""
-    out = empty(a.shape, ElementKind.F32, a.device)
-    launch((_symbolic("add", 2),), (a, b), (), [out])
-    return out
+def full_like(x: Tensor, value: Scalar) -> Tensor:
+    """A tensor of x's shape and kind, all of its elements ``value``."""
+    return filled(x.shape, value, x.kind, x.device)
+
+
+def sum_of(a: Tensor, b: Tensor | Scalar, kind: ElementKind | None = None) -> Tensor:
+    """The sum a + b, in ``kind`` or the operands'."""
+    if isinstance(b, Tensor):
+        return apply(_symbolic("add", 2), (a, b), kind=kind)
+    return apply(_symbolic("add", 2), (a,), (float(b),), kind)
 
 
 def in_place(name: str, x: Tensor, *operands: Tensor | Scalar) -> Tensor:
-    """x = name(x, operands), in x's memory; no gradient flows through it.
+    """Write name(x, operands) to x's memory; no gradient flows through it.
 
     Raises RefusedInput where x requires a gradient outside of `no_grad`, and where operands do not have or broadcast to
     x's shape.
@@ -267,9 +236,6 @@ def in_place(name: str, x: Tensor, *operands: Tensor | Scalar) -> Tensor:
     if broadcast_shape(name, [tensor.shape for tensor in tensors]) != x.shape:
         raise RefusedInput(f"{name}_: an operand of shape {tensors[1].shape} does not broadcast to {x.shape}")
     expr = leaf(len(tensors) + len(scalars) - 1) if name == "copy" else _symbolic(name, 1 + len(operands))
-    launch((expr,), tensors, scalars, [x])
+    compute((expr,), tensors, scalars, x)
     changed(x)
     return x
-
-
-from lycoris.tensor import views  # noqa: E402  (the two know each other)

@@ -7,14 +7,14 @@ from collections.abc import Sequence
 
 from lycoris.errors import RefusedInput
 from lycoris.tensor import autograd, pointwise, reductions, views
-from lycoris.tensor.tensor import FLOATS, Shape, Tensor, empty, run, same_device
-from plans import loss, normalization, softmax as recipes
+from lycoris.tensor.launch import F32, compact, converted, empty, run, same_device, shaped, sum_to
+from lycoris.tensor.tensor import FLOATS, Tensor
+from plans import loss, normalization
+from plans import softmax as recipes
 from plans.core import ElementKind
 from plans.expression import Expr
 from plans.reduction import Reduction, ReductionArgs, ReductionDescriptor, ReductionPlan, elements
 from plans.rows import Recipe, RowsArgs, RowsDescriptor, RowsPlan
-
-F32 = ElementKind.F32
 
 
 def launch(
@@ -35,10 +35,7 @@ def launch(
     )
     plan = RowsPlan.select(None, descriptor, device=device)
     shapes = [operand.shape for operand in descriptor.operands()]
-    tensors = [
-        Tensor(s.storage, shape, s.kind, offset=s.offset)
-        for s, shape in zip((*outs, *row_outs, *sources), shapes, strict=True)
-    ]
+    tensors = [shaped(s, shape) for s, shape in zip((*outs, *row_outs, *sources), shapes, strict=True)]
     count = len(outs) + len(row_outs)
     run(plan, RowsArgs([t.mut() for t in tensors[:count]], [t.ref() for t in tensors[count:]], scalars))
     return [*outs, *row_outs]
@@ -59,13 +56,13 @@ def _over_axis(x: Tensor, axis: int, forward: Recipe, backward: Recipe) -> Tenso
     if at != x.ndim - 1:
         return views.transpose(_over_axis(views.transpose(x, at, -1), -1, forward, backward), at, -1)
     pointwise.result_kind(forward.name, (x,))
-    (y,) = launch(forward, (pointwise.contiguous(x.detach()),), (x.kind,))
+    (y,) = launch(forward, (compact(x.detach()),), (x.kind,))
     if not autograd.wanted((x,)):
         return y
     saved = y.detach()
 
     def pull(g: Tensor, edges: Sequence[autograd.Node | None]) -> list[Tensor]:
-        return launch(backward, (saved, pointwise.contiguous(g)), (edges[0].kind,))
+        return launch(backward, (saved, compact(g)), (edges[0].kind,))
 
     return autograd.record(forward.name, y, (x,), (saved,), pull)
 
@@ -80,7 +77,7 @@ def layer_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = No
 
 
 def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-6) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) over the last axis, times ``weight`` [n] if given."""
+    """Root mean square normalisation: x / sqrt(mean(x^2) + eps) over the last axis, times ``weight`` [n] if given."""
     if weight is None:
         return _norm(x, (), normalization.RMS, normalization.RMS_BACKWARD, eps)
     return _norm(x, (weight,), normalization.RMS_NORM, normalization.RMS_NORM_BACKWARD, eps)
@@ -108,14 +105,14 @@ def _norm(x: Tensor, affine: tuple[Tensor, ...], forward: Recipe, backward: Reci
     for name, column in zip(forward.columns, affine, strict=True):
         if column.shape != x.shape[-1:]:
             raise RefusedInput(f"{forward.name}: {name} has shape {column.shape}, wanted {x.shape[-1:]}")
-    source = pointwise.contiguous(x.detach())
-    columns = [pointwise.contiguous(column.detach()) for column in affine]
+    source = compact(x.detach())
+    columns = [compact(column.detach()) for column in affine]
     y, *statistics = launch(forward, (source, *columns), (x.kind,), (eps,))
     if not autograd.wanted((x, *affine)):
         return y
 
     def pull(g: Tensor, edges: Sequence[autograd.Node | None]) -> list[Tensor | None]:
-        g, d_x = pointwise.contiguous(g), None
+        g, d_x = compact(g), None
         if edges[0] is not None:
             (d_x,) = launch(backward, (source, g, *columns[:1], *statistics), (edges[0].kind,))
         d_affine = [
@@ -128,7 +125,7 @@ def _norm(x: Tensor, affine: tuple[Tensor, ...], forward: Recipe, backward: Reci
 
 
 def _normalised(x: Expr, statistics: Sequence[Expr]) -> Expr:
-    """x as the recipes normalise it: of (mean, rstd) or of rstd alone."""
+    """Like the recipes normalise x: of (mean, rstd) or of rstd alone."""
     *mean, rstd = statistics
     return (x - mean[0]) * rstd if mean else x * rstd
 
@@ -138,7 +135,7 @@ def _column_gradient(part: str, x: Tensor, g: Tensor, statistics: Sequence[Tenso
     n = x.shape[-1]
     rows = x.size // n if n else 0
     if part == "bias":
-        return reductions.sum_to(g, (n,), kind)
+        return sum_to(g, (n,), kind)
     s = elements(2, lines=len(statistics))
     value = s.full[1] * _normalised(s.full[0], s.row)
     kinds, lines = (x.kind, g.kind), (F32,) * len(statistics)
@@ -146,12 +143,9 @@ def _column_gradient(part: str, x: Tensor, g: Tensor, statistics: Sequence[Tenso
         Reduction.SUM, value, 1, rows, n, kinds, kind, lines, aligned=x.aligned and g.aligned
     )
     out = empty((n,), kind, x.device)
-    shaped = [Tensor(m.storage, (1, rows, n), m.kind, offset=m.offset).ref() for m in (x, g)]
-    shaped += [Tensor(m.storage, (1, rows), m.kind, offset=m.offset).ref() for m in statistics]
-    run(
-        ReductionPlan.select(None, descriptor, device=x.device),
-        ReductionArgs(Tensor(out.storage, (1, n), kind).mut(), shaped),
-    )
+    operands = [shaped(m, (1, rows, n)).ref() for m in (x, g)] + [shaped(m, (1, rows)).ref() for m in statistics]
+    plan = ReductionPlan.select(None, descriptor, device=x.device)
+    run(plan, ReductionArgs(shaped(out, (1, n)).mut(), operands))
     return out
 
 
@@ -164,18 +158,13 @@ def cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
         raise RefusedInput(f"cross_entropy: target of shape {target.shape}, wanted {logits.shape[:-1]}")
     if logits.kind not in FLOATS:
         raise RefusedInput(f"cross_entropy: logits of {logits.kind.value}, wanted bf16, f16 or f32")
-    source, classes = pointwise.contiguous(logits.detach()), pointwise.contiguous(target.detach())
+    source, classes = compact(logits.detach()), compact(target.detach())
     losses, lse = launch(loss.CROSS_ENTROPY, (source, classes), ())
     if not autograd.wanted((logits,)):
         return losses
 
     def pull(g: Tensor, edges: Sequence[autograd.Node | None]) -> list[Tensor]:
-        weights = pointwise.to(pointwise.contiguous(g), F32)
+        weights = converted(g, F32)
         return launch(loss.CROSS_ENTROPY_BACKWARD, (source, classes, lse, weights), (edges[0].kind,))
 
     return autograd.record("cross_entropy", losses, (logits,), (source, classes), pull)
-
-
-def flat_rows(x: Tensor) -> Shape:
-    """The shape of a tensor as a matrix of its last axis."""
-    return (math.prod(x.shape[:-1]), x.shape[-1])

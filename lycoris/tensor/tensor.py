@@ -12,16 +12,13 @@ rows are made methods here.
 from __future__ import annotations
 
 import math
-import weakref
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
 from lycoris.buffers import DeviceArray, stream_of
 from lycoris.errors import RefusedInput
-from plans.core import Device, DeviceBuffer, ElementKind, TensorMut, TensorRef, Workspace
-from plans.core.plan import Contract
+from plans.core import Device, DeviceBuffer, ElementKind, TensorMut, TensorRef
 from plans.core.tensor import contiguous_strides
 
 Shape = tuple[int, ...]
@@ -114,21 +111,6 @@ class Tensor:
         """The same memory, with no way back for gradients."""
         return Tensor(self.storage, self.shape, self.kind, self.strides, self.offset)
 
-    def backward(self, gradient: Tensor | None = None, *, retain_graph: bool = False) -> None:
-        """Add d(self) / d(leaf) to ``grad`` of every leaf that requires it; see `autograd.backward`."""
-        autograd.backward([self], None if gradient is None else [gradient], retain_graph=retain_graph)
-
-    def register_hook(self, hook: Callable[[Tensor], Tensor | None]) -> Callable[[], None]:
-        """Call ``hook`` with the gradient of this tensor whenever it is known; what it returns replaces it.
-
-        Returns a function that removes the hook. Raises RefusedInput where no gradient is asked for.
-        """
-        if not self.requires_grad:
-            raise RefusedInput("register_hook: the tensor requires no gradient; call requires_grad_() first")
-        hooks = autograd.edge(self).hooks
-        hooks.append(hook)
-        return lambda: hooks.remove(hook)
-
     def ref(self) -> TensorRef:
         """The tensor as plans read it."""
         return self._as(TensorRef)
@@ -178,43 +160,6 @@ class Tensor:
         return f"Tensor(shape={self.shape}, kind={self.kind.value}, device={self.device.name!r}{extra})"
 
 
-def empty(shape: Sequence[int], kind: ElementKind = ElementKind.F32, device: Device | None = None) -> Tensor:
-    """Memory with undefined contents, from the stream-ordered pool of ``device`` or the first there is."""
-    shape = tuple(shape)
-    if min(shape, default=0) < 0:
-        raise RefusedInput(f"empty: shape {shape}, wanted no negative extent")
-    device = device or Device.open("auto")
-    return Tensor(Storage(device.allocate(math.prod(shape) * kind.itemsize, stream_of(device))), shape, kind)
-
-
-def run(plan: Contract, args: Any) -> None:
-    """Launch a plan on its device's stream, with workspace taken for the run.
-
-    The descriptor was read off these very tensors, so that on a GPU nothing is checked again; the simulator checks.
-    """
-    device = plan.device
-    stream, size = stream_of(device), plan.workspace_size()
-    workspace = Workspace(device.allocate(size, stream)) if size else Workspace()
-    if device.is_simulator:
-        plan.can_implement(args)
-    for launch, arguments in plan.launches(args, workspace):
-        launch(stream, arguments)
-
-
-def same_device(operation: str, tensors: Sequence[Tensor]) -> Device:
-    """The device of all tensors. Raises RefusedInput where they are on several."""
-    device = tensors[0].device
-    for other in tensors[1:]:
-        if other.device is not device:
-            raise RefusedInput(f"{operation}: tensors on {device.name} and {other.device.name}; bring them together")
-    return device
-
-
 def changed(tensor: Tensor) -> None:
     """Count an in-place change, by which a gradient that needs the old values is refused."""
     tensor.storage.version += 1
-
-
-Reference = weakref.ref
-
-from lycoris.tensor import autograd  # noqa: E402  (the two know each other)

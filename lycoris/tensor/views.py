@@ -6,12 +6,23 @@ import math
 from collections.abc import Sequence
 
 from lycoris.errors import RefusedInput
-from lycoris.tensor import autograd, pointwise, reductions
-from lycoris.tensor.reductions import normal_axes
-from lycoris.tensor.tensor import FLOATS, Shape, Tensor, changed, empty, run, same_device
-from plans.core import ElementKind
+from lycoris.tensor import autograd, pointwise
+from lycoris.tensor.launch import (
+    broadcast_shape,
+    broadcast_strides,
+    compute,
+    converted,
+    copy_bits,
+    empty,
+    same_device,
+    sum_to,
+    window,
+    zeros,
+)
+from lycoris.tensor.reductions import Axes, normal_axes
+from lycoris.tensor.tensor import FLOATS, Shape, Tensor
 from plans.core.tensor import contiguous_strides
-from plans.movement import WindowArgs, WindowDescriptor, WindowPlan
+from plans.expression import leaf
 
 Index = int | slice | None | type(Ellipsis)
 
@@ -82,14 +93,14 @@ def expand(x: Tensor, *shape: int | Sequence[int]) -> Tensor:
     given = tuple(shape[0]) if len(shape) == 1 and not isinstance(shape[0], int) else tuple(shape)
     missing = len(given) - x.ndim
     wanted = tuple(x.shape[i - missing] if e == -1 and i >= missing else e for i, e in enumerate(given))
-    if missing < 0 or pointwise.broadcast_shape("expand", [x.shape, wanted]) != wanted:
+    if missing < 0 or broadcast_shape("expand", [x.shape, wanted]) != wanted:
         raise RefusedInput(f"expand: shape {x.shape} does not repeat to {given}")
     before = x.shape
 
     def pull(g: Tensor, edges: Sequence[autograd.Node | None]) -> list[Tensor]:
-        return [reductions.sum_to(g, before, edges[0].kind)]
+        return [sum_to(g, before, edges[0].kind)]
 
-    return _view("expand", x, wanted, pointwise.broadcast_strides(x, wanted), x.offset, pull)
+    return _view("expand", x, wanted, broadcast_strides(x, wanted), x.offset, pull)
 
 
 def unsqueeze(x: Tensor, axis: int) -> Tensor:
@@ -120,8 +131,8 @@ def narrow(x: Tensor, axis: int, start: int, length: int, step: int = 1) -> Tens
     before = x.shape
 
     def pull(g: Tensor, edges: Sequence[autograd.Node | None]) -> list[Tensor]:
-        wide = creation.zeros(before, edges[0].kind, g.device)
-        pointwise.in_place("copy", narrow(wide, at, start, length, step), g)
+        wide = zeros(before, edges[0].kind, g.device)
+        compute((leaf(0),), (g,), (), narrow(wide, at, start, length, step))
         return [wide]
 
     return _view("slice", x, tuple(shape), tuple(strides), x.offset + start * x.strides[at], pull)
@@ -195,9 +206,11 @@ def cat(tensors: Sequence[Tensor], axis: int = 0) -> Tensor:
             )
     sizes = [tensor.shape[at] for tensor in tensors]
     out = empty((*first.shape[:at], sum(sizes), *first.shape[at + 1 :]), first.kind, device)
-    with autograd.no_grad():
-        for part, tensor in zip(split(out, sizes, at), tensors, strict=True):
-            copy_to(part, tensor.detach())
+    for part, tensor in zip(split(out, sizes, at), tensors, strict=True):
+        if first.kind in FLOATS:
+            compute((leaf(0),), (tensor,), (), part)
+        else:
+            copy_bits(part, tensor)
     if not autograd.wanted(tensors):
         return out
 
@@ -212,39 +225,6 @@ def stack(tensors: Sequence[Tensor], axis: int = 0) -> Tensor:
     return cat([unsqueeze(tensor, axis) for tensor in tensors], axis)
 
 
-def copy_to(target: Tensor, source: Tensor) -> None:
-    """Write a tensor's elements over another's, of the same shape; integers by bits. No gradients."""
-    if source.kind in FLOATS and target.kind in FLOATS:
-        pointwise.in_place("copy", target, source)
-        return
-    if source.kind is not target.kind or source.shape != target.shape:
-        raise RefusedInput(f"copy: {source.kind.value} {source.shape} to {target.kind.value} {target.shape}")
-    zeros, ones = (0,) * source.ndim, (1,) * source.ndim
-    descriptor = WindowDescriptor(
-        target.shape, source.shape, source.kind, zeros, ones, stride=source.strides, out_stride=target.strides
-    )
-    run(WindowPlan.select(None, descriptor, device=target.device), WindowArgs(target.mut(), source.ref()))
-    changed(target)
-
-
-def copy(x: Tensor) -> Tensor:
-    """A contiguous copy, bit by bit. No gradients."""
-    out = empty(x.shape, x.kind, x.device)
-    copy_to(out, x.detach())
-    return out
-
-
-def window(
-    x: Tensor, shape: Shape, shifts: Shape, signs: Shape, fill: float = 0, diagonal: int | None = None
-) -> Tensor:
-    """out[c] = x[shift + sign * c] where that is inside and on or above a diagonal, else ``fill``; no gradients."""
-    out = empty(shape, x.kind, x.device)
-    stride = None if x.contiguous_ else x.strides
-    descriptor = WindowDescriptor(shape, x.shape, x.kind, shifts, signs, fill, diagonal, stride)
-    run(WindowPlan.select(None, descriptor, device=x.device), WindowArgs(out.mut(), x.ref()))
-    return out
-
-
 def _window(
     name: str, x: Tensor, shape: Shape, shifts: Shape, signs: Shape, fill: float = 0, diagonal: int | None = None
 ) -> Tensor:
@@ -254,7 +234,7 @@ def _window(
     back = tuple(-shift if sign > 0 else shift for shift, sign in zip(shifts, signs, strict=True))
     before = x.shape
     return autograd.record(
-        name, out, (x,), (), lambda g, edges: [pointwise.to(window(g, before, back, signs, 0, diagonal), edges[0].kind)]
+        name, out, (x,), (), lambda g, edges: [converted(window(g, before, back, signs, 0, diagonal), edges[0].kind)]
     )
 
 
@@ -268,7 +248,7 @@ def pad(x: Tensor, widths: Sequence[tuple[int, int]], value: float = 0) -> Tenso
     return _window("pad", x, shape, tuple(-before for before, _ in widths), (1,) * x.ndim, value)
 
 
-def flip(x: Tensor, axes: reductions.Axes = None) -> Tensor:
+def flip(x: Tensor, axes: Axes = None) -> Tensor:
     """The elements of axes in reverse order, of all axes where none are given."""
     chosen = normal_axes("flip", x.ndim, axes)
     shifts = tuple(extent - 1 if i in chosen else 0 for i, extent in enumerate(x.shape))
@@ -280,11 +260,3 @@ def triu(x: Tensor, diagonal: int = 0) -> Tensor:
     if x.ndim < 2:
         raise RefusedInput(f"triu: a tensor of shape {x.shape}, wanted two axes or more")
     return _window("triu", x, x.shape, (0,) * x.ndim, (1,) * x.ndim, 0, diagonal)
-
-
-def kinds_match(tensors: Sequence[Tensor], kind: ElementKind) -> bool:
-    """Whether all tensors have a kind."""
-    return all(tensor.kind is kind for tensor in tensors)
-
-
-from lycoris.tensor import creation  # noqa: E402  (the two know each other)

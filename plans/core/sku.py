@@ -32,6 +32,7 @@ class BackendKind(enum.Enum):
     PORTABLE = "portable"
     VECTOR = "vector"
     MMA = "mma"
+    CLUSTER = "cluster"
     SKINNY = "skinny"
     WGMMA = "wgmma"
 

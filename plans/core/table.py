@@ -36,11 +36,15 @@ def table_words(rows: Sequence[tuple]) -> np.ndarray:
 def check_table(plan: str, table: DeviceBuffer | None, wanted_bytes: int, device: Device) -> None:
     """Refuse a table that is missing, on another device, too small or misaligned."""
     if table is None:
-        raise InvalidProblem(f"{plan}: no table given, wanted plan.table_size() bytes: {wanted_bytes}")
+        raise InvalidProblem(f"{plan}: no table given, wanted plan.table_size() bytes: {wanted_bytes}; allocate them")
     if table.device.ordinal != device.ordinal:
         found = table.device.ordinal
-        raise InvalidProblem(f"{plan}: the table is on device {found}, the plan is for device {device.ordinal}")
+        raise InvalidProblem(
+            f"{plan}: the table is on device {found}, the plan is for device {device.ordinal}; allocate it there"
+        )
     if table.nbytes < wanted_bytes:
         raise BufferTooSmall(f"{plan}: table", wanted_bytes, table.nbytes, "bytes")
     if table.address % 8:
-        raise MisalignedOperand(f"{plan}: the table lies at {table.address:#x}, wanted a multiple of 8 bytes")
+        raise MisalignedOperand(
+            f"{plan}: the table lies at {table.address:#x}, wanted a multiple of 8 bytes; allocate it on its own"
+        )

@@ -1,7 +1,7 @@
 """Matrix products with epilogues: one, sums of several in one launch, batches, and groups of different shapes."""
 
 from plans.matmul.descriptor import (
-    LowRank,
+    LowRankTerm,
     MatmulArgs,
     MatmulDescriptor,
     Segment,
@@ -9,6 +9,7 @@ from plans.matmul.descriptor import (
     SegmentedMatmulDescriptor,
 )
 from plans.matmul.epilogue import Activation, Bias, ColumnScale, Gate, Residual, RowScale, Step
+from plans.matmul.grouped import GroupedMatmulArgs, GroupedMatmulDescriptor, GroupedMatmulPlan
 from plans.matmul.plan import MatmulPlan, SegmentedMatmulPlan
 
 __all__ = [
@@ -16,7 +17,10 @@ __all__ = [
     "Bias",
     "ColumnScale",
     "Gate",
-    "LowRank",
+    "GroupedMatmulArgs",
+    "GroupedMatmulDescriptor",
+    "GroupedMatmulPlan",
+    "LowRankTerm",
     "MatmulArgs",
     "MatmulDescriptor",
     "MatmulPlan",

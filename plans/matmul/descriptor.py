@@ -93,7 +93,7 @@ class Segment:
 
 
 @dataclass(frozen=True)
-class LowRank:
+class LowRankTerm:
     """A low-rank term of a sum, scale (A D^T) U^T, with A of another segment; A D^T never goes to memory.
 
     Attributes:
@@ -145,7 +145,7 @@ class SegmentedMatmulDescriptor:
     epilogue: Epilogue = ()
     out_stride: int = 0
     out_batch_stride: int = 0
-    low_rank: tuple[LowRank, ...] = ()
+    low_rank: tuple[LowRankTerm, ...] = ()
 
     category = OpCategory.MATMUL
 

@@ -19,8 +19,8 @@ import numpy as np
 
 from kernels.target import Kernel
 from plans.core.device import Device, DeviceBuffer
-from plans.core.errors import InvalidProblem, NoSku
-from plans.core.operand import Extent, check_overlaps, extents
+from plans.core.errors import InvalidProblem
+from plans.core.operand import Extent, check_operands, check_overlaps, extents
 from plans.core.plan import Arguments, Contract, Launches, PlanPreference, Sku
 from plans.core.precision import PrecisionGuarantee
 from plans.core.table import check_table, places, table_words
@@ -28,10 +28,15 @@ from plans.core.tensor import TensorRef
 from plans.core.workspace import Workspace
 from plans.matmul import mma, portable
 from plans.matmul.descriptor import MatmulDescriptor, SegmentedMatmulArgs, SegmentedMatmulDescriptor
-from plans.matmul.plan import SegmentedMatmulPlan
-from plans.matmul.program import MatmulProgram, kernel_segments, kernel_steps, refuses_low_rank
+from plans.matmul.plan import SegmentedMatmulPlan, check_numbers
+from plans.matmul.program import MatmulProgram, kernel_segments, kernel_steps
 
-_SKUS = (mma.MMA, portable.PORTABLE)
+
+class _MemberPlan(SegmentedMatmulPlan):
+    """How members are chosen."""
+
+    name = "grouped matmul"
+    skus = (mma.MMA, portable.PORTABLE_MEMBER)
 
 
 @dataclass(frozen=True)
@@ -65,9 +70,10 @@ class _Member:
 
 @dataclass(frozen=True)
 class _Group:
-    """Members that one launch computes."""
+    """Members that one launch computes; ``words`` are a table row's."""
 
     kernel: Kernel
+    words: int
     members: tuple[int, ...]
     blocks: int
 
@@ -87,7 +93,7 @@ class GroupedMatmulPlan(Contract):
         self._groups: list[_Group] = []
         for members in keys.values():
             self._make_group(chosen[members[0]], members, problems)
-        sizes = [8 * self._row_words(group) * len(group.members) for group in self._groups]
+        sizes = [8 * group.words * len(group.members) for group in self._groups]
         blocks = [8 * group.blocks for group in self._groups]
         self._places = places([*sizes, *blocks])
         self._rows_bytes = self._places[len(sizes)]
@@ -99,28 +105,20 @@ class GroupedMatmulPlan(Contract):
         if sku is mma.MMA:
             tile = mma.tile_of_group(own)
             programs = [mma.MmaProgram(problem, self.device, tile) for problem in own]
-            kernel = mma.group_kernel([program.problem for program in programs], tile)
+            kernel, words = mma.group_kernel([program.problem for program in programs], tile)
         else:
             programs = [portable.PortableProgram(problem, self.device) for problem in own]
-            kernel = portable.group_kernel(programs[0])
+            kernel, words = portable.group_kernel(programs[0])
         for i, program in zip(members, programs, strict=True):
             self._members[i] = _Member(sku, problems[i], program)
         busy = tuple(i for i in members if not self._members[i].program.empty)
         if busy:
-            self._groups.append(_Group(kernel, busy, sum(self._members[i].program.blocks for i in busy)))
+            self._groups.append(_Group(kernel, words, busy, sum(self._members[i].program.blocks for i in busy)))
 
     @classmethod
     def make(cls, descriptor: GroupedMatmulDescriptor, preference: PlanPreference, device: Device) -> Self:
         """Choose each member's technique; raises :class:`NoSku` where a member has none."""
-        chosen = []
-        for i, member in enumerate(map(_segmented, descriptor.members)):
-            reasons = {}
-            for sku in _SKUS:
-                reason = SegmentedMatmulPlan.reason_against(sku, member, preference, device)
-                reasons[sku.name] = reason or refuses_low_rank(member)
-            if not (accepting := [sku for sku in _SKUS if not reasons[sku.name]]):
-                raise NoSku(f"{cls.name}: member {i}", member, reasons)
-            chosen.append(accepting[0])
+        chosen = [_MemberPlan.choose(_segmented(member), preference, device) for member in descriptor.members]
         return cls(descriptor, chosen, device)
 
     def table_size(self) -> int:
@@ -141,8 +139,10 @@ class GroupedMatmulPlan(Contract):
         found: set[Extent] = set()
         for i, (member, own) in enumerate(zip(self._members, args.members, strict=True)):
             where = f"{self.name}: member {i}"
-            SegmentedMatmulPlan.check_args(where, member.descriptor, own, self.device, member.chosen.alignment)
-            found.update(extents(member.descriptor.operands(), own.tensors(), f"member {i} "))
+            operands = member.descriptor.operands()
+            check_operands(where, operands, own.tensors(), self.device, member.chosen.alignment)
+            check_numbers(where, member.descriptor, own)
+            found.update(extents(operands, own.tensors(), f"member {i} "))
         if self.table_size():
             check_table(self.name, args.table, self.table_size(), self.device)
             found.add(Extent(args.table.address, args.table.address + self.table_size(), False, "table"))
@@ -175,9 +175,6 @@ class GroupedMatmulPlan(Contract):
             words[:, 0] = np.repeat(np.arange(len(counts)), counts)
             words[:, 1] = np.concatenate([np.arange(count) for count in counts])
         return lists
-
-    def _row_words(self, group: _Group) -> int:
-        return flat_length(types.Tuple(self._parameters_of(group)))
 
     def launches(self, args: GroupedMatmulArgs, workspace: Workspace) -> Launches:
         """One launch a group."""

@@ -26,6 +26,7 @@ from plans.matmul.program import (
     kernel_steps,
     matmul_guarantee,
     refuses_low_rank,
+    row_words,
     tile_count,
 )
 
@@ -114,8 +115,8 @@ def tile_of_group(descriptors: Sequence[SegmentedMatmulDescriptor]) -> MmaTile:
     return next((tile for tile in TILES if sum(_tiles(d, tile) for d in descriptors) >= SLOTS // 2), TILES[-1])
 
 
-def group_kernel(problems: Sequence[Problem], tile: MmaTile) -> Kernel:
-    """The kernel that takes all problems, which differ in alignment and extents only."""
+def group_kernel(problems: Sequence[Problem], tile: MmaTile) -> tuple[Kernel, int]:
+    """The kernel that takes all problems, which differ in alignment and extents only, and the words of a table row."""
     common = dataclasses.replace(
         problems[0],
         a_vector=min(problem.a_vector for problem in problems),
@@ -123,7 +124,7 @@ def group_kernel(problems: Sequence[Problem], tile: MmaTile) -> Kernel:
         wide=all(problem.wide for problem in problems),
         ragged=any(problem.ragged for problem in problems),
     )
-    return matmul_mma_grouped(common, tile)
+    return matmul_mma_grouped(common, tile), row_words(matmul_mma(common, tile))
 
 
 def _refuses(descriptor: SegmentedMatmulDescriptor) -> str:

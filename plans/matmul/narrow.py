@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from kernels.matmul_narrow import ROW_TILES, matmul_narrow
 from plans.core.device import Device
 from plans.core.plan import Launches, Sku
@@ -13,7 +15,8 @@ from plans.matmul.program import MatmulProgram, kernel_steps, matmul_guarantee, 
 
 MOST_COLUMNS = 64
 _KINDS = (ElementKind.BF16, ElementKind.F16)
-_ROWS = 16 * ROW_TILES
+ROWS = 16 * ROW_TILES
+"""Rows of a block."""
 _UNIT = 8
 _MOST_BATCHES = 65535
 
@@ -57,13 +60,20 @@ class NarrowProgram(MatmulProgram):
         if self.empty:
             return
         kind, tiles = descriptor.segments[0].a.value, -(-descriptor.n // 8)
-        kernel = matmul_narrow(kind, descriptor.out.value, 1 << (tiles - 1).bit_length(), kernel_steps(descriptor))
+        tiles = 1 << (tiles - 1).bit_length()  # few kernels serve all widths
+        kernel = matmul_narrow(kind, descriptor.out.value, (tiles,), kernel_steps(descriptor), 1)
         batches = 1 if descriptor.batch is None else descriptor.batch
-        self.launch = kernel.launcher((-(-descriptor.m // _ROWS), batches, 1))
+        self.launch = kernel.launcher((-(-descriptor.m // ROWS), batches, 1))
 
     def bind(self, args: SegmentedMatmulArgs, workspace: Workspace) -> Launches:
         """The launch; none where Y is empty."""
-        return [] if self.empty else [(self.launch, self.arguments(args))]
+        if self.empty:
+            return []
+        (a, b), scale, depth = args.segments[0], args.scales[0], self.descriptor.segments[0].k
+        a_stride, b_stride, a_batch, b_batch = self.strides[0]
+        left = (a.data, a_stride, a_batch, depth if scale else 0)
+        term = (b.data, b_stride, b_batch, self.descriptor.n, np.float32(scale))
+        return [(self.launch, (*self.result_arguments(args), *left, *term, *self.epilogue_arguments(args)))]
 
 
 NARROW = Sku(

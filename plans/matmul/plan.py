@@ -10,6 +10,7 @@ from plans.core.device import Device
 from plans.core.errors import InvalidProblem
 from plans.core.plan import Plan, PlanPreference, Sku
 from plans.matmul.descriptor import MatmulDescriptor, SegmentedMatmulArgs, SegmentedMatmulDescriptor
+from plans.matmul.low_rank import with_low_rank
 from plans.matmul.mma import MMA, MMA_SPLIT
 from plans.matmul.narrow import NARROW
 from plans.matmul.portable import PORTABLE
@@ -26,21 +27,22 @@ class SegmentedMatmulPlan(Plan):
     """
 
     name = "segmented matmul"
-    skus = (SKINNY, NARROW, WGMMA, MMA_SPLIT, MMA, PORTABLE)
+    skus = (
+        SKINNY,
+        NARROW,
+        with_low_rank(WGMMA),
+        WGMMA,
+        with_low_rank(MMA_SPLIT),
+        MMA_SPLIT,
+        with_low_rank(MMA),
+        MMA,
+        PORTABLE,
+    )
 
     def check(self, where: str, args: SegmentedMatmulArgs) -> None:
         """Compare operands with their declaration, and scales with the segments."""
         super().check(where, args)
-        for name, pairs, scales, wanted in (
-            ("segments", args.segments, args.scales, len(self.descriptor.segments)),
-            ("low-rank terms", args.low_rank, args.low_rank_scales, len(self.descriptor.low_rank)),
-        ):
-            if len(pairs) != wanted or len(scales) != wanted:
-                found = f"{len(pairs)} {name} and {len(scales)} scales"
-                raise InvalidProblem(f"{where}: {found} given, wanted {wanted} of each")
-        for number in (*args.scales, *args.low_rank_scales, *args.numbers):
-            if not abs(number) <= _LARGEST:
-                raise InvalidProblem(f"{where}: scale or beta {number:g}, wanted a finite fp32 value")
+        check_numbers(where, self.descriptor, args)
 
 
 class MatmulPlan(SegmentedMatmulPlan):
@@ -61,3 +63,17 @@ class MatmulPlan(SegmentedMatmulPlan):
 
 def _segmented(descriptor: MatmulDescriptor | SegmentedMatmulDescriptor) -> SegmentedMatmulDescriptor:
     return descriptor.segmented if isinstance(descriptor, MatmulDescriptor) else descriptor
+
+
+def check_numbers(where: str, descriptor: SegmentedMatmulDescriptor, args: SegmentedMatmulArgs) -> None:
+    """Compare the number of segments, terms and scales with the descriptor's, and refuse numbers beyond fp32."""
+    for name, pairs, scales, wanted in (
+        ("segments", args.segments, args.scales, len(descriptor.segments)),
+        ("low-rank terms", args.low_rank, args.low_rank_scales, len(descriptor.low_rank)),
+    ):
+        if len(pairs) != wanted or len(scales) != wanted:
+            found = f"{len(pairs)} {name} and {len(scales)} scales"
+            raise InvalidProblem(f"{where}: {found} given, wanted {wanted} of each")
+    for number in (*args.scales, *args.low_rank_scales, *args.numbers):
+        if not abs(number) <= _LARGEST:
+            raise InvalidProblem(f"{where}: scale or beta {number:g}, wanted a finite fp32 value")

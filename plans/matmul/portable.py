@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 
 from kernels.matmul_portable import Tile, matmul_portable, matmul_portable_grouped
@@ -18,6 +20,8 @@ from plans.matmul.program import (
     kernel_segments,
     kernel_steps,
     matmul_guarantee,
+    refuses_low_rank,
+    row_words,
     tile_count,
 )
 
@@ -84,9 +88,9 @@ class PortableProgram(MatmulProgram):
         return [*launches, (launch, (*head, *terms, *self.epilogue_arguments(args)))]
 
 
-def group_kernel(program: PortableProgram) -> Kernel:
-    """The kernel of all programs with the same choices."""
-    return matmul_portable_grouped(*program.choices)
+def group_kernel(program: PortableProgram) -> tuple[Kernel, int]:
+    """The kernel of all programs with the same choices, and the words of a table row."""
+    return matmul_portable_grouped(*program.choices), row_words(matmul_portable(*program.choices))
 
 
 def _inner_bytes(descriptor: SegmentedMatmulDescriptor, rank: int) -> int:
@@ -104,3 +108,5 @@ PORTABLE = Sku(
     build=PortableProgram,
     workspace=lambda descriptor: sum(_inner_bytes(descriptor, term.rank) for term in descriptor.low_rank),
 )
+PORTABLE_MEMBER = dataclasses.replace(PORTABLE, refuses=lambda d: refuses_low_rank(d) or _refuses(d))
+"""The same as a member of a group, which has no launches before its own."""

@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from kernels.parameters import flat_length
+from kernels.target import Kernel
 from plans.core.device import Device
 from plans.core.operand import Operand
 from plans.core.precision import ElementKind, MathPrecision, PrecisionGuarantee
@@ -25,6 +27,11 @@ def kernel_segments(descriptor: SegmentedMatmulDescriptor) -> tuple[tuple[str, s
 def kernel_steps(descriptor: SegmentedMatmulDescriptor) -> tuple[tuple, ...]:
     """The epilogue as kernels name it."""
     return tuple(step.kernel for step in descriptor.epilogue)
+
+
+def row_words(kernel: Kernel) -> int:
+    """Words of a table row with a single kernel's parameters, for its grouped form."""
+    return sum(flat_length(parameter) for parameter in kernel.parameters)
 
 
 def refuses_low_rank(descriptor: SegmentedMatmulDescriptor) -> str:

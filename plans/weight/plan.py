@@ -7,6 +7,7 @@ import numpy as np
 from plans.core.device import Device
 from plans.core.errors import InvalidProblem
 from plans.core.plan import Plan, PlanPreference, Sku
+from plans.weight.cluster import CLUSTER
 from plans.weight.descriptor import WeightArgs, WeightDescriptor
 from plans.weight.kronecker import VECTOR
 from plans.weight.portable import PORTABLE
@@ -19,7 +20,7 @@ class WeightPlan(Plan):
     """out = round(W + sum_i scale_i * source_i); see :class:`plans.weight.WeightDescriptor`."""
 
     name = "weight"
-    skus = (VECTOR, MMA, PORTABLE)
+    skus = (VECTOR, CLUSTER, MMA, PORTABLE)
 
     def __init__(self, descriptor: WeightDescriptor, chosen: Sku, device: Device, grouped: bool = False) -> None:
         """Build the SKU; ``grouped`` plans leave their own kernel uncompiled until it is used."""

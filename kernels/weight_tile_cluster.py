@@ -1,0 +1,151 @@
+"""DoRA by row in one launch: the blocks of a cluster share whole rows, so that the base is read once (sm_90).
+
+A block has some of the rows' panels, each a tile of `weight_tile.py` with its factors and its base in shared memory. It
+adds up the squares of W + delta over them, reads the other blocks' sums, and makes the delta once more for the merge: a
+second product costs less than a second look at the base.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from kernels import bits, memory, warp
+from kernels.barrier import (
+    cluster_arrive,
+    cluster_barrier,
+    cluster_rank,
+    cluster_wait,
+    shared_address,
+    shared_load_remote,
+)
+from kernels.elements import ELEMENTS, all_finite
+from kernels.low_rank_tile import ROWS_OF_LANE, Product, Tile
+from kernels.target import cuda, device, f32, i32p, i64, kernel_factory, types
+from kernels.weight_sources import source_parameters
+from kernels.weight_tile import group_chain, lane_place, requests, shared_bytes
+from kernels.weight_tile_sinks import STATE_WORDS, dora_gain
+from kernels.weight_tile_sources import Source, held_words, point_name, summed
+
+WARPS_ON_MULTIPROCESSOR = 12
+
+
+def cluster_shared_bytes(base: str, sources: tuple[Source, ...], tile: Tile, panels: int) -> int:
+    """Dynamic shared memory of a block with so many panels: their factors and bases, and the rows' sums."""
+    return panels * shared_bytes(base, sources, tile) + 4 * tile.rows
+
+
+def _cluster_sums(cluster: int) -> Callable:
+    """``add_up(squares, shared, at, lane)``: the lane's sums of squares become those of its rows over the cluster.
+
+    The block's sums of the lane's rows lie at ``at`` and 16 elements on. The blocks meet once; who leaves has to meet
+    them again, since its sums are still being read.
+    """
+
+    @device
+    def add_up(squares, shared, at, lane):
+        quarter = np.uint32(lane & np.uint32(3))
+        for i in range(ROWS_OF_LANE):
+            own = warp.quad_sum(squares[i])
+            if quarter == np.uint32(0):
+                memory.shared_store32(shared, at + np.int64(16 * i), bits.f32_bits(own))
+        cluster_barrier()
+        for i in range(ROWS_OF_LANE):
+            address = shared_address(shared, at + np.int64(16 * i))
+            total = np.float32(0)
+            for first in range(0, cluster, 4):
+                rank = np.uint32(quarter + np.uint32(first))
+                if rank < np.uint32(cluster):
+                    total += bits.bits_f32(shared_load_remote(address, rank))
+            squares[i] = warp.quad_sum(total)
+        cluster_arrive()
+
+    return add_up
+
+
+def _body(base, out, sources, magnitude, check, tile, cluster) -> Callable:
+    tile_rows, tile_columns = tile.rows, tile.columns
+    panel_elements = shared_bytes(base, sources, tile) // 2
+    every = summed(sources, tile)
+    stage, hold, words_held = every.stage, every.hold, max(1, held_words(sources, tile))
+    request_tile = requests(base, out, sources, tile)
+    square_groups = group_chain(base, out, sources, "norm", False, tile)
+    merge_groups = group_chain(base, out, sources, f"dora {magnitude}", check, tile)
+    add_up, load_magnitude = _cluster_sums(cluster), ELEMENTS[magnitude].load
+
+    @device
+    def body(shared, band, base_pointer, out_pointer, rows, columns, panels, flag, p, magnitude_pointer, strength):
+        thread, lane, row_in_tile, column_in_tile = lane_place()
+        row = band * np.int64(tile_rows) + row_in_tile
+        column0 = np.int64(cluster_rank()) * panels * np.int64(tile_columns)
+        raw = cuda.local.array(1, np.uint32)
+        held = cuda.local.array(words_held, np.uint32)
+        squares = cuda.local.array(ROWS_OF_LANE, np.float32)
+        state = cuda.local.array(STATE_WORDS, np.float32)
+        zero, trace = np.uint32(0), np.uint32(0)
+        for panel in range(panels):
+            view = shared[panel * np.int64(panel_elements) :]
+            column = column0 + panel * np.int64(tile_columns) + column_in_tile
+            request_tile(view, raw, zero, thread, base_pointer, row, rows, column, columns)
+        for panel in range(panels):
+            view = shared[panel * np.int64(panel_elements) :]
+            stage(p, view, column0 + panel * np.int64(tile_columns), columns, thread)
+        hold(p, held, row, rows, column0 + column_in_tile, columns, lane)
+        memory.copy_async_wait_all()
+        warp.block_barrier()
+        for i in range(ROWS_OF_LANE):
+            squares[i] = np.float32(0)
+        for panel in range(panels):
+            view = shared[panel * np.int64(panel_elements) :]
+            place = (row, rows, column0 + panel * np.int64(tile_columns) + column_in_tile, columns, thread, lane)
+            for i in range(ROWS_OF_LANE):
+                state[i] = np.float32(0)
+            square_groups(zero, view, raw, zero, held, state, out_pointer, place, p, ())
+            for i in range(ROWS_OF_LANE):
+                squares[i] += state[i]
+        sums_at = panels * np.int64(panel_elements) + np.int64(2) * row_in_tile
+        add_up(squares, shared, sums_at, lane)
+        for i in range(ROWS_OF_LANE):
+            own = min(row + np.int64(8 * i), rows - np.int64(1))
+            gain = strength * dora_gain(load_magnitude(magnitude_pointer, own), squares[i])
+            state[i] = gain
+            state[ROWS_OF_LANE + i] = (np.float32(1) - strength) + gain
+        for panel in range(panels):
+            view = shared[panel * np.int64(panel_elements) :]
+            place = (row, rows, column0 + panel * np.int64(tile_columns) + column_in_tile, columns, thread, lane)
+            trace = merge_groups(trace, view, raw, zero, held, state, out_pointer, place, p, ())
+        if check and not all_finite(trace):
+            flag[0] = np.int32(1)
+        cluster_wait()
+
+    return body
+
+
+_P1 = Product("bf16", "bf16", 1, 2, True)
+_EXAMPLES = (
+    ("bf16", "bf16", (("low_rank", "bf16", "bf16", _P1),), "f32", True, Tile(4, 4, False, "shared"), 8),
+    ("f16", "f16", (("hadamard", *["bf16"] * 4, _P1, _P1),), "bf16", True, Tile(2, 4, True, "shared"), 1),
+)
+
+
+@kernel_factory(*_EXAMPLES)
+def dora_cluster(base, out, sources, magnitude, check, tile, cluster):
+    """One weight, of sources whose held factors serve every column.
+
+    Parameters: base, out, rows, columns, panels of a block, flag, sources, magnitude, strength; a cluster for each band
+    of the tile's rows, along x. Shared memory depends on the panels: `cluster_shared_bytes`.
+    """
+    body = _body(base, out, sources, magnitude, check, tile, cluster)
+
+    def kernel(base_pointer, out_pointer, rows, columns, panels, flag, p, magnitude_pointer, strength):
+        shared = cuda.shared.array(0, np.uint16, alignment=1024)
+        band = np.int64(np.uint32(warp.block_x()) // np.uint32(cluster))
+        body(shared, band, base_pointer, out_pointer, rows, columns, panels, flag, p, magnitude_pointer, strength)
+
+    parameters = (
+        ELEMENTS[base].pointer, ELEMENTS[out].pointer, i64, i64, i64, i32p,
+        types.Tuple([source_parameters(point_name(s)) for s in sources]), ELEMENTS[magnitude].pointer, f32,
+    )  # fmt: skip
+    options = {"threads": 32 * tile.warps, "min_blocks": max(1, WARPS_ON_MULTIPROCESSOR // tile.warps)}
+    return kernel, parameters, options | {"cluster": cluster, "architectures": (9, 0, "a")}

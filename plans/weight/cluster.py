@@ -1,0 +1,119 @@
+"""The cluster SKU of the weight family (sm_90): DoRA by output row in one launch, the base read once."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import numpy as np
+
+from kernels import weight_tile_cluster as kernel
+from kernels.low_rank_tile import Tile
+from kernels.target import SIMULATOR
+from plans.core.device import Device
+from plans.core.plan import Sku
+from plans.core.sku import ArchSku, BackendKind
+from plans.core.workspace import Workspace
+from plans.weight import tile as tiles
+from plans.weight.descriptor import Sink, WeightArgs, WeightDescriptor
+from plans.weight.program import Launches, WeightProgram, prepared_bytes
+from plans.weight.resolve import resolve
+
+LARGEST_CLUSTER = 8
+"""Blocks of a cluster that every device has room for."""
+WARPS = (1,) if SIMULATOR else (4, 2, 1)
+SHARED_BYTES = 227 * 1024
+_FOR_TWO_BLOCKS = 112 * 1024
+_SOURCES = ("low_rank", "hadamard")
+
+
+@dataclass(frozen=True)
+class _Split:
+    """How a band of rows is shared: its tile, the blocks of a cluster, the tiles side by side of each block."""
+
+    tile: Tile
+    cluster: int
+    panels: int
+    shared_bytes: int
+
+
+def _cluster_of(panels: int) -> int:
+    """The most blocks of which few have nothing to do."""
+    sizes = [1 << i for i in range(LARGEST_CLUSTER.bit_length())]
+    return max(size for size in sizes if 4 * size * -(-panels // size) <= 5 * panels)
+
+
+@functools.cache
+def split_of(descriptor: WeightDescriptor) -> _Split | None:
+    """The tallest split of which two blocks fit on a multiprocessor, else the tallest that fits, else None."""
+    found = []
+    rows, columns = descriptor.matrix
+    for warps in WARPS:
+        tile = Tile(warps, tiles.MAX_GROUPS, True, "shared")
+        all_panels = max(1, -(-columns // tile.columns))
+        cluster = _cluster_of(all_panels)
+        panels = -(-all_panels // cluster)
+        ragged = rows % tile.rows != 0 or columns != cluster * panels * tile.columns
+        tile = Tile(warps, tiles.MAX_GROUPS, ragged, "shared")
+        shared = kernel.cluster_shared_bytes(descriptor.base.value, tiles.tile_sources(descriptor), tile, panels)
+        found.append(_Split(tile, cluster, panels, shared))
+    for limit in (_FOR_TWO_BLOCKS, SHARED_BYTES):
+        if fitting := [split for split in found if split.shared_bytes <= limit]:
+            return fitting[0]
+    return None
+
+
+def refuses(descriptor: WeightDescriptor) -> str:
+    """Why the cluster kernel cannot compute a descriptor, or ""."""
+    if descriptor.sink is not Sink.DORA_ROW:
+        return "computes DoRA by output row"
+    if reason := tiles.refuses(descriptor):
+        return reason
+    if 0 in descriptor.matrix:
+        return "an empty weight is left to the portable SKU"
+    names = {resolved.kernel[0] for resolved in resolve(descriptor, fused_second_half=True)}
+    if others := sorted(names.difference(_SOURCES)):
+        return f"wants low-rank products and products of two, found {', '.join(others)}"
+    if split_of(descriptor) is None:
+        return f"a band of rows needs more than {LARGEST_CLUSTER} x {SHARED_BYTES} bytes of shared memory"
+    return ""
+
+
+class ClusterProgram(WeightProgram):
+    """One launch."""
+
+    fused_second_half = True
+
+    def __init__(self, descriptor: WeightDescriptor, device: Device) -> None:
+        super().__init__(descriptor, device)
+        self.split = split = split_of(descriptor)
+        dora = kernel.dora_cluster(
+            descriptor.base.value,
+            descriptor.out.value,
+            tiles.tile_sources(descriptor),
+            descriptor.magnitude.value,
+            descriptor.check_finite,
+            split.tile,
+            split.cluster,
+        )
+        bands = -(-descriptor.matrix[0] // split.tile.rows)
+        self.launch = dora.launcher((bands * split.cluster, 1, 1), split.shared_bytes)
+
+    def weight_launches(self, args: WeightArgs, workspace: Workspace) -> Launches:
+        """The norms and the merge."""
+        rows, columns = self.descriptor.matrix
+        head = (args.base.data, args.out.data, rows, columns, self.split.panels, self.flag(args))
+        sink = (args.magnitude.data, np.float32(args.strength))
+        return [(self.launch, (*head, *self.flat_sources(args, workspace), *sink))]
+
+
+CLUSTER = Sku(
+    name="cluster",
+    backend=BackendKind.CLUSTER,
+    arch=ArchSku.SM90A,
+    refuses=refuses,
+    guarantee=tiles.tensor_core_guarantee,
+    build=ClusterProgram,
+    workspace=functools.partial(prepared_bytes, fused_second_half=True),
+    alignment=16,
+)
