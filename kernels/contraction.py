@@ -3,7 +3,7 @@
     out[i, q, tap] = sum_j core[i, j, tap] * right[j, q]
 
 With one tap this is the matrix product core @ right. One thread an element; the results are factors, so they are
-small beside the weights they make.
+small beside the weights they make, and are rounded once.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import numpy as np
 
 from kernels import warp
+from kernels.double_float import multiply_add, rounded_pair
 from kernels.elements import ELEMENTS
 from kernels.target import SIMULATOR, f32p, i64, kernel_factory
 
@@ -30,12 +31,13 @@ def contract(core, right):
             i = pair // columns
             core_at = i * stride_i + tap
             right_at = pair - i * columns
-            total = np.float32(0)
+            high, low = np.float32(0), np.float32(0)
             for _ in range(inner):
-                total += load_core(core_pointer, core_at) * load_right(right_pointer, right_at)
+                core_value, right_value = load_core(core_pointer, core_at), load_right(right_pointer, right_at)
+                high, low = multiply_add(core_value, right_value, high, low)
                 core_at += stride_j
                 right_at += columns
-            out[index] = total
+            out[index] = rounded_pair(high, low)
 
     parameters = (
         ELEMENTS[core].pointer, ELEMENTS[right].pointer, f32p, i64, i64, i64, i64, i64, i64,

@@ -121,7 +121,7 @@ def _source(problem: Problem, tile: MmaTile) -> SimpleNamespace:
 
     @device
     def fetch(q, number, shared, at, a_at, b_at, depth0, thread):
-        result, p, row0, column0, batch = q
+        result, p, row0, column0, _ = q
         s = pick(p, number)
         a_fetch(shared, at, s[A], a_at, s[A_STRIDE], row0, result[ROWS], depth0, s[K], thread)
         b_to = at + np.int64(b_offset)

@@ -92,7 +92,7 @@ def _swizzle(units_of_line: int) -> tuple[int, int]:
 
 
 @functools.cache
-def _place(operand: Operand) -> Callable:
+def place_of(operand: Operand) -> Callable:
     """``place(line, unit)``: where a unit begins, in elements from the tile's start."""
     shift, mask = _swizzle(operand.units_of_line)
     units_of_line = operand.units_of_line
@@ -117,7 +117,7 @@ def loader(operand: Operand, threads: int) -> SimpleNamespace:
     even = operand.units % threads == 0
     units_of_line, units, vector = operand.units_of_line, operand.units, operand.vector
     contiguous, ragged, gated = operand.depth_contiguous, operand.ragged, operand.gated
-    place, copy_unit = _place(operand), _unit_copier(vector, ragged)
+    place, copy_unit = place_of(operand), unit_copier(vector, ragged)
 
     @device
     def line_and_unit(i, thread):
@@ -169,7 +169,7 @@ def loader(operand: Operand, threads: int) -> SimpleNamespace:
     return SimpleNamespace(begin=begin, fetch=fetch, words=count)
 
 
-def _unit_copier(vector: int, ragged: bool) -> Callable:
+def unit_copier(vector: int, ragged: bool) -> Callable:
     """``copy(shared, index, pointer, source, left)``: eight elements, zero beyond the first ``left``."""
     if vector == 1:
 
@@ -206,7 +206,7 @@ def _fragment_address(operand: Operand, row_bit: int, depth_bit: int) -> Callabl
 
     Bits of the lane's number say which rows' and which depths' half its 8x8 matrix takes.
     """
-    place, contiguous = _place(operand), operand.depth_contiguous
+    place, contiguous = place_of(operand), operand.depth_contiguous
 
     @device
     def address(row0, step, lane):

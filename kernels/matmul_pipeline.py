@@ -9,8 +9,8 @@ its device functions take:
 ``fetch(q, number, shared, at, a_at, b_at, depth0, thread)`` starts the copies of the tile at ``depth0`` to a stage
 ``factors(q, number)``                                       the sums' factor before it (ratio), and its scale
 
-``a_words`` and ``b_words``: how many numbers ``a_at`` and ``b_at`` keep; ``several``: whether there may be more than one
-segment.
+``a_words`` and ``b_words``: how many numbers ``a_at`` and ``b_at`` keep; ``several``: whether there may be more than
+one segment.
 """
 
 from __future__ import annotations

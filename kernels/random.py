@@ -42,7 +42,7 @@ def philox(block, stream, seed):
         p, q = np.uint64(a) * _M0, np.uint64(c) * _M1
         high0, high1 = np.uint32(p >> np.uint64(32)), np.uint32(q >> np.uint64(32))
         low0, low1 = np.uint32(p & np.uint64(0xFFFFFFFF)), np.uint32(q & np.uint64(0xFFFFFFFF))
-        a, b, c, d = high1 ^ b ^ k0, low1, high0 ^ d ^ k1, low0
+        a, b, c, d = np.uint32(high1 ^ b ^ k0), low1, np.uint32(high0 ^ d ^ k1), low0
         k0, k1 = np.uint32(k0 + np.uint32(_W0)), np.uint32(k1 + np.uint32(_W1))
     return a, b, c, d
 
@@ -54,13 +54,14 @@ def uniform(word):
 
 
 @device
-def _uniform4(words, at, values):
+def uniform4(words, at, values):
+    """Four uniform numbers."""
     for k in range(4):
         values[at + k] = uniform(words[k])
 
 
 @device
-def _normal4(words, at, values):
+def normal4(words, at, values):
     """Box and Muller: two numbers of the unit normal distribution from two words."""
     for k in range(2):
         radius = square_root(np.float32(-2) * log((np.float32(words[2 * k] >> np.uint32(8)) + np.float32(1)) * _UNIT))
@@ -69,7 +70,7 @@ def _normal4(words, at, values):
         values[at + 2 * k + 1] = radius * sine(angle)
 
 
-_DISTRIBUTIONS = {"uniform": _uniform4, "normal": _normal4}
+_DISTRIBUTIONS = {"uniform": uniform4, "normal": normal4}
 
 
 @device
@@ -127,7 +128,7 @@ def dropout(kind, out_kind):
         values = cuda.local.array(RUN, np.float32)
         first = (warp.block_x() * np.int64(THREADS) + np.int64(warp.thread_index())) * np.int64(RUN)
         if first < count:
-            draw8(_uniform4, first, stream, seed, words, chances)
+            draw8(uniform4, first, stream, seed, words, chances)
             if first + np.int64(RUN) <= count:
                 fetch8(source, first, fetched, 0)
                 unpack8(fetched, 0, values, 0)

@@ -1,4 +1,4 @@
-"""The portable weight kernels: any source, sink, layout and kind, one element at a time, fp32 FMA.
+"""The portable weight kernels: any source, sink, layout and kind, one element at a time, in pairs of fp32.
 
 ``merge``: out = round(W + delta), or round(delta). ``dora``: V = W + delta, out = round(W + s (g V - W)) with a
 gain g per output row or input channel, which ``dora_gain`` computes first: g = magnitude / (norm(V) + eps).
@@ -14,6 +14,7 @@ import numpy as np
 
 from kernels import warp
 from kernels.bits import not_finite
+from kernels.double_float import add_pairs, rounded_pair
 from kernels.elements import ELEMENTS
 from kernels.target import SIMULATOR, cuda, device, f32, f32p, i32p, i64, kernel_factory, types
 from kernels.weight_sources import source_parameters, summed
@@ -107,7 +108,9 @@ def merge(base, out, sources, layout, gain_axis, check):
             o = o_of(row, column, channels, taps)
             j = j_of(row, column, channels, taps)
             w = load(base_pointer, index)
-            x = combine(w, total(sources_p, o, j, w), o, j, taps, sink_p)
+            delta, delta_low = total(sources_p, o, j, w)
+            v, v_low = add_pairs(w, np.float32(0), delta, delta_low)
+            x = combine(w, rounded_pair(v, v_low), o, j, taps, sink_p)
             check_finite(flag, x)
             store(out_pointer, index, x)
 
@@ -123,16 +126,16 @@ def _combine(gain_axis: str | None) -> Callable:
     if gain_axis is None:
 
         @device
-        def add(w, delta, o, j, taps, p):
-            return w + delta
+        def merged(w, v, o, j, taps, p):
+            return v
 
-        return add
+        return merged
     per_row = gain_axis == "row"
 
     @device
-    def decompose(w, delta, o, j, taps, p):
+    def decompose(w, v, o, j, taps, p):
         gain = p[0][o if per_row else j // taps]
-        return w + p[1] * (gain * (w + delta) - w)
+        return w + p[1] * (gain * v - w)
 
     return decompose
 
@@ -168,7 +171,8 @@ def dora_gain(base, sources, layout, axis, magnitude):
                 channel = j // taps
                 index = ((j - channel * taps) * channels + channel) * outputs + o
             w = load(base_pointer, index)
-            v = w + total(sources_p, o, j, w)
+            delta, delta_low = total(sources_p, o, j, w)
+            v = w + (delta + delta_low)
             squares += v * v
             position += np.int64(THREADS)
         partial[thread] = squares

@@ -1,8 +1,11 @@
-"""Sources of a weight delta, evaluated at one element: the mathematics of the adapters in fp32.
+"""Sources of a weight delta, evaluated at one element: the mathematics of the adapters in pairs of fp32.
+
+A delta may be far smaller than the terms that it is a sum of, and cancel the base besides; what an fp32 sum of those
+terms rounds away is then no longer small. Values are therefore pairs (:mod:`kernels.double_float`).
 
 Coordinates are native: output row ``o`` of O and flat input column ``j`` of J = I * taps, as checkpoint files lay
-them out. A source is a pair of its parameter types and ``value(p, o, j, w)``, where ``w`` is the base's element;
-its scale is the last parameter.
+them out. A source is its parameter types and ``value(p, o, j, w)``, where ``w`` is the base's element; its scale is
+the last parameter.
 
     low_rank    scale * sum_k left[o, k] right[k, j]
     hadamard    scale * (sum_k a[o, k] b[k, j]) * (sum_k c[o, k] d[k, j])
@@ -22,6 +25,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from kernels.double_float import add_pairs, multiply_add, multiply_pairs
 from kernels.elements import ELEMENTS
 from kernels.target import device, f32, i64, types
 
@@ -41,14 +45,14 @@ def _dot(left: str, right: str, at: int) -> Callable:
 
     @device
     def dot(p, o, j):
-        total = np.float32(0)
+        high, low = np.float32(0), np.float32(0)
         left_at = o * p[i_row]
         right_at = j
         for _ in range(p[i_rank]):
-            total += load_left(p[i_left], left_at) * load_right(p[i_right], right_at)
+            high, low = multiply_add(load_left(p[i_left], left_at), load_right(p[i_right], right_at), high, low)
             left_at += p[i_step]
             right_at += p[i_next]
-        return total
+        return high, low
 
     return dot
 
@@ -58,7 +62,8 @@ def _low_rank(left: str, right: str) -> tuple[tuple, Callable]:
 
     @device
     def value(p, o, j, w):
-        return p[6] * dot(p, o, j)
+        high, low = dot(p, o, j)
+        return multiply_pairs(high, low, p[6], np.float32(0))
 
     return (*_factor_types(left, right), f32), value
 
@@ -68,7 +73,10 @@ def _hadamard(a: str, b: str, c: str, d: str) -> tuple[tuple, Callable]:
 
     @device
     def value(p, o, j, w):
-        return p[12] * (first(p, o, j) * second(p, o, j))
+        a, a_low = first(p, o, j)
+        b, b_low = second(p, o, j)
+        high, low = multiply_pairs(a, a_low, b, b_low)
+        return multiply_pairs(high, low, p[12], np.float32(0))
 
     return (*_factor_types(a, b), *_factor_types(c, d), f32), value
 
@@ -82,7 +90,9 @@ def _kronecker(w1: str, w2: str) -> tuple[tuple, Callable]:
         row = o // p[3]
         column = j // p[4]
         small = load1(p[0], row * p[2] + column)
-        return (p[7] * small) * load2(p[1], (o - row * p[3]) * p[4] + (j - column * p[4]))
+        large = load2(p[1], (o - row * p[3]) * p[4] + (j - column * p[4]))
+        high, low = multiply_pairs(small, np.float32(0), large, np.float32(0))
+        return multiply_pairs(high, low, p[7], np.float32(0))
 
     return (ELEMENTS[w1].pointer, ELEMENTS[w2].pointer, i64, i64, i64, i64, i64, f32), value
 
@@ -99,7 +109,9 @@ def _kronecker_product(w1: str, left: str, right: str) -> tuple[tuple, Callable]
         row = o // p[2]
         column = j // p[3]
         small = load1(p[0], row * p[1] + column)
-        return (p[12] * small) * dot(p, o - row * p[2], j - column * p[3])
+        large, large_low = dot(p, o - row * p[2], j - column * p[3])
+        high, low = multiply_pairs(large, large_low, small, np.float32(0))
+        return multiply_pairs(high, low, p[12], np.float32(0))
 
     return (ELEMENTS[w1].pointer, i64, i64, i64, i64, i64, *_factor_types(left, right), f32), value
 
@@ -110,7 +122,7 @@ def _dense(kind: str) -> tuple[tuple, Callable]:
 
     @device
     def value(p, o, j, w):
-        return p[2] * load(p[0], o * p[1] + j)
+        return multiply_pairs(load(p[0], o * p[1] + j), np.float32(0), p[2], np.float32(0))
 
     return (ELEMENTS[kind].pointer, i64, f32), value
 
@@ -122,13 +134,15 @@ def _channel(kind: str, axis: str) -> tuple[tuple, Callable]:
 
         @device
         def value(p, o, j, w):
-            return (p[3] * load(p[0], o)) * w
+            high, low = multiply_pairs(load(p[0], o), np.float32(0), w, np.float32(0))
+            return multiply_pairs(high, low, p[3], np.float32(0))
 
     else:
 
         @device
         def value(p, o, j, w):
-            return (p[3] * load(p[0], j // p[1])) * w
+            high, low = multiply_pairs(load(p[0], j // p[1]), np.float32(0), w, np.float32(0))
+            return multiply_pairs(high, low, p[3], np.float32(0))
 
     return (ELEMENTS[kind].pointer, i64, i64, f32), value
 
@@ -161,7 +175,7 @@ def summed(sources: tuple[Source, ...]) -> Callable:
 
     @device
     def zero(p, o, j, w):
-        return np.float32(0)
+        return np.float32(0), np.float32(0)
 
     total = zero
     for position, source in enumerate(sources):
@@ -172,6 +186,8 @@ def summed(sources: tuple[Source, ...]) -> Callable:
 def _plus(rest: Callable, value: Callable, position: int) -> Callable:
     @device
     def total(p, o, j, w):
-        return rest(p, o, j, w) + value(p[position], o, j, w)
+        high, low = rest(p, o, j, w)
+        more, more_low = value(p[position], o, j, w)
+        return add_pairs(high, low, more, more_low)
 
     return total

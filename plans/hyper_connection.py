@@ -43,7 +43,7 @@ from plans.hyper_connection_common import (
     weights_count,
 )
 from plans.hyper_connection_math import Projection, aggregate_of, mixed_of, weights_of
-from plans.hyper_connection_stream import ALIGNMENT, StaticStreamProgram, refuses_stream, stream_units
+from plans.hyper_connection_stream import ALIGNMENT, StaticStreamProgram, refuses_stream, shape_of, stream_units
 from plans.sinkhorn import SinkhornDescriptor, SinkhornMode, check_sinkhorn, sinkhorn_units, units_by_thread
 
 _F32 = ElementKind.F32
@@ -152,7 +152,8 @@ def _guarantee(descriptor: HyperConnectionDescriptor) -> PrecisionGuarantee:
 
 
 def _refuses_stream(d: HyperConnectionDescriptor) -> str:
-    return refuses_stream(d.sinkhorn, d.n_streams, d.n_streams, d.hidden_dim, d.batch, element=d.element, gamma=d.gamma)
+    shape = shape_of(d.element, d.n_streams, d.hidden_dim)
+    return refuses_stream(d.sinkhorn, d.n_streams, d.hidden_dim, d.batch, shape, element=d.element, gamma=d.gamma)
 
 
 def _stream_guarantee(d: HyperConnectionDescriptor) -> PrecisionGuarantee:
@@ -193,7 +194,6 @@ class HyperConnectionPlan(Plan):
             refuses=_refuses_stream,
             guarantee=_stream_guarantee,
             build=StaticStreamProgram,
-            workspace=lambda d: 4 * weights_count(d.n_streams),
             alignment=ALIGNMENT,
         ),
         Sku(

@@ -15,14 +15,15 @@ import numpy as np
 
 from kernels import hyper_connection as forward_kernel
 from kernels import hyper_connection_backward as kernel
+from kernels.hyper_connection_stream import SM80_BYTES, SM90_BYTES
 from kernels.simulator import WARP
 from kernels.sinkhorn import extent_for, sinkhorn_backward
+from plans import hyper_connection_stream_backward as stream
 from plans.core import (
     ArchSku,
     BackendKind,
     Device,
     ElementKind,
-    MathPrecision,
     Operand,
     Plan,
     PrecisionGuarantee,
@@ -34,6 +35,7 @@ from plans.core import (
 from plans.core.plan import Arguments
 from plans.hyper_connection import HyperConnectionDescriptor, refuses
 from plans.hyper_connection_common import (
+    fp32_guarantee,
     gradients_of,
     scratch_bytes,
     scratch_pointers,
@@ -50,6 +52,7 @@ from plans.hyper_connection_math import (
     weights_of,
     x_gradient,
 )
+from plans.hyper_connection_stream import ALIGNMENT
 from plans.sinkhorn import SinkhornMode, gradient_units, sinkhorn_units
 
 _F32 = ElementKind.F32
@@ -159,13 +162,9 @@ def _own_units(d: HyperConnectionDescriptor) -> float:
 
 
 def _guarantee(descriptor: HyperConnectionDescriptor) -> PrecisionGuarantee:
-    return PrecisionGuarantee(
-        math_precision=MathPrecision.F32,
-        accumulator=_F32,
-        deterministic=True,
-        bit_stable_on_same_hardware=True,
-        rounding_units=_own_units(descriptor),
-        derivation="sums over streams with sigmoids (n + 8) in a, dy, r and dx; a thread's channels and 16 in both "
+    return fp32_guarantee(
+        _own_units(descriptor),
+        "sums over streams with sigmoids (n + 8) in a, dy, r and dx; a thread's channels and 16 in both "
         "sums of the norm; a lane's channels, then the samples, one after the other; the magnitude counts M's error",
     )
 
@@ -203,11 +202,31 @@ class _PortableProgram:
         ]
 
 
+def _stream_sku(name: str, arch: ArchSku, most_bytes: int) -> Sku:
+    """The streaming kernels with so much shared memory for samples."""
+    return Sku(
+        name=name,
+        backend=BackendKind.VECTOR,
+        arch=arch,
+        refuses=lambda d: stream.refuses(d, most_bytes),
+        guarantee=lambda d: fp32_guarantee(
+            stream.units(d, most_bytes, _own_units(d)),
+            "sums over streams; a thread's channels over all samples of its block, then the block's and the blocks' "
+            "sums; or Sinkhorn's, with a reciprocal and a product a step instead of a division",
+        ),
+        build=stream.build(most_bytes),
+        workspace=lambda d: stream.workspace(d, most_bytes),
+        alignment=ALIGNMENT,
+    )
+
+
 class HyperConnectionBackwardPlan(Plan):
     """The gradient of a hyper-connection, static H; see :class:`HyperConnectionBackwardDescriptor`."""
 
     name = "hyper-connection backward"
     skus = (
+        _stream_sku("stream", ArchSku.SM80, SM80_BYTES),
+        _stream_sku("stream, large", ArchSku.SM90A, SM90_BYTES),
         Sku(
             name="portable",
             backend=BackendKind.PORTABLE,

@@ -20,6 +20,7 @@ from kernels import hyper_connection as static_kernel
 from kernels import hyper_connection_dynamic as kernel
 from kernels.simulator import WARP
 from kernels.sinkhorn import extent_for
+from plans import hyper_connection_dynamic_stream as fast
 from plans.core import (
     ArchSku,
     BackendKind,
@@ -50,6 +51,7 @@ from plans.hyper_connection_math import (
     projected_of,
     weights_of,
 )
+from plans.hyper_connection_stream import ALIGNMENT
 from plans.sinkhorn import SinkhornDescriptor, SinkhornMode, sinkhorn_units
 
 _F32 = ElementKind.F32
@@ -212,6 +214,16 @@ class DynamicHyperConnectionPlan(Plan):
 
     name = "dynamic hyper-connection"
     skus = (
+        Sku(
+            name="mma and stream",
+            backend=BackendKind.MMA,
+            arch=ArchSku.SM80,
+            refuses=fast.refuses,
+            guarantee=lambda d: fp32_guarantee(fast.units(d, _own_units(d)), fast.DERIVATION),
+            build=fast.DynamicStreamProgram,
+            workspace=fast.workspace,
+            alignment=ALIGNMENT,
+        ),
         Sku(
             name="portable",
             backend=BackendKind.PORTABLE,

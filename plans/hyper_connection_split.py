@@ -20,6 +20,7 @@ import numpy as np
 
 from kernels import hyper_connection as kernel
 from kernels.sinkhorn import extent_for
+from plans import hyper_connection_dynamic_stream as fast
 from plans.core import (
     ArchSku,
     BackendKind,
@@ -52,7 +53,7 @@ from plans.hyper_connection_dynamic import (
     weight_units,
 )
 from plans.hyper_connection_math import Pair, Projection, aggregate_of, mixed_of, weights_of
-from plans.hyper_connection_stream import ALIGNMENT, StaticWeights, Stream, refuses_stream
+from plans.hyper_connection_stream import ALIGNMENT, Stream, refuses_stream, shape_of
 from plans.hyper_connection_stream import stream_units as fast_stream_units
 from plans.sinkhorn import SinkhornDescriptor, SinkhornMode, check_sinkhorn, sinkhorn_units, units_by_thread
 
@@ -235,30 +236,29 @@ def _post_guarantee(d: HyperConnectionPostDescriptor) -> PrecisionGuarantee:
 def _refuses_pre_stream(d: HyperConnectionPreDescriptor) -> str:
     if d.projection is not None:
         return "takes a static H"
-    n = d.n_streams
-    return refuses_stream(d.sinkhorn, n, n, d.hidden_dim, d.batch, element=d.element, gamma=d.gamma)
+    shape = shape_of(d.element, d.n_streams, d.hidden_dim)
+    return refuses_stream(d.sinkhorn, d.n_streams, d.hidden_dim, d.batch, shape, element=d.element, gamma=d.gamma)
 
 
 def _refuses_post_stream(d: HyperConnectionPostDescriptor) -> str:
-    return refuses_stream(None, d.n_streams, d.n_streams + 1, d.hidden_dim, d.batch, element=d.element)
+    shape = shape_of(d.element, d.n_streams + 1, d.hidden_dim)
+    return refuses_stream(None, d.n_streams, d.hidden_dim, d.batch, shape, element=d.element)
 
 
 class _PreStream:
-    """Two launches: the mixing weights, then every sample's aggregate."""
+    """One launch: every block makes the mixing weights and walks over samples; the first writes the weights."""
 
     def __init__(self, descriptor: HyperConnectionPreDescriptor, device: Device) -> None:
         self.descriptor = d = descriptor
-        self.weigh = StaticWeights(d.mode, d.n_streams, d.sinkhorn_iters, d.eps)
-        self.stream = Stream("pre", d.element, d.gamma, d.shape, False, device)
+        self.stream = Stream("pre", d.element, d.gamma, d.shape, d.mode.value, device)
 
     def bind(self, args: NamedArguments, workspace: Workspace) -> list[tuple[Callable, tuple]]:
-        """Both launches."""
-        d, mixing = self.descriptor, args["mixing"]
+        """The launch."""
+        d = self.descriptor
         gamma = args["rmsnorm_weight"] if d.norm else None
-        return [
-            self.weigh.bind(*(args[operand.name] for operand in d.parameters), mixing),
-            self.stream.bind(args["x_expanded"], mixing, args["aggregate"], d.eps, gamma),
-        ]
+        logits = tuple(args[operand.name] for operand in d.parameters)
+        streams = (args["x_expanded"], args["mixing"], args["aggregate"], d.eps)
+        return [self.stream.bind(*streams, gamma, None, logits, d.sinkhorn_iters)]
 
 
 class _PostStream:
@@ -266,7 +266,7 @@ class _PostStream:
 
     def __init__(self, descriptor: HyperConnectionPostDescriptor, device: Device) -> None:
         d = descriptor
-        self.stream = Stream("post", d.element, None, d.shape, d.per_sample, device)
+        self.stream = Stream("post", d.element, None, d.shape, None if d.per_sample else "given", device)
 
     def bind(self, args: NamedArguments, workspace: Workspace) -> list[tuple[Callable, tuple]]:
         """The launch."""
@@ -323,6 +323,16 @@ class HyperConnectionPrePlan(Plan):
 
     name = "hyper-connection pre"
     skus = (
+        Sku(
+            name="mma and stream",
+            backend=BackendKind.MMA,
+            arch=ArchSku.SM80,
+            refuses=lambda d: "takes a dynamic H" if d.projection is None else fast.refuses(d),
+            guarantee=lambda d: fp32_guarantee(fast.units(d, _pre_units(d)), fast.DERIVATION),
+            build=fast.DynamicPreProgram,
+            workspace=fast.workspace,
+            alignment=ALIGNMENT,
+        ),
         Sku(
             name="stream",
             backend=BackendKind.VECTOR,

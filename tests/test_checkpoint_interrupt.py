@@ -18,7 +18,7 @@ import pytest
 from safetensors_files import snapshot, some_tensors, tensors_file, two_shards, write_shards
 
 import lycoris.checkpoint
-from lycoris.checkpoint import Checkpoint, CheckpointWriter, interruptible
+from lycoris.checkpoint import Checkpoint, CheckpointWriter, interruptible, staging
 from lycoris.errors import MergeFailed
 
 PACKAGE = str(Path(lycoris.checkpoint.__file__).parent)
@@ -253,7 +253,7 @@ def test_only_temporaries_of_the_same_target_are_removed(tmp_path):
 
 
 FAILURES = {
-    "full disk while reserving": ("posix_fallocate", errno.ENOSPC, "No space left on device"),
+    "full disk while reserving": ("reserve", errno.ENOSPC, "No space left on device"),
     "full disk while writing": ("pwrite", errno.ENOSPC, "No space left on device"),
     "over quota": ("pwrite", errno.EDQUOT, "quota"),
     "failing disk": ("pwrite", errno.EIO, "Input/output error"),
@@ -265,15 +265,16 @@ FAILURES = {
 def test_failing_system_is_reported_and_nothing_left_behind(job, monkeypatch, call, number, words):
     base, output, place = job
     before = snapshot(place)
-    original, calls = getattr(os, call), []
+    place_of_call = staging if call == "reserve" else os
+    original, calls = getattr(place_of_call, call), []
 
     def fail(*args):
         calls.append(args)
-        if len(calls) >= (1 if call == "fsync" else 2) or call == "posix_fallocate":
+        if len(calls) >= (1 if call == "fsync" else 2) or call == "reserve":
             raise OSError(number, os.strerror(number))
         return original(*args)
 
-    monkeypatch.setattr(os, call, fail)
+    monkeypatch.setattr(place_of_call, call, fail)
     with pytest.raises(MergeFailed) as failure:
         merge(base, output)
     assert str(failure.value).startswith(str(output)) and words in str(failure.value)

@@ -6,14 +6,20 @@ import ml_dtypes
 import numpy as np
 import pytest
 from merging import assert_merged, read_all, run, write
+from safetensors_files import write_shards
 
 from lycoris.checkpoint import Checkpoint
 from lycoris.errors import RefusedInput
 from lycoris.formats import Place, Rows, match, read_adapter
 from lycoris.formats.aliases import ALIASES, NUMBER, Alias
+from lycoris.merge import jobs as merge_jobs
+from lycoris.merge import pipeline as merge_pipeline
+from lycoris.merge.batches import ALIGNMENT
+from lycoris.merge.pipeline import Sizes
 
 BF16, F32 = ml_dtypes.bfloat16, np.float32
 COLUMNS = 6
+TINY = Sizes(readers=2, writers=2, block_bytes=ALIGNMENT, batch_bytes=4 * ALIGNMENT)
 
 
 def random(shape, dtype=F32, seed=0):
@@ -266,7 +272,10 @@ def test_a_whole_over_parts_of_several_types(tmp_path, output):
 
 @pytest.mark.parametrize(
     ("whole", "reason"),
-    [("lokr factored", "lokr factors cannot be cut at its rows"), ("dora row", "DoRA holds for its own rows")],
+    [
+        ("lokr factored", "lokr factors cannot be cut at its rows"),
+        ("dora row", "DoRA holds for all of its rows together"),
+    ],
 )
 def test_what_cannot_be_cut_is_refused(whole, reason, tmp_path, output):
     base = fused_base(tmp_path)
@@ -280,7 +289,7 @@ def test_what_cannot_be_cut_is_refused(whole, reason, tmp_path, output):
 def test_types_that_a_dora_cannot_span_are_refused(tmp_path, output):
     base = split_base(tmp_path, (BF16, F32, BF16))
     adapter = adapter_file(tmp_path / "a.safetensors", {f"transformer.{FUSED}": 3 * ROWS}, "dora row")
-    with pytest.raises(RefusedInput, match="stores them in several dtypes"):
+    with pytest.raises(RefusedInput, match="stores them in several dtypes.*; convert the base"):
         run(base, adapter, output=output)
 
 
@@ -314,3 +323,30 @@ def test_the_second_text_encoder_of_a_single_file(tmp_path, output):
     assert_merged(base, adapter, (other, 0.3), output=output)
     assert not report.unmatched
     assert report.tensors_changed == 5
+
+
+def test_parts_in_different_shards(tmp_path):
+    """One job reads from both files and writes to both; the shards stay as they were otherwise."""
+    tensors = list(read_all(split_base(tmp_path)).items())
+    index = write_shards(tmp_path / "base", {"a.safetensors": dict(tensors[:4]), "b.safetensors": dict(tensors[4:])})
+    adapter = adapter_file(tmp_path / "a.safetensors", {f"transformer.{FUSED}": 3 * ROWS}, "lokr")
+    run(index, adapter, output=tmp_path / "merged")
+    (merged,) = (tmp_path / "merged").glob("*.json")
+    assert_merged(index, adapter, output=merged)
+
+
+@pytest.mark.parametrize("slots", [1, 2])
+@pytest.mark.parametrize("stored", [fused_base, split_base], ids=["fused", "split"])
+def test_windows_that_cut_through_parts(stored, slots, tmp_path, output, monkeypatch):
+    """Blocks of 256 bytes, and parts of 192: every window, piece and gap has its turn."""
+    monkeypatch.setattr(merge_pipeline, "SIMULATOR_SIZES", TINY)
+    monkeypatch.setattr(merge_pipeline, "GPU_SIZES", TINY)
+    monkeypatch.setattr(merge_pipeline, "MAX_SLOTS", slots)
+    monkeypatch.setattr(merge_jobs, "PIECE_ELEMENTS", 40)
+    base = stored(tmp_path)
+    whole = adapter_file(tmp_path / "a.safetensors", {f"transformer.{FUSED}": 3 * ROWS}, "full")
+    part = adapter_file(tmp_path / "b.safetensors", {f"transformer.{SPLIT[1]}": ROWS}, "loha", 50)
+    run(base, whole, output=output, dtype="fp32")
+    assert_merged(base, whole, output=output, dtype="fp32")
+    run(base, part, whole, output=output, overwrite=True)
+    assert_merged(base, part, whole, output=output)

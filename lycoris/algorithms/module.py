@@ -15,12 +15,14 @@ from typing import ClassVar, Self
 import numpy as np
 
 from lycoris.algorithms.sources import FactorSpec, SourceBinding, weight_source
+from lycoris.algorithms.terms import linear_term
 from lycoris.buffers import DeviceArray
 from lycoris.errors import LycorisError, RefusedInput
 from lycoris.formats.keys import DORA, algorithm_of
 from lycoris.formats.shapes import Shape, delta_shape, dora_axis, fits, rank_of, squeeze
 from lycoris.ops.cast import cast
 from lycoris.ops.weight import delta, evaluate
+from lycoris.tensor import Tensor, from_array, zeros
 from plans.core import Device, ElementKind
 from plans.weight import Dense, Sink, WeightDescriptor, WeightLayout
 
@@ -60,6 +62,7 @@ class LycorisModule:
         self.alpha, self.rs_lora, self.scalar = alpha, rs_lora, scalar
         self.dora_scale, self.wd_on_out, self.bias = dora_scale, wd_on_out, bias
         self.factors, self.rank = dict(factors), rank_of(self.algorithm, factors)
+        self._tensors: dict[str, Tensor] | None = None
         if self.rank == 0 and dora_scale is not None:
             raise RefusedInput(
                 f"{self.algorithm}: rank 0 with a dora_scale, wanted rank 1 or more; "
@@ -104,6 +107,40 @@ class LycorisModule:
         """
         rest = {"scalar": self.scalar, DORA: self.dora_scale, self.bias_name: self.bias}
         return {**self.factors, **{name: tensor for name, tensor in rest.items() if tensor is not None}}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """`parameters` as tensors with gradients, which share their memory: always the same objects."""
+        found = self.parameters()
+        if self._tensors is None or any(self._tensors[n].storage.buffer is not a.buffer for n, a in found.items()):
+            self._tensors = {name: from_array(array) for name, array in found.items()}
+        return self._tensors
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The term scale() * scalar * x @ delta.T of a linear layer: x [..., in] -> [..., out], with gradients.
+
+        LoCon and LoKr build no delta. Raises RefusedInput for a DoRA, whose change depends on the base, for (IA)^3,
+        norms and convolutions, and where x has another last axis than the layer.
+        """
+        if self.dora_scale is not None or len(squeeze(self.shape)) > 2:
+            raise RefusedInput(
+                f"{self.algorithm}: a term of a DoRA or of a convolution depends on its layer; use "
+                "lycoris.nn.AdaptedLinear, or merge it into the weight"
+            )
+        if not x.shape or x.shape[-1] != math.prod(self.shape[1:]):
+            raise RefusedInput(
+                f"{self.algorithm}: x has shape {x.shape}, wanted [..., {math.prod(self.shape[1:])}] for a weight "
+                f"{list(self.shape)}; give the layer's own input"
+            )
+        tensors = self.tensors()
+        scale = self.scale() if self.scalar is None else tensors["scalar"] * self.scale()
+        if self.rank == 0:
+            return zeros((*x.shape[:-1], self.shape[0]), x.kind, x.device)
+        return linear_term(self.algorithm, tensors, x, self.shape[:2], scale)
+
+    def weight_term(self, shape: Shape) -> tuple[SourceBinding, list[DeviceArray], float]:
+        """How a weight plan takes the module over a weight of ``shape``: its source, factors in order, their scale."""
+        binding = self._bind(shape)
+        return binding, self._ordered(binding), self._factor()
 
     def get_diff_weight(self) -> DeviceArray:
         """scale() * scalar * delta, in ``layout`` and the factors' kind, rounded once; without DoRA.

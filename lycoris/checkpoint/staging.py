@@ -10,7 +10,7 @@ import secrets
 import shutil
 from pathlib import Path
 
-from lycoris.checkpoint.linux import exchange, start_writeback
+from lycoris.checkpoint.linux import exchange, reserve, start_writeback
 from lycoris.errors import MergeFailed, RefusedInput, os_reason
 
 # Smaller writes are left to fsync: early write-back would cost more calls than it saves time.
@@ -33,7 +33,7 @@ class StagedFile:
             with contextlib.suppress(OSError):
                 fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if size:
-                os.posix_fallocate(self._descriptor, 0, size)
+                reserve(self._descriptor, size)
         except BaseException:
             self.close()
             raise

@@ -8,7 +8,7 @@ the other. Sources: diffusers 0.42.1 `scripts/convert_{flux,flux2,sd3}_to_diffus
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
@@ -245,11 +245,17 @@ ALIASES: tuple[Alias, ...] = (
 )
 
 _FIRST_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
-_WHOLES: dict[str, list[Alias]] = {}
-_FIRST_PARTS: dict[str, list[Alias]] = {}
-for _alias in ALIASES:
-    _WHOLES.setdefault(_alias.whole, []).append(_alias)
-    _FIRST_PARTS.setdefault(_alias.parts[0], []).append(_alias)
+
+
+def _indexed(name_of: Callable[[Alias], str]) -> dict[str, list[Alias]]:
+    found: dict[str, list[Alias]] = {}
+    for alias in ALIASES:
+        found.setdefault(name_of(alias), []).append(alias)
+    return found
+
+
+_WHOLES = _indexed(lambda alias: alias.whole)
+_FIRST_PARTS = _indexed(lambda alias: alias.parts[0])
 
 
 def weight_of(layer: str, tensors: Mapping[str, HasShape]) -> str:

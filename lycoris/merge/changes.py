@@ -18,6 +18,10 @@ from lycoris.merge.bits import KINDS
 from lycoris.merge.factors import Factor
 from plans.weight import Dense
 
+# Why a change has to be cut, and what to do where it cannot be.
+_SHARED = "another adapter changes some of them", "merge the adapters one after the other"
+_MIXED = "the base stores them in several dtypes", "convert the base to one dtype first"
+
 # Kernels take scales as float32.
 _LARGEST_SCALE = float(np.finfo(np.float32).max)
 
@@ -145,10 +149,10 @@ def by_place(changes: Sequence[Change], tensors: Mapping[str, TensorEntry]) -> d
         RefusedInput: such a change cannot be cut, or is DoRA.
     """
     groups = _grouped(changes)
-    reasons = dict.fromkeys(_sharing(groups), "another adapter changes some of them")
+    reasons = dict.fromkeys(_sharing(groups), _SHARED)
     for place in groups:
         if len({tensors[run.tensor].dtype for run in place.runs}) > 1:
-            reasons.setdefault(place, "the base stores them in several dtypes")
+            reasons.setdefault(place, _MIXED)
     if not reasons:
         return groups
     bounds: dict[str, set[int]] = {}
@@ -185,11 +189,11 @@ def _sharing(groups: Mapping[Place, Sequence[Change]]) -> set[Place]:
     return found
 
 
-def _cut(change: Change, bounds: Mapping[str, set[int]], reason: str) -> list[Change]:
-    """`change` as changes of the rows between `bounds`; `reason` says what it has to be cut for."""
-    fault = f"{change.where}: changes rows of {change.place.name}, and {reason}:"
+def _cut(change: Change, bounds: Mapping[str, set[int]], reason: tuple[str, str]) -> list[Change]:
+    """`change` as changes of the rows between `bounds`; `reason`: what it has to be cut for, and what else to do."""
+    fault, advice = f"{change.where}: changes rows of {change.place.name}, and {reason[0]}:", reason[1]
     if change.is_dora:
-        raise RefusedInput(f"{fault} DoRA holds for its own rows, all of them and alone; merge it into another base")
+        raise RefusedInput(f"{fault} DoRA holds for all of its rows together, and alone; {advice}")
     parts, offset = [], 0
     for run in change.place.runs:
         points = sorted(point for point in bounds[run.tensor] if run.first <= point <= run.first + run.count)
@@ -199,7 +203,7 @@ def _cut(change: Change, bounds: Mapping[str, set[int]], reason: str) -> list[Ch
             if part is None:
                 raise RefusedInput(
                     f"{fault} {change.module.algorithm} factors cannot be cut at its rows {row} to "
-                    f"{row + end - first}; merge the adapters one after the other"
+                    f"{row + end - first}; {advice}"
                 )
             parts.append(part)
         offset += run.count

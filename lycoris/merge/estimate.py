@@ -40,7 +40,7 @@ def refuse_long_simulation(jobs: Iterable[Job]) -> None:
     if seconds > LIMIT_SECONDS:
         values = sum(job.count for job in jobs)
         raise RefusedInput(
-            f"there is no GPU, and merging {values} values in Numba's CUDA simulator would take about "
+            f"no GPU in use: merging {values} values in Numba's CUDA simulator would take about "
             f"{duration(seconds)} (at most {duration(LIMIT_SECONDS)} are begun); run it on a machine with an NVIDIA "
             f"GPU and its driver, after {_INSTALL}"
         )

@@ -71,11 +71,13 @@ class WeightDescriptor:
             raise InvalidProblem("weight: no sources given, wanted at least one; give the adapter's")
         if (self.base is None) != (self.sink is Sink.DELTA):
             raise InvalidProblem(
-                f"weight: sink {self.sink.value} with base {self.base}: only a delta has no base; choose the sink by the base"
+                f"weight: sink {self.sink.value} with base {self.base}: only a delta has no base; "
+                "choose the sink by the base"
             )
         if self.is_dora != (self.magnitude is not None):
             raise InvalidProblem(
-                f"weight: sink {self.sink.value} with magnitude {self.magnitude}: DoRA alone has one; choose the sink by it"
+                f"weight: sink {self.sink.value} with magnitude {self.magnitude}: DoRA alone has one; "
+                "choose the sink by it"
             )
         if self.base is None and any(isinstance(s, ChannelScale) for s in self.sources):
             raise InvalidProblem("weight: a channel scale multiplies the base, so it has no delta of its own; merge it")

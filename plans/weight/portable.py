@@ -19,16 +19,17 @@ _AXIS = {Sink.DORA_ROW: "row", Sink.DORA_COLUMN: "column"}
 
 
 def fp32_guarantee(descriptor: WeightDescriptor) -> PrecisionGuarantee:
-    """fp32 FMA throughout."""
+    """Pairs of fp32, or few operations in one."""
     depth = sum(source.depth for source in descriptor.sources)
     return PrecisionGuarantee(
         math_precision=MathPrecision.F32,
         accumulator=ElementKind.F32,
         deterministic=True,
         bit_stable_on_same_hardware=True,
-        rounding_units=depth + 6.0 * len(descriptor.sources) + (16.0 if descriptor.is_dora else 2.0),
-        derivation="each of the summed terms is rounded once in the running sum (depth), each source is scaled, "
-        "combined and added (6), the base added (2); DoRA's norm tree, division and products 16",
+        rounding_units=2.0**-23 * depth**2 + 6.0 * len(descriptor.sources) + (16.0 if descriptor.is_dora else 2.0),
+        derivation="sums keep what each term rounds away in a second word, of which depth**2 * 2**-48 of the terms is "
+        "lost; for each source contracted factors are rounded, or a scale and a product (6); the sum with the base is "
+        "rounded once (2); DoRA's norm tree, division and products 16",
     )
 
 

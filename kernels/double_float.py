@@ -1,0 +1,82 @@
+"""Pairs of fp32 that stand for their sum, some 48 bits: the second keeps what fp32 rounds away.
+
+Dekker, A floating-point technique for extending the available precision, 1971; Ogita, Rump and Oishi, Accurate sum and
+dot product, 2005. Each operation is one block of PTX whose roundings are spelled out, since a compiler that fuses a product with
+a sum would break it. A result that is not finite shows in the first word; the second may then be NaN.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from kernels.bits import not_finite
+from kernels.ptx import instruction
+from kernels.target import device
+
+
+def _pair(value):
+    high = np.float32(value)
+    return high, np.float32(value - float(high))
+
+
+def _multiply_add(a, b, high, low):
+    return _pair(float(high) + float(a) * float(b) + float(low))
+
+
+def _add_pairs(a_high, a_low, b_high, b_low):
+    return _pair(float(a_high) + float(b_high) + (float(a_low) + float(b_low)))
+
+
+def _multiply_pairs(a_high, a_low, b_high, b_low):
+    return _pair((float(a_high) + float(a_low)) * (float(b_high) + float(b_low)))
+
+
+# s = x + y, and e = what that rounded away [Knuth].
+_TWO_SUM = (
+    "add.rn.f32 s, {0}, {1}; sub.rn.f32 v, s, {0}; sub.rn.f32 x, s, v; sub.rn.f32 x, {0}, x; sub.rn.f32 y, {1}, v; "
+    "add.rn.f32 e, x, y; "
+)
+_TWO_PRODUCT = "mul.rn.f32 p, {0}, {1}; neg.f32 n, p; fma.rn.f32 r, {0}, {1}, n; "
+# The pair of s and a smaller e, by which the first word is again the nearest to the sum.
+_NORMALIZED = "add.rn.f32 h, {0}, {1}; sub.rn.f32 v, h, {0}; sub.rn.f32 $1, {1}, v; mov.f32 $0, h; "
+_REGISTERS = "{ .reg .f32 s, v, x, y, e, p, n, r, h; "
+
+# (a, b, high, low): the pair plus a * b; not normalized, which the end of a dot product does.
+multiply_add = instruction(
+    _REGISTERS
+    + _TWO_PRODUCT.format("$2", "$3")
+    + _TWO_SUM.format("$4", "p")
+    + "add.rn.f32 e, e, r; add.rn.f32 $1, $5, e; mov.f32 $0, s; }",
+    "ffff",
+    "ff",
+    twin=_multiply_add,
+    pure=True,
+)
+add_pairs = instruction(
+    _REGISTERS
+    + _TWO_SUM.format("$2", "$4")
+    + "add.rn.f32 r, $3, $5; add.rn.f32 e, e, r; "
+    + _NORMALIZED.format("s", "e")
+    + "}",
+    "ffff",
+    "ff",
+    twin=_add_pairs,
+    pure=True,
+)
+multiply_pairs = instruction(
+    _REGISTERS
+    + _TWO_PRODUCT.format("$2", "$4")
+    + "fma.rn.f32 r, $2, $5, r; fma.rn.f32 r, $3, $4, r; "
+    + _NORMALIZED.format("p", "r")
+    + "}",
+    "ffff",
+    "ff",
+    twin=_multiply_pairs,
+    pure=True,
+)
+
+
+@device
+def rounded_pair(high, low):
+    """A pair as one fp32 value."""
+    return high if not_finite(high) else np.float32(high + low)

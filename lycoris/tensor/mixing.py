@@ -1,0 +1,59 @@
+"""Blocks of a row mixed by a small matrix, with gradients: LoKr's first half, (w kron I) x."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from lycoris.errors import RefusedInput
+from lycoris.tensor import autograd
+from lycoris.tensor.launch import ITSELF, compact, converted, empty, reduce, run, same_device, shaped
+from lycoris.tensor.products import product
+from lycoris.tensor.tensor import Tensor
+from lycoris.tensor.views import transpose
+from plans.block_mix import BlockMixArgs, BlockMixDescriptor, BlockMixPlan
+from plans.core import ElementKind
+from plans.reduction import Reduction
+
+
+def mix_blocks(x: Tensor, w: Tensor) -> Tensor:
+    """out[..., l, e] = sum_m w[l, m] x[..., m, e]: x [..., m * e], w [l, m] -> [..., l * e].
+
+    Raises RefusedInput where w's columns do not divide x's last axis.
+    """
+    if w.ndim != 2 or not x.shape or w.shape[1] == 0 or x.shape[-1] % w.shape[1]:
+        raise RefusedInput(f"mix_blocks: x {x.shape} and w {w.shape}, wanted [..., m * e] and [l, m]")
+    same_device("mix_blocks", (x, w))
+    width, rows = x.shape[-1] // w.shape[1], x.size // max(1, x.shape[-1])
+    flat, matrix = shaped(_ready(x), (rows, x.shape[-1])), _ready(w)
+    out = shaped(_mixed(flat, matrix, width, x.kind, False), (*x.shape[:-1], w.shape[0] * width))
+    if not autograd.wanted((x, w)):
+        return out
+    shape = x.shape
+
+    def pull(g: Tensor, edges: Sequence[autograd.Node | None]) -> list[Tensor | None]:
+        g = shaped(compact(g.detach()), (rows, matrix.shape[0] * width))
+        d_x = shaped(_mixed(g, matrix, width, edges[0].kind, True), shape) if edges[0] else None
+        return [d_x, _weight_gradient(g, flat, matrix.shape, width, edges[1].kind) if edges[1] else None]
+
+    return autograd.record("mix_blocks", out, (x, w), (flat, matrix), pull)
+
+
+def _ready(x: Tensor) -> Tensor:
+    x = x.detach()
+    return x if x.contiguous_ and x.aligned else converted(x, x.kind)
+
+
+def _mixed(x: Tensor, w: Tensor, width: int, kind: ElementKind, transposed: bool) -> Tensor:
+    out_blocks, in_blocks = w.shape[::-1] if transposed else w.shape
+    out = empty((x.shape[0], out_blocks * width), kind, x.device)
+    descriptor = BlockMixDescriptor(x.shape[0], out_blocks, in_blocks, width, x.kind, w.kind, kind, transposed)
+    run(BlockMixPlan.select(None, descriptor, device=x.device), BlockMixArgs(out.mut(), x.ref(), w.ref()))
+    return out
+
+
+def _weight_gradient(g: Tensor, x: Tensor, shape: tuple[int, ...], width: int, kind: ElementKind) -> Tensor:
+    """Sum g[t] x[t]^T over [blocks, width] views of the rows t: a product for each row, added up in order."""
+    rows = x.shape[0]
+    left, right = shaped(g, (rows, shape[0], width)), shaped(x, (rows, shape[1], width))
+    each = product(left, transpose(right), ElementKind.F32)
+    return reduce(Reduction.SUM, ITSELF, (each,), (0,), shape, kind)
