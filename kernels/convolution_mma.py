@@ -24,16 +24,16 @@ from kernels.matmul_problem import COLUMNS, OUT, OUT_BATCH, OUT_STRIDE, ROWS, re
 from kernels.target import cuda, device, i64, kernel_factory, types
 
 X, X_CHANNELS, DEPTH, W, W_STRIDE, W_TAP, W_GROUP = range(7)
-"""Positions of a convolution's operands: the gathered activation, its channels, those of a group that are summed over; the
-weight, and its strides of lines, taps and groups."""
+"""Positions of a convolution's operands: the gathered activation, its channels, those of a group that are summed over;
+the weight, and its strides of lines, taps and groups."""
 G, G_CHANNELS, PIXELS, SOURCE, SOURCE_CHANNELS = range(5)
 """Positions of a weight gradient's: the result's gradient, its channels, its pixels; the activation, its channels."""
 
 
 @dataclass(frozen=True)
 class ConvolutionProblem:
-    """The compile-time shape: 16-bit kind, the result's kind, the epilogue, the neighbours that lines of the activation and
-    of the matrix are multiples of, and whether results are accessed eight at a time.
+    """The compile-time shape: 16-bit kind, the result's kind, the epilogue, the neighbours that lines of the activation
+    and of the matrix are multiples of, and whether results are accessed eight at a time.
     """
 
     kind: str
@@ -121,7 +121,7 @@ def _alone(q, number):
 
 
 def _taps_source(problem: ConvolutionProblem, tile: MmaTile, transposed: bool) -> tuple[SimpleNamespace, tuple]:
-    """Segments are taps; ``q`` is (geometry, result, operands, first row, first column, group). Both sides' tiles too."""
+    """Segments are taps; ``q`` is (geometry, result, operands, first row, first column, group). With both sides."""
     a_side = Operand(tile.rows, tile.depth, True, problem.gathered_vector, True, False)
     b_side = Operand(tile.columns, tile.depth, not transposed, problem.matrix_vector, True, False)
     a_load, b_load = _pixel_lines(a_side, tile.threads, transposed), loader(b_side, tile.threads)
@@ -159,7 +159,7 @@ def _taps_source(problem: ConvolutionProblem, tile: MmaTile, transposed: bool) -
 
 def _pixels_source(problem: ConvolutionProblem, tile: MmaTile) -> tuple[SimpleNamespace, tuple]:
     """One segment, the output pixels; ``q`` is (geometry, result, operands, first row, first column, the group's first
-    channel, tap). Both sides' tiles too.
+    channel, tap). With both sides.
     """
     a_side = Operand(tile.rows, tile.depth, False, problem.matrix_vector, True, False)
     b_side = Operand(tile.columns, tile.depth, False, problem.gathered_vector, True, False)

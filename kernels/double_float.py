@@ -1,8 +1,8 @@
 """Pairs of fp32 that stand for their sum, some 48 bits: the second keeps what fp32 rounds away.
 
 Dekker, A floating-point technique for extending the available precision, 1971; Ogita, Rump and Oishi, Accurate sum and
-dot product, 2005. Each operation is one block of PTX whose roundings are spelled out, since a compiler that fuses a product with
-a sum would break it. A result that is not finite shows in the first word; the second may then be NaN.
+dot product, 2005. Each operation is one block of PTX whose roundings are spelled out, since a compiler that fuses a
+product with a sum would break it. A result that is not finite shows in the first word; the second may then be NaN.
 """
 
 from __future__ import annotations

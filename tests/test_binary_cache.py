@@ -200,7 +200,7 @@ for cc in ((8, 0), (9, 0, "a")):
 def test_a_second_process_starts_without_compiling(folder, tmp_path):
     script = tmp_path / "offline.py"
     script.write_text(OFFLINE)
-    environment = os.environ | {"NUMBA_ENABLE_CUDASIM": "0", "PYTHONPATH": str(ROOT)}
+    environment = os.environ | {"NUMBA_ENABLE_CUDASIM": "0", "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
     printed = [
         subprocess.run(
             [sys.executable, script, word], env=environment, check=True, capture_output=True, text=True

@@ -289,7 +289,7 @@ def test_what_cannot_be_cut_is_refused(whole, reason, tmp_path, output):
 def test_types_that_a_dora_cannot_span_are_refused(tmp_path, output):
     base = split_base(tmp_path, (BF16, F32, BF16))
     adapter = adapter_file(tmp_path / "a.safetensors", {f"transformer.{FUSED}": 3 * ROWS}, "dora row")
-    with pytest.raises(RefusedInput, match="stores them in several dtypes.*; convert the base"):
+    with pytest.raises(RefusedInput, match=r"stores them in several dtypes.*; convert the base"):
         run(base, adapter, output=output)
 
 

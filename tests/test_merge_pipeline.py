@@ -258,7 +258,7 @@ def test_interruption(number, raised, tmp_path):
     output.write_bytes(b"old")
     before = base.read_bytes(), adapter.read_bytes()
     command = [sys.executable, "-c", INTERRUPTED, str(tmp_path), str(int(number))]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
     result = subprocess.run(command, capture_output=True, text=True, env=environment, check=False, timeout=120)
     assert result.stdout.strip() == raised, result.stderr
     assert result.returncode == (0 if raised else -number)

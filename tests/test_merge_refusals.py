@@ -264,7 +264,10 @@ def test_too_large_for_the_simulator(tmp_path):
     count = 1 << 26
     sparse_file(tmp_path / "base.safetensors", "a.weight", count)
     sparse_file(tmp_path / "adapter.safetensors", "lora_unet_a.w_norm", count)
-    environment = os.environ | {"NUMBA_ENABLE_CUDASIM": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
+    environment = os.environ | {
+        "NUMBA_ENABLE_CUDASIM": "1",
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), *sys.path]),
+    }
     command = [sys.executable, "-c", MERGE, str(tmp_path)]
     result = subprocess.run(command, capture_output=True, text=True, env=environment, check=True, timeout=100)
     wet, dry = result.stdout.splitlines()

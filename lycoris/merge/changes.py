@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -18,9 +19,22 @@ from lycoris.merge.bits import KINDS
 from lycoris.merge.factors import Factor
 from plans.weight import Dense
 
-# Why a change has to be cut, and what to do where it cannot be.
-_SHARED = "another adapter changes some of them", "merge the adapters one after the other"
-_MIXED = "the base stores them in several dtypes", "convert the base to one dtype first"
+
+class _Reason(NamedTuple):
+    """Why a change has to be cut, and what to do where it cannot be: with such factors, with DoRA."""
+
+    what: str
+    advice: str
+    advice_for_dora: str
+
+
+_CONVERT = "convert the base to one dtype first"
+_MIXED = _Reason("the base stores them in several dtypes", _CONVERT, _CONVERT)
+_SHARED = _Reason(
+    "another adapter changes some of them",
+    "merge the adapters one after the other",
+    "merge one, or train them together",
+)
 
 # Kernels take scales as float32.
 _LARGEST_SCALE = float(np.finfo(np.float32).max)
@@ -189,11 +203,11 @@ def _sharing(groups: Mapping[Place, Sequence[Change]]) -> set[Place]:
     return found
 
 
-def _cut(change: Change, bounds: Mapping[str, set[int]], reason: tuple[str, str]) -> list[Change]:
-    """`change` as changes of the rows between `bounds`; `reason`: what it has to be cut for, and what else to do."""
-    fault, advice = f"{change.where}: changes rows of {change.place.name}, and {reason[0]}:", reason[1]
+def _cut(change: Change, bounds: Mapping[str, set[int]], reason: _Reason) -> list[Change]:
+    """`change` as changes of the rows between `bounds`."""
+    fault = f"{change.where}: changes rows of {change.place.name}, and {reason.what}:"
     if change.is_dora:
-        raise RefusedInput(f"{fault} DoRA holds for all of its rows together, and alone; {advice}")
+        raise RefusedInput(f"{fault} DoRA holds for all of its rows together, and alone; {reason.advice_for_dora}")
     parts, offset = [], 0
     for run in change.place.runs:
         points = sorted(point for point in bounds[run.tensor] if run.first <= point <= run.first + run.count)
@@ -203,7 +217,7 @@ def _cut(change: Change, bounds: Mapping[str, set[int]], reason: tuple[str, str]
             if part is None:
                 raise RefusedInput(
                     f"{fault} {change.module.algorithm} factors cannot be cut at its rows {row} to "
-                    f"{row + end - first}; {advice}"
+                    f"{row + end - first}; {reason.advice}"
                 )
             parts.append(part)
         offset += run.count

@@ -14,13 +14,13 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from plans.convolution.geometry import Convolution
 from plans.core.errors import InvalidProblem
 from plans.core.operand import Operand
 from plans.core.plan import Arguments
 from plans.core.precision import ElementKind
 from plans.core.sku import OpCategory
 from plans.core.tensor import TensorMut, TensorRef
-from plans.convolution.geometry import Convolution
 from plans.matmul.epilogue import (
     EPILOGUE_KINDS,
     Epilogue,

@@ -10,7 +10,7 @@ from plans.convolution.descriptor import Conv2dWeightGradientDescriptor as Weigh
 from plans.core.device import Device
 from plans.core.operand import Operand
 from plans.core.precision import ElementKind, MathPrecision, PrecisionGuarantee
-from plans.matmul.epilogue import Residual, units_after
+from plans.matmul.epilogue import Residual, RowScale, Step, units_after
 
 Descriptor = Conv2dDescriptor | Conv2dInputGradientDescriptor | WeightGradient
 
@@ -67,16 +67,16 @@ class ConvolutionProgram:
         given = iter(zip(args.epilogue, args.numbers, strict=True))
         for step, operand in zip(self.descriptor.epilogue, self.descriptor.step_operands, strict=True):
             tensor, number = next(given) if operand is not None else (None, 1.0)
-            view = None if operand is None else self._of_groups(operand, isinstance(step, Residual))
+            view = None if operand is None else self._of_groups(step, operand)
             flat += step.parameters(tensor.data if tensor is not None else None, view, number)
         return tuple(flat)
 
-    def _of_groups(self, operand: Operand, matrix: bool) -> Operand:
+    def _of_groups(self, step: Step, operand: Operand) -> Operand:
         """An epilogue's operand with an axis for groups where it has channels."""
-        if matrix:
-            shape = (self.geometry.groups, self.rows, self.columns)
-            channels = self.geometry.groups * self.columns
-            return replace(operand, shape=shape, layout=(self.columns, channels, 1))
-        if operand.shape == (self.rows,) and self.rows != self.geometry.groups * self.columns:
+        if isinstance(step, RowScale):
             return operand
-        return replace(operand, shape=(self.geometry.groups, self.columns))
+        groups = self.geometry.groups
+        if isinstance(step, Residual):
+            shape = (groups, self.rows, self.columns)
+            return replace(operand, shape=shape, layout=(self.columns, groups * self.columns, 1))
+        return replace(operand, shape=(groups, self.columns))

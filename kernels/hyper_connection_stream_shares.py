@@ -1,0 +1,196 @@
+"""What every sample adds to the gradients of its mixing weights, at the speed of memory: dynamic H, few streams.
+
+As in ``kernels/hyper_connection_stream_backward.py`` a block walks over samples that wait in shared memory. All sums of
+a sample are linear in products of x and d, so that they need nothing but one reduction over the block; the norm's part
+is put together from them afterwards.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+
+import numpy as np
+
+from kernels import memory, warp
+from kernels.elements import ELEMENTS
+from kernels.hyper_connection_stream import (
+    RUN,
+    Shape,
+    gamma_runs,
+    launch_options,
+    parking,
+    weight_ring,
+)
+from kernels.simulator import WARP
+from kernels.target import cuda, device, f32, f32p, i64, kernel_factory
+
+MOST_STREAMS = 4
+"""The sums of a sample are 3 n + n**2 + 2, at most a warp's lanes."""
+
+
+@functools.cache
+def _halving(width: int) -> Callable:
+    """A device function: lanes exchange half of 2 * width values and add, so that each keeps one half's sums."""
+
+    @device
+    def halve(values, lane):
+        upper = (lane & np.uint32(width)) != np.uint32(0)
+        for k in range(width):
+            sent = values[k] if upper else values[k + width]
+            kept = values[k + width] if upper else values[k]
+            values[k] = kept + warp.shuffle_xor(sent, np.uint32(width))
+
+    return halve
+
+
+@functools.cache
+def _scatter_sums() -> Callable:
+    """A device function: of 32 values in every lane, the warp's sum of the lane-th; in one order."""
+    halve16, halve8, halve4, halve2, halve1 = (_halving(width) for width in (16, 8, 4, 2, 1))
+
+    @device
+    def scatter(values, lane):
+        halve16(values, lane)
+        halve8(values, lane)
+        halve4(values, lane)
+        halve2(values, lane)
+        halve1(values, lane)
+        return values[0]
+
+    return scatter
+
+
+@functools.cache
+def _finish(n: int, warps: int) -> Callable:
+    """A device function for one warp: a sample's shares and (r, pull) from the warps' sums."""
+    count, squares_at, pull_at = n * (n + 2), 3 * n + n * n, 3 * n + n * n + 1
+
+    @device
+    def total_of(sums, at, e):
+        total = np.float32(0)
+        for i in range(warps):
+            total += sums[at + np.int64(i * WARP) + e]
+        return total
+
+    @device
+    def finish(sums, at, lane, shares, roots, b, channels, eps):
+        squares, pulled = total_of(sums, at, np.int64(squares_at)), total_of(sums, at, np.int64(pull_at))
+        own = total_of(sums, at, lane)
+        root = np.float32(math.sqrt(squares / np.float32(channels) + eps))
+        pull = pulled / np.float32(channels) / root
+        if lane < np.int64(n):
+            of_a = total_of(sums, at, np.int64(n) + lane)
+            shares[b * np.int64(count) + lane] = (own - pull / root * of_a) / root
+        elif lane >= np.int64(2 * n) and lane < np.int64(3 * n):
+            shares[b * np.int64(count) + lane - np.int64(n)] = own / root
+        elif lane >= np.int64(3 * n) and lane < np.int64(squares_at):
+            shares[b * np.int64(count) + lane - np.int64(n)] = own
+        elif lane == np.int64(squares_at):
+            roots[b * np.int64(2)] = root
+            roots[b * np.int64(2) + np.int64(1)] = pull
+
+    return finish
+
+
+@kernel_factory(
+    ("bf16", "bf16", 4, Shape(512, 1, 2)), ("bf16", "f32", 4, Shape(160, 1, 3)), ("bf16", "bf16", 2, Shape(448, 2, 2)),
+    ("f32", "f32", 1, Shape(256, 1, 2)),
+)  # fmt: skip
+def stream_shares(element, gamma_element, n, shape):
+    """A walk over samples: ``shares`` [B, n (n + 2)] of s_pre, s_post and M, and ``roots`` [B, 2], r and the pull.
+
+    Parameters: x, gamma, d, weights, shares, roots, C, B, blocks, eps; ``weights`` have a line a sample. The sums are,
+    in the order of a warp's lanes: gamma dy x_i; a x_i; gamma a d_i; d_i x_j; a**2; gamma dy a.
+    """
+    count, runs, stages, threads = n * (n + 2), shape.runs, shape.stages, shape.threads
+    parked, ring_of, warps = parking(element, 2 * n, shape), weight_ring(count, threads, stages + 1), threads // WARP
+    park, unpark, channel, fetch_line, place = parked.park, parked.unpark, parked.channel, ring_of.fetch, ring_of.place
+    fetch_gamma, unpack_gamma, gamma_pointer = gamma_runs(gamma_element, runs)
+    scatter, finish, arrived = _scatter_sums(), _finish(n, warps), memory.copy_async_wait(stages - 1)
+    gamma_words, values_of_run = runs * ELEMENTS[gamma_element].words, RUN * n
+    ring_length, sums_length, of_mixing, squares_at = (stages + 1) * count, 2 * warps * WARP, 3 * n, 3 * n + n * n
+
+    @device
+    def ahead(shared, ring, x, d, weights, b, number, channels, batch):
+        if b < batch:
+            stage, at = np.uint32(number % np.uint32(stages)), b * np.int64(n) * channels
+            park(shared, stage, x, at, 0, n, channels)
+            park(shared, stage, d, at, n, n, channels)
+            fetch_line(ring, weights, b * np.int64(count), number)
+        memory.copy_async_commit()
+
+    @device
+    def add_run(shared, stage, ring, line, run, scale, totals):
+        """The run's products; ``scale`` is gamma of its channels."""
+        g = cuda.local.array(values_of_run, np.float32)
+        v = cuda.local.array(RUN, np.float32)
+        a = cuda.local.array(RUN, np.float32)
+        dy = cuda.local.array(RUN, np.float32)
+        for e in range(RUN):
+            a[e] = np.float32(0)
+            dy[e] = np.float32(0)
+        for i in range(n):
+            unpark(shared, stage, run, n + i, g, RUN * i)
+            for e in range(RUN):
+                dy[e] += ring[line + n + i] * g[RUN * i + e]
+        for e in range(RUN):
+            dy[e] = dy[e] * scale[e]
+        for j in range(n):
+            unpark(shared, stage, run, j, v, 0)
+            for e in range(RUN):
+                a[e] += ring[line + j] * v[e]
+                totals[j] += dy[e] * v[e]
+                for i in range(n):
+                    totals[of_mixing + i * n + j] += g[RUN * i + e] * v[e]
+        for j in range(n):
+            unpark(shared, stage, run, j, v, 0)
+            for e in range(RUN):
+                totals[n + j] += a[e] * v[e]
+        for e in range(RUN):
+            totals[squares_at] += a[e] * a[e]
+            totals[squares_at + 1] += dy[e] * a[e]
+            a[e] = a[e] * scale[e]
+        for i in range(n):
+            for e in range(RUN):
+                totals[2 * n + i] += a[e] * g[RUN * i + e]
+
+    def kernel(x, gamma, d, weights, shares, roots, channels, batch, blocks, eps):
+        shared = cuda.shared.array(0, np.uint16, alignment=128)
+        ring = cuda.shared.array(ring_length, np.float32)
+        sums = cuda.shared.array(sums_length, np.float32)
+        words = cuda.local.array(gamma_words, np.uint32)
+        scale = cuda.local.array(RUN, np.float32)
+        totals = cuda.local.array(WARP, np.float32)
+        b, number = warp.block_x(), np.uint32(0)
+        lane, own = warp.thread_index() % np.uint32(WARP), np.int64(warp.thread_index() // np.uint32(WARP))
+        for s in range(stages - 1):
+            ahead(shared, ring, x, d, weights, b + np.int64(s) * blocks, np.uint32(s), channels, batch)
+        for run in range(runs):
+            if channel(run) < channels:
+                fetch_gamma(gamma, words, run, channel(run))
+        while b < batch:
+            coming = np.uint32(number + np.uint32(stages - 1))
+            ahead(shared, ring, x, d, weights, b + np.int64(stages - 1) * blocks, coming, channels, batch)
+            arrived()
+            warp.block_barrier()
+            stage, line = np.uint32(number % np.uint32(stages)), place(number)
+            for e in range(WARP):
+                totals[e] = np.float32(0)
+            for run in range(runs):
+                if channel(run) < channels:
+                    unpack_gamma(words, run, scale)
+                    add_run(shared, stage, ring, line, run, scale, totals)
+            half = np.int64(np.uint32(np.uint32(number % np.uint32(2)) * np.uint32(warps * WARP)))
+            sums[half + own * np.int64(WARP) + np.int64(lane)] = scatter(totals, lane)
+            warp.block_barrier()
+            if own == np.int64(0):
+                finish(sums, half, np.int64(lane), shares, roots, b, channels, eps)
+            b += blocks
+            number = np.uint32(number + np.uint32(1))
+        memory.copy_async_wait_all()
+
+    pointer = ELEMENTS[element].pointer
+    parameters = (pointer, gamma_pointer, pointer, f32p, f32p, f32p, i64, i64, i64, f32)
+    return kernel, parameters, launch_options(element, 2 * n, shape, most_threads=512)

@@ -1,0 +1,259 @@
+"""A layer's weight and the adapters on it: added, removed, switched and reweighted at run time.
+
+Two ways to the same layer, with different promises:
+
+- "merged": x W'^T with W' = round(W + sum_i s_i dW_i), kept until a strength or a factor changes. W' is the exact sum
+  rounded once to W's kind: of a change below W's last bit nothing is left.
+- "separate": x W^T + sum_i s_i x dW_i^T, summed in fp32 before the one rounding: changes of any size take part.
+
+The default is "separate" while training and "merged" otherwise.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+
+from lycoris.algorithms import LycorisModule
+from lycoris.buffers import DeviceArray
+from lycoris.errors import RefusedInput
+from lycoris.formats.shapes import fits
+from lycoris.ops.weight import evaluate
+from lycoris.tensor import Tensor, from_array
+from plans.core import ElementKind
+from plans.weight import Dense, Sink, WeightDescriptor, WeightLayout
+
+MODES = ("merged", "separate")
+_versions = itertools.count()
+
+
+@dataclass
+class Adapter:
+    """An adapter on a layer: its module, its strength, and whether it takes part.
+
+    ``dropout`` zeroes elements of its term, ``rank_dropout`` ranks, ``module_dropout`` the whole adapter, each with
+    that probability and while training only, as LyCORIS does (github.com/KohakuBlueleaf/LyCORIS, modules/base.py).
+    """
+
+    module: LycorisModule
+    strength: float = 1.0
+    enabled: bool = True
+    dropout: float = 0.0
+    rank_dropout: float = 0.0
+    module_dropout: float = 0.0
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def scale(self) -> float:
+        """What multiplies the module's delta: its own scale times the strength; a trained scalar comes on top."""
+        return self.module.scale() * self.strength
+
+    @property
+    def active(self) -> bool:
+        """Whether it changes the layer's output."""
+        return self.enabled and self.strength != 0 and self.module.rank != 0
+
+
+class Adapted:
+    """What adapted layers share; subclasses compute ``forward``.
+
+    ``weight`` [out, in, *kernel] and ``bias`` [out] are tensors on one device. ``mode`` is "merged", "separate", or
+    None for the default.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None, *, mode: str | None = None) -> None:
+        if (
+            weight.ndim < 2
+            or not weight.is_contiguous
+            or weight.kind not in (ElementKind.BF16, ElementKind.F16, ElementKind.F32)
+        ):
+            raise RefusedInput(
+                f"adapted layer: weight {weight.shape} of {weight.kind.value}, wanted a contiguous [out, in, *kernel] "
+                "of bf16, f16 or f32; call contiguous() or to() first"
+            )
+        if bias is not None and (bias.shape != weight.shape[:1] or bias.device is not weight.device):
+            raise RefusedInput(
+                f"adapted layer: bias {bias.shape} on {bias.device.name}, wanted {weight.shape[:1]} on "
+                f"{weight.device.name}; give the layer's own"
+            )
+        self.weight, self.bias, self.training = weight, bias, False
+        self.mode = mode
+        self._adapters: dict[str, Adapter] = {}
+        self._changes = next(_versions)
+        self._base: tuple[Tensor, Tensor | None] | None = None
+        self._cache: dict[str, tuple[tuple, object]] = {}
+
+    @property
+    def mode(self) -> str | None:
+        """The chosen way; None is the default, which depends on ``training``."""
+        return self._mode
+
+    @mode.setter
+    def mode(self, mode: str | None) -> None:
+        if mode is not None and mode not in MODES:
+            raise RefusedInput(f"adapted layer: mode {mode!r}, wanted one of {', '.join(MODES)}, or None")
+        self._mode = mode
+
+    @property
+    def adapters(self) -> Mapping[str, Adapter]:
+        """The adapters by name, in the order in which they were added; change them by this layer's methods."""
+        return MappingProxyType(self._adapters)
+
+    def add(self, name: str, module: LycorisModule, strength: float = 1.0, **dropouts: float) -> None:
+        """Put an adapter on the layer; ``dropouts`` as in `Adapter`.
+
+        Raises RefusedInput for a name that is taken, an adapter of another layer, device or layout, a second adapter
+        beside a DoRA, a norm's, and a probability outside [0, 1).
+        """
+        self._refuse_merged("add")
+        if name in self._adapters:
+            raise RefusedInput(f"add: an adapter {name!r} is there already; remove it first, or give another name")
+        self._check(name, module)
+        for which, value in dropouts.items():
+            if which not in ("dropout", "rank_dropout", "module_dropout") or not 0 <= value < 1:
+                raise RefusedInput(f"add: {which} {value}, wanted dropout, rank_dropout or module_dropout in [0, 1)")
+        self._adapters[name] = Adapter(module, float(strength), tensors=module.tensors(), **dropouts)
+        self._changed()
+
+    def _check(self, name: str, module: LycorisModule) -> None:
+        if module.algorithm == "norm" or module.layout is not WeightLayout.CHECKPOINT:
+            raise RefusedInput(
+                f"add: adapter {name!r} is of {module.algorithm} in layout {module.layout.value}, wanted one of a "
+                "linear or convolution weight in checkpoint layout"
+            )
+        if not fits(module.shape, self.weight.shape):
+            raise RefusedInput(
+                f"add: adapter {name!r} is for a weight {list(module.shape)}, the layer's is "
+                f"{list(self.weight.shape)}; give the adapter of this layer"
+            )
+        if module.device is not self.weight.device:
+            raise RefusedInput(
+                f"add: adapter {name!r} is on {module.device.name}, the layer on {self.weight.device.name}; load it "
+                "there"
+            )
+        others = [adapter.module for adapter in self._adapters.values()]
+        if others and any(m.dora_scale is not None for m in (module, *others)):
+            raise RefusedInput(
+                f"add: adapter {name!r} beside {', '.join(map(repr, self._adapters))}: a DoRA takes the whole weight, "
+                "so it is the only adapter of a layer; merge one of them first"
+            )
+
+    def remove(self, name: str) -> LycorisModule:
+        """Take an adapter off the layer; gives its module."""
+        self._refuse_merged("remove")
+        found = self._adapters.pop(self._known(name)).module
+        self._changed()
+        return found
+
+    def set_strength(self, name: str, strength: float) -> None:
+        """Another strength; 0 leaves the adapter out."""
+        self._refuse_merged("set_strength")
+        self._adapters[self._known(name)].strength = float(strength)
+        self._changed()
+
+    def enable(self, name: str, enabled: bool = True) -> None:
+        """Switch an adapter on or off."""
+        self._refuse_merged("enable")
+        self._adapters[self._known(name)].enabled = bool(enabled)
+        self._changed()
+
+    def _known(self, name: str) -> str:
+        if name not in self._adapters:
+            known = ", ".join(map(repr, self._adapters)) or "none"
+            raise RefusedInput(f"no adapter {name!r} on this layer; it has {known}")
+        return name
+
+    def _refuse_merged(self, operation: str) -> None:
+        if self._base is not None:
+            raise RefusedInput(f"{operation}: the adapters are merged into the weight; call unmerge() first")
+
+    def train(self, training: bool = True) -> None:
+        """Whether the layer is being trained: dropouts take part, and the default mode is "separate"."""
+        self.training = bool(training)
+
+    def parameters(self) -> Iterator[tuple[str, Tensor]]:
+        """(adapter.factor, tensor) for everything that is trained; the base is not."""
+        for name, adapter in self._adapters.items():
+            for factor, tensor in adapter.tensors.items():
+                yield f"{name}.{factor}", tensor
+
+    def merge(self) -> None:
+        """Make the merged weight and bias the layer's own; `unmerge` restores them bit for bit."""
+        self._refuse_merged("merge")
+        merged = self.merged_weight(), self.merged_bias()
+        self._base = self.weight, self.bias
+        self.weight, self.bias = merged
+        self._changed()
+
+    def unmerge(self) -> None:
+        """The weight and bias as they were before `merge`."""
+        if self._base is None:
+            raise RefusedInput("unmerge: the adapters are not merged; call merge() first")
+        (self.weight, self.bias), self._base = self._base, None
+        self._changed()
+
+    def active(self) -> list[Adapter]:
+        """The adapters that change the output."""
+        return [] if self._base is not None else [a for a in self._adapters.values() if a.active]
+
+    def merged_weight(self) -> Tensor:
+        """W + the active adapters' scaled deltas, or DoRA's result, rounded once; the base where there are none."""
+        return self._kept("weight", self._merge_weight)
+
+    def merged_bias(self) -> Tensor | None:
+        """The bias with the active adapters' differences, rounded once; None where there is neither."""
+        return self._kept("bias", self._merge_bias)
+
+    def _kept(self, what: str, make: object) -> object:
+        """A value that depends on nothing but adapters, strengths and factors, made again when one changes."""
+        state = self._state()
+        found = self._cache.get(what)
+        if found is None or found[0] != state:
+            found = self._cache[what] = (state, make())
+        return found[1]
+
+    def _state(self) -> tuple:
+        versions = [t.storage.version for adapter in self._adapters.values() for t in adapter.tensors.values()]
+        bias = 0 if self.bias is None else self.bias.storage.version
+        return (self._changes, self.weight.storage.version, bias, *versions)
+
+    def _changed(self) -> None:
+        self._changes = next(_versions)
+        self._cache.clear()
+
+    def _merge_weight(self) -> Tensor:
+        found = self.active()
+        if not found:
+            return self.weight
+        base = self.weight.array()
+        if found[0].module.dora_scale is not None:
+            return from_array(found[0].module.merge_into(base, found[0].strength))
+        terms = [adapter.module.weight_term(self.weight.shape) for adapter in found]
+        first = terms[0][0]
+        descriptor = WeightDescriptor(
+            first.out_features,
+            first.in_features,
+            tuple(binding.source for binding, _, _ in terms),
+            out=base.kind,
+            base=base.kind,
+            kernel=first.kernel,
+            sink=Sink.MERGE,
+        )
+        scales = [adapter.strength * scale for adapter, (_, _, scale) in zip(found, terms, strict=True)]
+        merged = evaluate(descriptor, [factors for _, factors, _ in terms], scales, base.reshape(descriptor.shape))
+        return from_array(merged.reshape(base.shape))
+
+    def _merge_bias(self) -> Tensor | None:
+        found = [adapter for adapter in self.active() if adapter.module.bias is not None]
+        if not found:
+            return self.bias
+        kind = self.weight.kind if self.bias is None else self.bias.kind
+        size = self.weight.shape[0]
+        base = DeviceArray.zeros((size,), kind, self.weight.device) if self.bias is None else self.bias.array()
+        sources = tuple(Dense(adapter.module.bias.kind) for adapter in found)
+        descriptor = WeightDescriptor(size, 1, sources, out=kind, base=kind)
+        factors = [[adapter.module.bias.reshape((size, 1))] for adapter in found]
+        scales = [adapter.strength for adapter in found]
+        return from_array(evaluate(descriptor, factors, scales, base.reshape(descriptor.shape)).reshape((size,)))

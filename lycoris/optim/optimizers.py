@@ -1,0 +1,269 @@
+"""SGD, Adam and AdamW: one launch a step for all tensors of a kind; fp32 copies and moments over bf16 parameters.
+
+groups = [{"parameters": downs}, {"parameters": ups, "rate": 16e-3}]           # LoRA+, arXiv:2402.12354
+optimizer = AdamW(groups, rate=1e-3, decay=0.01, schedule=warmup(cosine(1000), 50))
+loss.backward()
+optimizer.step(scale=clip_by_norm(optimizer.parameters, 1.0))
+optimizer.zero_grad()
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar
+
+import numpy as np
+
+from lycoris.errors import RefusedInput
+from lycoris.optim.schedules import Schedule, constant
+from lycoris.optim.tables import Uploaded, flat
+from lycoris.tensor.launch import F32, converted, filled, run, same_device, zeros
+from lycoris.tensor.tensor import Tensor
+from plans.core import ElementKind
+from plans.optimizer import Member, Numbers, Rule, UpdateArgs, UpdateDescriptor, UpdatePlan, block_table
+
+
+@dataclass(frozen=True)
+class Options:
+    """Numbers of a group of parameters.
+
+    ``rate`` is the learning rate, multiplied by the schedule's factor; ``decay`` the weight decay. SGD reads
+    ``momentum`` and ``nesterov``, Adam and AdamW ``betas`` and ``eps``.
+    """
+
+    rate: float = 1e-3
+    decay: float = 0.0
+    momentum: float = 0.0
+    nesterov: bool = False
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.rate < float("inf") or self.decay < 0 or self.eps < 0:
+            raise RefusedInput(f"optimizer: {self}, wanted rate, decay and eps of 0 or more")
+        if not all(0 <= beta < 1 for beta in (*self.betas, self.momentum)):
+            raise RefusedInput(f"optimizer: {self}, wanted betas and momentum of 0 up to, not including, 1")
+
+    def numbers(self, rule: Rule, factor: float, step: int) -> Numbers:
+        """What the kernel reads at a step, from 1."""
+        if rule is Rule.SGD:
+            return Numbers(self.rate * factor, self.momentum, decay=self.decay, nesterov=float(self.nesterov))
+        first, second = self.betas
+        corrections = 1 / (1 - first**step), (1 - second**step) ** -0.5
+        return Numbers(self.rate * factor, first, second, self.eps, self.decay, *corrections)
+
+
+@dataclass
+class _State:
+    """What is kept of a parameter: moments and, for bf16 and fp16 that are not rounded stochastically, an fp32 copy."""
+
+    parameter: Tensor
+    group: int
+    first: Tensor
+    second: Tensor | None
+    master: Tensor | None
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The state by name."""
+        named = {"first": self.first, "second": self.second, "master": self.master}
+        return {name: tensor for name, tensor in named.items() if tensor is not None}
+
+    def member(self, gradient: Tensor) -> Member:
+        """The tensors as the plan takes them."""
+        second, master = (None if x is None else flat(x).mut() for x in (self.second, self.master))
+        return Member(flat(self.parameter).mut(), flat(gradient).ref(), flat(self.first).mut(), second, master)
+
+
+class Optimizer:
+    """Steps of parameters along their gradients.
+
+    ``parameters`` are leaves, or groups: mappings with ``parameters`` and those of `Options` that differ. ``options``
+    are the other groups' `Options`. ``stochastic`` rounds bf16 parameters up or down at random (by ``seed``) and keeps
+    no fp32 copy of them. Raises RefusedInput for a tensor that is no leaf with a gradient, not contiguous, or given
+    twice.
+    """
+
+    rule: ClassVar[Rule]
+
+    def __init__(
+        self,
+        parameters: Iterable[Tensor] | Iterable[Mapping[str, Any]],
+        rate: float | None = None,
+        *,
+        schedule: Schedule | None = None,
+        stochastic: bool = False,
+        seed: int = 0,
+        **options: Any,
+    ) -> None:
+        self.schedule, self.stochastic, self.seed, self.steps = schedule or constant(), stochastic, seed, 0
+        given = list(parameters)
+        groups = given if given and isinstance(given[0], Mapping) else [{"parameters": given}]
+        common = options if rate is None else options | {"rate": rate}
+        self.groups: list[Options] = []
+        self._states: list[_State] = []
+        for number, group in enumerate(groups):
+            own = {name: value for name, value in group.items() if name != "parameters"}
+            self.groups.append(_options(common | own))
+            self._states += [self._state(parameter, number) for parameter in group["parameters"]]
+        if not self._states:
+            raise RefusedInput("optimizer: no parameters given, wanted one or more")
+        if len({id(state.parameter) for state in self._states}) != len(self._states):
+            raise RefusedInput("optimizer: a parameter is given twice; put it into one group")
+        self.device = same_device("optimizer", self.parameters)
+        self._one = filled((), 1.0, F32, self.device)
+        self._tables: dict[tuple, Uploaded] = {}
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        """All parameters, in the order in which they were given."""
+        return [state.parameter for state in self._states]
+
+    def _state(self, parameter: Tensor, group: int) -> _State:
+        if not parameter.requires_grad or not parameter.is_leaf:
+            raise RefusedInput("optimizer: a tensor that is no leaf with requires_grad; pass the parameters themselves")
+        if not parameter.is_contiguous or not parameter.aligned:
+            raise RefusedInput(
+                f"optimizer: a parameter of strides {parameter.strides}; wanted contiguous, aligned memory"
+            )
+        shape, device = parameter.shape, parameter.device
+        second = zeros(shape, F32, device) if self.rule.moments == 2 else None
+        narrow = parameter.kind is not F32 and not (self.stochastic and parameter.kind is ElementKind.BF16)
+        master = converted(parameter, F32) if narrow else None
+        return _State(parameter, group, zeros(shape, F32, device), second, master)
+
+    def zero_grad(self, keep_memory: bool = False) -> None:
+        """Forget all gradients; with ``keep_memory`` they become zeros in place, as a captured graph needs them."""
+        for parameter in self.parameters:
+            if parameter.grad is not None and keep_memory:
+                parameter.grad.zero_()
+            else:
+                parameter.grad = None
+
+    def step(self, scale: Tensor | None = None) -> None:
+        """One step of every parameter that has a gradient, and one of the schedule.
+
+        ``scale``, a number on the device, multiplies gradients; where it is not finite, parameters and moments stay as
+        they are (`lycoris.optim.clip_by_norm` makes one). Raises RefusedInput for a gradient of another shape or kind.
+        """
+        self.steps += 1
+        factor = self.schedule(self.steps - 1)
+        numbers = np.array([group.numbers(self.rule, factor, self.steps) for group in self.groups], np.float32)
+        on_device = self._upload("numbers", numbers)
+        found: dict[tuple, list[_State]] = {}
+        for state in self._states:
+            if state.parameter.grad is not None:
+                found.setdefault((state.parameter.kind, state.master is not None), []).append(state)
+        for key, states in found.items():
+            self._launch(key, states, on_device, self._one if scale is None else scale)
+
+    def _launch(self, key: tuple[ElementKind, bool], states: Sequence[_State], numbers: Tensor, scale: Tensor) -> None:
+        kind, master = key
+        counts = tuple(state.parameter.size for state in states)
+        stochastic = self.stochastic and kind is ElementKind.BF16
+        groups = tuple(state.group for state in states)
+        descriptor = UpdateDescriptor(self.rule, kind, master, stochastic, counts, groups)
+        members = [state.member(_gradient(state.parameter)) for state in states]
+        table = self._upload(("table", key), descriptor.table(members))
+        blocks = self._upload(("blocks", key), block_table(counts))
+        used = numbers.narrow(0, 0, max(groups) + 1)
+        plan = UpdatePlan.select(None, descriptor, device=self.device)
+        refs = (table.ref(), blocks.ref(), used.ref(), flat_number(scale).ref())
+        run(plan, UpdateArgs(members, *refs, seed=self.seed, step=self.steps))
+        for state in states:
+            state.parameter.storage.version += 1
+
+    def _upload(self, name: Any, array: np.ndarray) -> Tensor:
+        if name not in self._tables:
+            self._tables[name] = Uploaded(self.device)
+        return self._tables[name].set(array)
+
+    def state_dict(self) -> dict[str, np.ndarray]:
+        """Step, moments and fp32 copies as arrays: ``steps`` and ``<number of the parameter>.<name>``."""
+        arrays = {
+            f"{number}.{name}": tensor.numpy()
+            for number, state in enumerate(self._states)
+            for name, tensor in state.tensors().items()
+        }
+        return {"steps": np.array(self.steps, np.int64), **arrays}
+
+    def load_state_dict(self, arrays: Mapping[str, np.ndarray]) -> None:
+        """Go on where `state_dict` was taken. Raises RefusedInput, and changes nothing, where names or shapes differ."""
+        wanted = {f"{n}.{name}": t for n, state in enumerate(self._states) for name, t in state.tensors().items()}
+        given = {name: array for name, array in arrays.items() if name != "steps"}
+        for name in sorted(wanted.keys() ^ given.keys()):
+            where = "is missing" if name in wanted else "belongs to no parameter"
+            raise RefusedInput(f"optimizer state: {name} {where}; load it into the optimizer that it was saved from")
+        if "steps" not in arrays:
+            raise RefusedInput("optimizer state: steps is missing; load what state_dict gave")
+        for name, tensor in wanted.items():
+            if given[name].shape != tensor.shape or given[name].dtype != np.float32:
+                found = f"{given[name].dtype} {given[name].shape}"
+                raise RefusedInput(f"optimizer state: {name} is {found}, wanted float32 {tensor.shape}")
+        from lycoris.tensor.creation import from_numpy
+
+        for name, tensor in wanted.items():
+            tensor.copy_(from_numpy(given[name], self.device))
+        self.steps = int(arrays["steps"])
+
+
+def _options(given: Mapping[str, Any]) -> Options:
+    known = {field.name for field in fields(Options)}
+    for name in given:
+        if name not in known:
+            raise RefusedInput(f"optimizer: no option {name!r}, wanted one of {', '.join(sorted(known))}")
+    return Options(**given)
+
+
+def _gradient(parameter: Tensor) -> Tensor:
+    gradient = parameter.grad
+    if gradient.shape != parameter.shape or gradient.kind is not F32:
+        found = f"{gradient.kind.value} {gradient.shape}"
+        raise RefusedInput(f"optimizer: a gradient of {found}, wanted f32 {parameter.shape}")
+    if not gradient.contiguous_ or not gradient.aligned:
+        gradient = parameter.grad = converted(gradient, F32)
+    return gradient
+
+
+def flat_number(x: Tensor) -> Tensor:
+    """A tensor of one element without axes."""
+    if x.size != 1 or x.kind is not F32:
+        raise RefusedInput(f"optimizer: a scale of {x.kind.value} {x.shape}, wanted one f32 number")
+    return x if not x.shape else x.detach().reshape(())
+
+
+class SGD(Optimizer):
+    """Stochastic gradient descent with momentum, Nesterov's if wanted."""
+
+    rule = Rule.SGD
+
+
+class Adam(Optimizer):
+    """Adam, arXiv:1412.6980; weight decay is added to the gradient."""
+
+    rule = Rule.ADAM
+
+
+class AdamW(Optimizer):
+    """AdamW, arXiv:1711.05101; weight decay is part of the step."""
+
+    rule = Rule.ADAMW
+
+
+OPTIMIZERS: dict[str, type[Optimizer]] = {"sgd": SGD, "adam": Adam, "adamw": AdamW}
+"""Name -> optimiser, for configurations."""
+
+
+def save_state(path: str | os.PathLike[str], optimizer: Optimizer) -> None:
+    """Write an optimiser's state to a safetensors file, which appears whole or not at all."""
+    from lycoris.algorithms.files import write_safetensors
+
+    write_safetensors(path, optimizer.state_dict(), {"optimizer": type(optimizer).__name__}, overwrite=True)
+
+
+def load_state(path: str | os.PathLike[str], optimizer: Optimizer) -> None:
+    """Read what `save_state` wrote; steps then continue bit for bit. Raises RefusedInput where it does not fit."""
+    import safetensors.numpy
+
+    optimizer.load_state_dict(safetensors.numpy.load_file(path))
