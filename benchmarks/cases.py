@@ -20,6 +20,8 @@ class Limit(enum.Enum):
     COPY_AND_A_HALF = "1.5 x copy"
     FILL = "fill"
     PEER = "lycoris-lora"
+    CUBLAS = "cuBLAS"
+    CUDNN = "cuDNN"
     CP = "cp"
     CP_SYNCED = "cp, synced"
     DISK = "write and sync"

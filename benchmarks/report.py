@@ -23,6 +23,8 @@ TITLES = {
     "whole checkpoint": "A whole checkpoint",
     "lycoris merge": "`lycoris merge`",
     "beside lycoris-lora": "Beside lycoris-lora",
+    "products": "Products, beside cuBLAS",
+    "convolutions": "Convolutions, beside cuDNN",
     "launch cost": "Cost of a launch, CPU time",
 }
 """pytest-benchmark's groups, in the page's order."""

@@ -58,7 +58,8 @@ def folder() -> Path | None:
 
 
 @functools.cache
-def _sources_digest() -> str:
+def sources_digest() -> str:
+    """The digest of this package's sources and the compilers' versions."""
     digest = hashlib.sha256()
     package = Path(__file__).parent
     for path in sorted(package.rglob("*.py")):
@@ -72,7 +73,7 @@ def _sources_digest() -> str:
 
 
 def _file_name(kernel: Compilable, cc: tuple) -> str:
-    identity = (_sources_digest(), kernel.key, str(kernel.parameters), kernel.threads, kernel.min_blocks,
+    identity = (sources_digest(), kernel.key, str(kernel.parameters), kernel.threads, kernel.min_blocks,
                 kernel.max_registers, cc)  # fmt: skip
     return hashlib.sha256(repr(identity).encode()).hexdigest() + ".kernel"
 

@@ -25,7 +25,7 @@ def filter_taps(g):
 
 
 @device
-def _tap_coordinates(g, tap):
+def tap_coordinates(g, tap):
     """The tap's place in the filter, uint32, one for each axis."""
     row = np.uint32(tap // np.uint32(g[FILTER + 2]))
     first = np.uint32(row // np.uint32(g[FILTER + 1]))
@@ -41,7 +41,7 @@ def gather(transposed: bool) -> tuple[Callable, Callable]:
     ``source(g, place, tap)`` is the pixel that the tap meets there, int64, or -1 where it meets none.
     """
     to, of = (INPUT, OUTPUT) if transposed else (OUTPUT, INPUT)
-    axis_source = _transposed_axis if transposed else _axis
+    along = _transposed_axis if transposed else axis_source
 
     @device
     def place(g, pixel):
@@ -54,10 +54,10 @@ def gather(transposed: bool) -> tuple[Callable, Callable]:
 
     @device
     def source(g, place, tap):
-        taps = _tap_coordinates(g, tap)
-        first = axis_source(g, 0, place[1], taps[0])
-        second = axis_source(g, 1, place[2], taps[1])
-        third = axis_source(g, 2, place[3], taps[2])
+        taps = tap_coordinates(g, tap)
+        first = along(g, 0, place[1], taps[0])
+        second = along(g, 1, place[2], taps[1])
+        third = along(g, 2, place[3], taps[2])
         if first < np.int64(0) or second < np.int64(0) or third < np.int64(0):
             return np.int64(-1)
         return ((np.int64(place[0]) * g[of] + first) * g[of + 1] + second) * g[of + 2] + third
@@ -66,7 +66,7 @@ def gather(transposed: bool) -> tuple[Callable, Callable]:
 
 
 @device
-def _axis(g, axis, coordinate, tap):
+def axis_source(g, axis, coordinate, tap):
     """The input coordinate of an output coordinate and a tap; -1 in the padding."""
     at = np.int64(coordinate) * g[STRIDE + axis] + np.int64(tap) * g[DILATION + axis] - g[PADDING + axis]
     return at if at < g[INPUT + axis] else np.int64(-1)

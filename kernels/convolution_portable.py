@@ -8,7 +8,15 @@ from __future__ import annotations
 import numpy as np
 
 from kernels import warp
-from kernels.convolution_geometry import GEOMETRY, filter_taps, gather
+from kernels.convolution_geometry import (
+    GEOMETRY,
+    INPUT,
+    OUTPUT,
+    axis_source,
+    filter_taps,
+    gather,
+    tap_coordinates,
+)
 from kernels.elements import ELEMENTS
 from kernels.matmul_epilogue import epilogue
 from kernels.matmul_problem import COLUMNS, OUT, OUT_BATCH, OUT_STRIDE, ROWS, result_parameters
@@ -76,22 +84,38 @@ def weight_gradient(source_kind, gradient_kind, out, steps):
     """dW[n, tap, depth] = sum over output pixels of G[pixel, n] X[source(pixel, tap), depth of n's group].
 
     Parameters: geometry, the result's (rows are all n, columns the depth of a group, the batch taps), the stride of its
-    columns, groups, output pixels, G, X, X's channels, the epilogue's. One thread an element.
+    columns, groups, images, G, X, X's channels, the epilogue's. One thread an element.
     """
     load_source, load_gradient = ELEMENTS[source_kind].load, ELEMENTS[gradient_kind].load
-    place, source = gather(False)
     one, store = epilogue(steps).one, ELEMENTS[out].store
 
     @device
-    def summed(g, pixels, gradient, x, channels, rows, row, tap, channel):
+    def summed_line(g, gradient, x, channels, rows, row, taps, channel, pixel, met):
+        """Along the last axis, from an output pixel and the input line that it meets."""
         total = np.float32(0)
-        for pixel in range(pixels):
-            met = source(g, place(g, np.uint32(pixel)), tap)
-            if met >= np.int64(0):
-                total += load_gradient(gradient, pixel * rows + row) * load_source(x, met * channels + channel)
+        for third in range(g[OUTPUT + 2]):
+            at = axis_source(g, 2, np.uint32(third), taps[2])
+            if at >= np.int64(0):
+                x_at = (met * g[INPUT + 2] + at) * channels + channel
+                total += load_gradient(gradient, (pixel + np.int64(third)) * rows + row) * load_source(x, x_at)
         return total
 
-    def kernel(g, result, column_stride, groups, pixels, gradient, x, channels, e):
+    @device
+    def summed(g, images, gradient, x, channels, rows, row, tap, channel):
+        total, pixel = np.float32(0), np.int64(0)
+        taps = tap_coordinates(g, tap)
+        for image in range(images):
+            for first in range(g[OUTPUT]):
+                plane = axis_source(g, 0, np.uint32(first), taps[0])
+                for second in range(g[OUTPUT + 1]):
+                    line = axis_source(g, 1, np.uint32(second), taps[1])
+                    if plane >= np.int64(0) and line >= np.int64(0):
+                        met = (np.int64(image) * g[INPUT] + plane) * g[INPUT + 1] + line
+                        total += summed_line(g, gradient, x, channels, rows, row, taps, channel, pixel, met)
+                    pixel += g[OUTPUT + 2]
+        return total
+
+    def kernel(g, result, column_stride, groups, images, gradient, x, channels, e):
         index = np.uint32(warp.block_x() * np.int64(THREADS) + np.int64(warp.thread_index()))
         line = np.uint32(index // np.uint32(result[COLUMNS]))
         column = np.int64(np.uint32(index - np.uint32(line * np.uint32(result[COLUMNS]))))
@@ -101,7 +125,7 @@ def weight_gradient(source_kind, gradient_kind, out, steps):
         if np.int64(row) < result[ROWS]:
             rows_of_group = np.uint32(np.uint32(result[ROWS]) // np.uint32(groups))
             channel = np.int64(np.uint32(row // rows_of_group)) * result[COLUMNS] + column
-            value = summed(g, pixels, gradient, x, channels, result[ROWS], np.int64(row), tap, channel)
+            value = summed(g, images, gradient, x, channels, result[ROWS], np.int64(row), tap, channel)
             value = one(value, np.int64(tap), np.int64(row), column, e)
             at = np.int64(tap) * result[OUT_BATCH] + np.int64(row) * result[OUT_STRIDE] + column * column_stride
             store(result[OUT], at, value)

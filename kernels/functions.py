@@ -74,8 +74,12 @@ def _inverse_root(x):
     return np.float32(1) / np.sqrt(x)
 
 
+exp2 = instruction("ex2.approx.ftz.f32 $0, $1;", "f", "f", twin=np.exp2, pure=True)
 reciprocal = instruction("rcp.approx.ftz.f32 $0, $1;", "f", "f", twin=_reciprocal, pure=True)
 inverse_root = instruction("rsqrt.approx.ftz.f32 $0, $1;", "f", "f", twin=_inverse_root, pure=True)
+
+
+_MINUS_LOG2_E = np.float32(-math.log2(math.e))
 
 
 @device
@@ -107,7 +111,7 @@ def square(x):
 @device
 def sigmoid(x):
     """1 / (1 + exp(-x))."""
-    return reciprocal(np.float32(1) + exp(-x))
+    return reciprocal(np.float32(1) + exp2(x * _MINUS_LOG2_E))
 
 
 @device
@@ -179,7 +183,8 @@ def multiply_add(x, y, z):
 FUNCTIONS = {
     "neg": negative, "abs": absolute, "sign": sign, "floor": floor, "ceil": ceil, "round": round_even,
     "square": square, "sqrt": square_root, "rsqrt": inverse_root, "reciprocal": reciprocal,
-    "exp": exp, "log": log, "sin": sin, "cos": cos, "tanh": tanh, "erf": erf, "sigmoid": sigmoid, "relu": relu,
+    "exp": exp, "exp2": exp2,
+    "log": log, "sin": sin, "cos": cos, "tanh": tanh, "erf": erf, "sigmoid": sigmoid, "relu": relu,
     "add": add, "sub": subtract, "mul": multiply, "div": divide, "pow": power,
     "maximum": maximum, "minimum": minimum,
     "gt": greater, "ge": greater_equal, "eq": equal, "ne": not_equal,

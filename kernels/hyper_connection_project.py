@@ -28,6 +28,16 @@ _AHEAD = 4
 _TILE = 8
 
 
+@device
+def exact_parts(low, high):
+    """Three words of bf16 pairs whose sums are two fp32 values, but for what lies below 2**-24 of them."""
+    first = bits.pack_bf16(low, high)
+    low, high = low - bits.low_bf16(first), high - bits.high_bf16(first)
+    second = bits.pack_bf16(low, high)
+    low, high = low - bits.low_bf16(second), high - bits.high_bf16(second)
+    return first, second, bits.pack_bf16(low, high)
+
+
 @functools.cache
 def _fragments(projection: str) -> SimpleNamespace:
     """``fetch(rows, at, words)`` gives eight places of a row as ``parts`` times four words of bf16 pairs."""
@@ -44,12 +54,7 @@ def _fragments(projection: str) -> SimpleNamespace:
             fetch8(rows, at, raw, 0)
             unpack8(raw, 0, values, 0)
             for pair in range(4):
-                low, high = values[2 * pair], values[2 * pair + 1]
-                first = bits.pack_bf16(low, high)
-                low, high = low - bits.low_bf16(first), high - bits.high_bf16(first)
-                second = bits.pack_bf16(low, high)
-                low, high = low - bits.low_bf16(second), high - bits.high_bf16(second)
-                words[pair], words[4 + pair], words[8 + pair] = first, second, bits.pack_bf16(low, high)
+                words[pair], words[4 + pair], words[8 + pair] = exact_parts(values[2 * pair], values[2 * pair + 1])
 
     return SimpleNamespace(fetch=fetch, parts=1 if exact else 3)
 

@@ -1,4 +1,4 @@
-"""The gradient of a static hyper-connection of few streams, at the speed of memory.
+"""The gradient of hyper-connections of few streams, static or around a sublayer, at the speed of memory.
 
 As in ``kernels/hyper_connection_stream.py`` samples wait in shared memory, here x and the incoming gradient d of each.
 A thread adds up the gradients of the parameters over all samples of its block in registers, so that a block writes one
@@ -16,7 +16,6 @@ import numpy as np
 
 from kernels import memory, warp
 from kernels.elements import ELEMENTS
-from kernels.hyper_connection import THREADS, sigmoid
 from kernels.hyper_connection_stream import (
     MOST_THREADS,
     RUN,
@@ -25,65 +24,180 @@ from kernels.hyper_connection_stream import (
     gamma_runs,
     launch_options,
     parking,
+    weight_ring,
 )
+from kernels.hyper_connection_sums import line_sums
 from kernels.hyper_connection_weights import static_line
 from kernels.simulator import WARP
-from kernels.sinkhorn_thread import logit_gradient
 from kernels.target import cuda, device, f32, f32p, i64, kernel_factory
-
-GROUPS = THREADS // WARP
-
-
-@functools.cache
-def line_sums(count: int, warps: int) -> Callable:
-    """A device function: the block's sums of ``count`` values of every thread to ``out`` at ``at``, in one order.
-
-    ``partial`` has ``warps * count`` places; begins with a barrier, has another.
-    """
-
-    @device
-    def write(partial, values, out, at):
-        thread = np.int64(warp.thread_index())
-        lane, own = thread % np.int64(WARP), thread // np.int64(WARP)
-        warp.block_barrier()
-        for e in range(count):
-            total = warp.warp_sum(values[e])
-            if lane == np.int64(0):
-                partial[own * np.int64(count) + np.int64(e)] = total
-        warp.block_barrier()
-        for e in range(thread, count, warps * WARP):
-            total = np.float32(0)
-            for i in range(warps):
-                total += partial[np.int64(i * count) + e]
-            out[at + e] = total
-
-    return write
-
 
 MOST_STREAMS = 4
 """Streams whose sums a thread holds in registers; with two runs of channels half of them."""
 
 
-@kernel_factory(
-    ("exp", "bf16", "bf16", 4, Shape(512, 1, 2)), ("exp", "bf16", "bf16", 4, Shape(160, 1, 3)),
-    ("exp", "f32", "f32", 4, Shape(320, 1, 2)), ("exp", "bf16", "f32", 2, Shape(448, 2, 2)),
-    ("exp", "bf16", "f32", 1, Shape(256, 1, 2)),
-)  # fmt: skip
-def stream_backward(mode, element, gamma_element, n, shape):
-    """A walk over samples: d_x[b], and the block's sums for the mixing weights and for gamma.
+@functools.cache
+def _aggregates(role: str, element: str, gamma_element: str | None, n: int, shape: Shape) -> Callable:
+    """A device function: a thread's a and dy in place, and its sums of a**2 and of gamma dy a.
 
-    Parameters: x, gamma, d, h_pre, h_post, h_res, d_x, sums, gamma_sums, C, B, blocks, iterations, eps. ``sums``
-    [blocks, n (n + 2)] are the gradients of s_pre, s_post and M, ``gamma_sums`` [blocks, C] those of gamma. Every block
-    makes the mixing weights while its first samples are on their way.
+    In role "pre" dy is the line after x and d; in role "post" nothing is done.
+    """
+    parked, runs = parking(element, 2 * n + (role != "full"), shape), shape.runs
+    unpark, channel, (_, unpack_gamma, _) = parked.unpark, parked.channel, gamma_runs(gamma_element, runs)
+    full, has_aggregate, normalised = role == "full", role != "post", gamma_element is not None
+
+    @device
+    def aggregates(shared, stage, line, at, words, a, dy, channels):
+        v = cuda.local.array(RUN, np.float32)
+        squares, pull = np.float32(0), np.float32(0)
+        for run in range(runs):
+            if has_aggregate and channel(run) < channels:
+                for e in range(RUN):
+                    a[RUN * run + e] = np.float32(0)
+                    dy[RUN * run + e] = np.float32(0)
+                for i in range(n):
+                    if normalised:
+                        unpark(shared, stage, run, i, v, 0)
+                        for e in range(RUN):
+                            a[RUN * run + e] += line[at + i] * v[e]
+                    if full:
+                        unpark(shared, stage, run, n + i, v, 0)
+                        for e in range(RUN):
+                            dy[RUN * run + e] += line[at + n + i] * v[e]
+                if not full:
+                    unpark(shared, stage, run, 2 * n, dy, RUN * run)
+                unpack_gamma(words, run, v)
+                for e in range(RUN):
+                    if normalised:
+                        squares += a[RUN * run + e] * a[RUN * run + e]
+                        pull += v[e] * dy[RUN * run + e] * a[RUN * run + e]
+        return squares, pull
+
+    return aggregates
+
+
+@functools.cache
+def _spread(role: str, element: str, n: int, shape: Shape) -> Callable:
+    """A device function: d_x of a run of eight channels, and the run's part of the mixing weights' gradients.
+
+    ``y`` is what s_post is multiplied by in the forward, ``da`` the gradient of a.
+    """
+    unpark = parking(element, 2 * n + (role != "full"), shape).unpark
+    mixes, has_aggregate, values_of_run, store8 = role != "pre", role != "post", RUN * n, ELEMENTS[element].store8
+
+    @device
+    def spread(shared, stage, line, at, run, y, da, totals, d_x, to, channels):
+        g = cuda.local.array(values_of_run, np.float32)
+        v = cuda.local.array(RUN, np.float32)
+        for i in range(n):
+            unpark(shared, stage, run, n + i, g, RUN * i)
+            if mixes:
+                for e in range(RUN):
+                    totals[n + i] += g[RUN * i + e] * y[e]
+        for j in range(n):
+            unpark(shared, stage, run, j, v, 0)
+            for e in range(RUN):
+                if has_aggregate:
+                    totals[j] += da[e] * v[e]
+                if mixes:
+                    for i in range(n):
+                        totals[2 * n + i * n + j] += g[RUN * i + e] * v[e]
+            for e in range(RUN):
+                v[e] = line[at + j] * da[e] if has_aggregate else np.float32(0)
+                if mixes:
+                    for i in range(n):
+                        v[e] += line[at + 2 * n + i * n + j] * g[RUN * i + e]
+                else:
+                    v[e] += g[RUN * j + e]
+            store8(d_x, to + np.int64(j) * channels, v, 0, np.uint32(0))
+
+    return spread
+
+
+@functools.cache
+def _d_update(element: str, n: int, shape: Shape) -> Callable:
+    """A device function: the gradient of the update, sum_i s_post[i] d_i, of a run of eight channels."""
+    unpark, store8 = parking(element, 2 * n + 1, shape).unpark, ELEMENTS[element].store8
+
+    @device
+    def write(shared, stage, line, at, run, d_y, to):
+        v = cuda.local.array(RUN, np.float32)
+        total = cuda.local.array(RUN, np.float32)
+        for e in range(RUN):
+            total[e] = np.float32(0)
+        for i in range(n):
+            unpark(shared, stage, run, n + i, v, 0)
+            for e in range(RUN):
+                total[e] += line[at + n + i] * v[e]
+        store8(d_y, to, total, 0, np.uint32(0))
+
+    return write
+
+
+@functools.cache
+def _ahead(element: str, n: int, shape: Shape, more: bool, slots: int) -> Callable:
+    """A device function: start the copies of the block's number-th sample b, if there is one; always one group.
+
+    ``slots`` are those of the ring of weights, 0 where they are not fetched with the samples.
+    """
+    park, stages, count = parking(element, 2 * n + more, shape).park, shape.stages, n * (n + 2)
+    per_sample, fetch_line = slots > 0, weight_ring(count, shape.threads, max(slots, 1)).fetch
+
+    @device
+    def ahead(shared, line, x, d, extra, weights, b, number, channels, batch):
+        if b < batch:
+            stage, at = np.uint32(number % np.uint32(stages)), b * np.int64(n) * channels
+            park(shared, stage, x, at, 0, n, channels)
+            park(shared, stage, d, at, n, n, channels)
+            if more:
+                park(shared, stage, extra, b * channels, 2 * n, 1, channels)
+            if per_sample:
+                fetch_line(line, weights, b * np.int64(count), number)
+        memory.copy_async_commit()
+
+    return ahead
+
+
+_EXAMPLES = (
+    ("full", "bf16", "bf16", 4, Shape(512, 1, 2), "exp"),
+    ("full", "bf16", "bf16", 4, Shape(160, 1, 3), "exp"),
+    ("full", "f32", "f32", 4, Shape(320, 1, 2), "exp"),
+    ("full", "bf16", "f32", 2, Shape(448, 2, 2), "exp"),
+    ("full", "bf16", "f32", 1, Shape(256, 1, 2), "exp"),
+    ("pre", "bf16", "bf16", 4, Shape(512, 1, 2), "given"),
+    ("pre", "bf16", None, 4, Shape(160, 1, 3), "given"),
+    ("post", "bf16", None, 4, Shape(512, 1, 2), "given"),
+    ("post", "bf16", None, 4, Shape(512, 1, 2), None),
+    ("post", "f32", None, 2, Shape(160, 1, 2), None),
+)
+
+
+@kernel_factory(*_EXAMPLES)
+def stream_backward(role, element, gamma_element, n, shape, static):
+    """A walk over samples: d_x[b], and the sums for the mixing weights and for gamma.
+
+    Roles: "full", the whole connection, d [B, n, C] the gradient of out; "post", what comes after the sublayer, whose
+    update is ``extra`` [B, C] and gets its gradient in ``d_y``; "pre", what comes before it, ``extra`` the gradient of
+    the aggregate and d what is added to d_x. ``static`` is as in ``stream``: Sinkhorn's mode in role "full", where
+    every block makes the weights while its first samples are on their way, else "given" or None. Parameters: x, gamma,
+    d, extra, weights, h_pre, h_post, h_res, d_x, d_y, sums, gamma_sums, C, B, blocks, iterations, eps. ``sums`` are the
+    gradients of s_pre, s_post and M, [blocks, n (n + 2)], or where weights have a line a sample [B, n (n + 2)];
+    ``gamma_sums`` [blocks, C] those of gamma, where there is one.
     """
     count, runs, stages, threads = n * (n + 2), shape.runs, shape.stages, shape.threads
-    parked, warps, make_line = parking(element, 2 * n, shape), shape.threads // WARP, static_line(mode, n)
-    park, unpark, channel = parked.park, parked.unpark, parked.channel
+    per_sample, made, normalised = static is None, role == "full", gamma_element is not None
+    has_aggregate, has_extra = role != "post", role != "full"
+    slots = stages + 1 if per_sample else 1
+    ring = weight_ring(count, threads, slots)
+    channel, warps, place, fetch_line = parking(element, 2 * n, shape).channel, threads // WARP, ring.place, ring.fetch
+    ahead = _ahead(element, n, shape, has_extra, slots if per_sample else 0)
+    aggregates, spread = _aggregates(role, element, gamma_element, n, shape), _spread(role, element, n, shape)
+    unpark = parking(element, 2 * n + has_extra, shape).unpark
+    make_line, write_update = static_line(static if made else "exp", n), _d_update(element, n, shape)
     fetch_gamma, unpack_gamma, gamma_pointer = gamma_runs(gamma_element, runs)
-    store8, gamma_words = ELEMENTS[element].store8, runs * ELEMENTS[gamma_element].words
     total_of, write_sums, arrived = block_sums(warps), line_sums(count, warps), memory.copy_async_wait(stages - 1)
-    partials, sums_held, values_of_run = 4 * warps, warps * count, RUN * n
-    held, gamma_held = RUN * runs, RUN * runs * threads
+    gamma_words = runs * ELEMENTS[gamma_element or "f32"].words
+    line_length, partials, sums_held = slots * count, 4 * warps, warps * count
+    held, gamma_held = RUN * runs, RUN * runs * threads if normalised else 1
 
     @device
     def own(e):
@@ -91,181 +205,91 @@ def stream_backward(mode, element, gamma_element, n, shape):
         return np.int64(e * threads) + np.int64(warp.thread_index())
 
     @device
-    def ahead(shared, x, d, b, number, channels, batch):
-        if b < batch:
-            stage, at = np.uint32(number % np.uint32(stages)), b * np.int64(n) * channels
-            park(shared, stage, x, at, 0, n, channels)
-            park(shared, stage, d, at, n, n, channels)
-        memory.copy_async_commit()
+    def run_back(words, run, a, dy, scale_of_a, pull, of_gamma, y, da):
+        """Y and da of a run's eight channels, and its part of gamma's gradient."""
+        unpack_gamma(words, run, y)
+        for e in range(RUN):
+            dy_e = dy[RUN * run + e]
+            if normalised:
+                u = a[RUN * run + e] * scale_of_a
+                of_gamma[own(RUN * run + e)] += dy_e * u
+                da[e] = (y[e] * dy_e - u * pull) * scale_of_a
+                y[e] = y[e] * u
+            else:
+                da[e] = dy_e
 
-    @device
-    def aggregates(shared, stage, line, words, a, dy, channels):
-        """A thread's a and dy in place, and its sums of a**2 and of gamma dy a."""
-        v = cuda.local.array(RUN, np.float32)
-        squares, pull = np.float32(0), np.float32(0)
-        for run in range(runs):
-            if channel(run) < channels:
-                for e in range(RUN):
-                    a[RUN * run + e] = np.float32(0)
-                    dy[RUN * run + e] = np.float32(0)
-                for i in range(n):
-                    unpark(shared, stage, run, i, v, 0)
-                    for e in range(RUN):
-                        a[RUN * run + e] += line[i] * v[e]
-                    unpark(shared, stage, run, n + i, v, 0)
-                    for e in range(RUN):
-                        dy[RUN * run + e] += line[n + i] * v[e]
-                unpack_gamma(words, run, v)
-                for e in range(RUN):
-                    squares += a[RUN * run + e] * a[RUN * run + e]
-                    pull += v[e] * dy[RUN * run + e] * a[RUN * run + e]
-        return squares, pull
-
-    @device
-    def spread(shared, stage, line, run, y, da, totals, d_x, at, channels):
-        """d_x of a run of eight channels, and the run's part of the mixing weights' gradients."""
-        g = cuda.local.array(values_of_run, np.float32)
-        v = cuda.local.array(RUN, np.float32)
-        for i in range(n):
-            unpark(shared, stage, run, n + i, g, RUN * i)
-            for e in range(RUN):
-                totals[n + i] += g[RUN * i + e] * y[e]
-        for j in range(n):
-            unpark(shared, stage, run, j, v, 0)
-            for e in range(RUN):
-                totals[j] += da[e] * v[e]
-                for i in range(n):
-                    totals[2 * n + i * n + j] += g[RUN * i + e] * v[e]
-            for e in range(RUN):
-                v[e] = line[j] * da[e]
-                for i in range(n):
-                    v[e] += line[2 * n + i * n + j] * g[RUN * i + e]
-            store8(d_x, at + np.int64(j) * channels, v, 0, np.uint32(0))
-
-    def kernel(x, gamma, d, h_pre, h_post, h_res, d_x, sums, gamma_sums, channels, batch, blocks, iterations, eps):
+    def kernel(
+        x, gamma, d, extra, weights, h_pre, h_post, h_res, d_x, d_y, sums, gamma_sums, channels, batch, blocks,
+        iterations, eps,
+    ):  # fmt: skip
         shared = cuda.shared.array(0, np.uint16, alignment=128)
-        line = cuda.shared.array(count, np.float32)
+        line = cuda.shared.array(line_length, np.float32)
         partial = cuda.shared.array(partials, np.float32)
         of_warps = cuda.shared.array(sums_held, np.float32)
+        of_gamma = cuda.shared.array(gamma_held, np.float32)
         words = cuda.local.array(gamma_words, np.uint32)
         a = cuda.local.array(held, np.float32)
         dy = cuda.local.array(held, np.float32)
-        of_gamma = cuda.shared.array(gamma_held, np.float32)
         totals = cuda.local.array(count, np.float32)
-        scale = cuda.local.array(RUN, np.float32)
+        y = cuda.local.array(RUN, np.float32)
         da = cuda.local.array(RUN, np.float32)
         b, number = warp.block_x(), np.uint32(0)
+        if not per_sample and not made:
+            fetch_line(line, weights, np.int64(0), number)
         for s in range(stages - 1):
-            ahead(shared, x, d, b + np.int64(s) * blocks, np.uint32(s), channels, batch)
-        make_line(h_pre, h_post, h_res, line, iterations, eps)
+            ahead(shared, line, x, d, extra, weights, b + np.int64(s) * blocks, np.uint32(s), channels, batch)
+        if made:
+            make_line(h_pre, h_post, h_res, line, iterations, eps)
         for e in range(count):
             totals[e] = np.float32(0)
         for e in range(held):
-            of_gamma[own(e)] = np.float32(0)
+            if normalised:
+                of_gamma[own(e)] = np.float32(0)
         for run in range(runs):
             if channel(run) < channels:
                 fetch_gamma(gamma, words, run, channel(run))
-        warp.block_barrier()
         while b < batch:
             coming = np.uint32(number + np.uint32(stages - 1))
-            ahead(shared, x, d, b + np.int64(stages - 1) * blocks, coming, channels, batch)
+            ahead(shared, line, x, d, extra, weights, b + np.int64(stages - 1) * blocks, coming, channels, batch)
             arrived()
+            if per_sample or number == np.uint32(0):
+                warp.block_barrier()
             stage = np.uint32(number % np.uint32(stages))
-            squares, pull = aggregates(shared, stage, line, words, a, dy, channels)
-            half = np.int64(np.uint32(np.uint32(number % np.uint32(2)) * np.uint32(2 * warps)))
-            squares, pull = total_of(partial, half, squares, pull)
-            scale_of_a = np.float32(1) / np.float32(math.sqrt(squares / np.float32(channels) + eps))
-            pull = pull / np.float32(channels) * scale_of_a
+            at = place(number) if per_sample else np.int64(0)
+            scale_of_a, pull = np.float32(1), np.float32(0)
+            squares, pull = aggregates(shared, stage, line, at, words, a, dy, channels)
+            if normalised:
+                half = np.int64(np.uint32(np.uint32(number % np.uint32(2)) * np.uint32(2 * warps)))
+                squares, pull = total_of(partial, half, squares, pull)
+                scale_of_a = np.float32(1) / np.float32(math.sqrt(squares / np.float32(channels) + eps))
+                pull = pull / np.float32(channels) * scale_of_a
             for run in range(runs):
                 c = channel(run)
                 if c < channels:
-                    unpack_gamma(words, run, scale)
-                    for e in range(RUN):
-                        u, dy_e = a[RUN * run + e] * scale_of_a, dy[RUN * run + e]
-                        of_gamma[own(RUN * run + e)] += dy_e * u
-                        da[e] = (scale[e] * dy_e - u * pull) * scale_of_a
-                        scale[e] = scale[e] * u
-                    at = b * np.int64(n) * channels + c
-                    spread(shared, stage, line, run, scale, da, totals, d_x, at, channels)
+                    if has_aggregate:
+                        run_back(words, run, a, dy, scale_of_a, pull, of_gamma, y, da)
+                    else:
+                        unpark(shared, stage, run, 2 * n, y, 0)
+                        write_update(shared, stage, line, at, run, d_y, b * channels + c)
+                    to = b * np.int64(n) * channels + c
+                    spread(shared, stage, line, at, run, y, da, totals, d_x, to, channels)
+            if per_sample:
+                write_sums(of_warps, totals, sums, b * np.int64(count))
+                for e in range(count):
+                    totals[e] = np.float32(0)
             b += blocks
             number = np.uint32(number + np.uint32(1))
         memory.copy_async_wait_all()
-        write_sums(of_warps, totals, sums, warp.block_x() * np.int64(count))
+        if not per_sample:
+            write_sums(of_warps, totals, sums, warp.block_x() * np.int64(count))
         for run in range(runs):
-            if channel(run) < channels:
+            if normalised and channel(run) < channels:
                 for e in range(RUN):
                     gamma_sums[warp.block_x() * channels + channel(run) + np.int64(e)] = of_gamma[own(RUN * run + e)]
 
     pointer = ELEMENTS[element].pointer
     parameters = (
-        pointer, gamma_pointer, pointer, f32p, f32p, f32p, pointer, f32p, f32p, i64, i64, i64, i64, f32,
+        pointer, gamma_pointer, pointer, pointer, f32p, f32p, f32p, f32p, pointer, pointer, f32p, f32p, i64, i64, i64,
+        i64, f32,
     )  # fmt: skip
-    return kernel, parameters, launch_options(element, 2 * n, shape, gamma_held * 4, MOST_THREADS)
-
-
-@functools.cache
-def _column_sum(groups: int) -> Callable:
-    """A device function: sums over the rows of a column for each of 32 neighbouring columns, for the first warp.
-
-    Every warp takes each groups-th row; ``partial`` has a place a thread. A block barrier.
-    """
-
-    @device
-    def total_of(values, column, width, rows, partial):
-        thread = np.int64(warp.thread_index())
-        total = np.float32(0)
-        if column < width:
-            for row in range(thread // np.int64(WARP), rows, groups):
-                total += values[row * width + column]
-        partial[thread] = total
-        warp.block_barrier()
-        for i in range(1, groups):
-            if thread < np.int64(WARP):
-                total += partial[thread + np.int64(i * WARP)]
-        return total
-
-    return total_of
-
-
-@kernel_factory(("exp", 2), ("exp", 4), ("exp", 8))
-def finish_static(mode, n):
-    """The sums of the blocks' sums, and back through the mixing weights.
-
-    Parameters: sums, gamma_sums, h_pre, h_post, h_res, d_gamma, d_h_pre, d_h_post, d_h_res, d_mixing, kept, rows, C,
-    iterations, eps. Blocks from the second on take 32 channels of gamma each; the first takes the mixing weights.
-    ``d_mixing`` [n, n] and ``kept`` [2 iterations, n] are scratch.
-    """
-    back, count, total_of = logit_gradient(mode, n), n * (n + 2), _column_sum(GROUPS)
-    tiles = -(-count // WARP)
-
-    def kernel(
-        sums, gamma_sums, h_pre, h_post, h_res, d_gamma, d_h_pre, d_h_post, d_h_res, d_mixing, kept, rows, channels,
-        iterations, eps,
-    ):  # fmt: skip
-        partial = cuda.shared.array(THREADS, np.float32)
-        thread = np.int64(warp.thread_index())
-        lane = thread % np.int64(WARP)
-        if warp.block_x() > np.int64(0):
-            c = (warp.block_x() - np.int64(1)) * np.int64(WARP) + lane
-            total = total_of(gamma_sums, c, channels, rows, partial)
-            if thread < np.int64(WARP) and c < channels:
-                d_gamma[c] = total
-        else:
-            for tile in range(tiles):
-                e = np.int64(tile * WARP) + lane
-                total = total_of(sums, e, np.int64(count), rows, partial)
-                if thread < np.int64(WARP):
-                    if e < np.int64(n):
-                        s = sigmoid(h_pre[e])
-                        d_h_pre[e] = total * s * (np.float32(1) - s)
-                    elif e < np.int64(2 * n):
-                        s = sigmoid(h_post[e - np.int64(n)])
-                        d_h_post[e - np.int64(n)] = total * np.float32(2) * s * (np.float32(1) - s)
-                    elif e < np.int64(count):
-                        d_mixing[e - np.int64(2 * n)] = total
-                warp.block_barrier()
-            if thread == np.int64(0):
-                zero = np.int64(0)
-                back(h_res, zero, d_mixing, zero, d_h_res, zero, kept, zero, np.int64(1), iterations, eps)
-
-    return kernel, (f32p,) * 11 + (i64, i64, i64, f32), {"threads": THREADS}
+    return kernel, parameters, launch_options(element, 2 * n + has_extra, shape, gamma_held * 4, MOST_THREADS)

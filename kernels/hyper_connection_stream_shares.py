@@ -63,9 +63,9 @@ def _scatter_sums() -> Callable:
 
 
 @functools.cache
-def _finish(n: int, warps: int) -> Callable:
-    """A device function for one warp: a sample's shares and (r, pull) from the warps' sums."""
-    count, squares_at, pull_at = n * (n + 2), 3 * n + n * n, 3 * n + n * n + 1
+def _finish(role: str, n: int, warps: int, normalised: bool) -> Callable:
+    """A device function for one warp: a sample's gradient of its mixing weights and (r, pull) from the warps' sums."""
+    count, squares_at, pull_at, full = n * (n + 2), 3 * n + n * n, 3 * n + n * n + 1, role == "full"
 
     @device
     def total_of(sums, at, e):
@@ -75,55 +75,40 @@ def _finish(n: int, warps: int) -> Callable:
         return total
 
     @device
-    def finish(sums, at, lane, shares, roots, b, channels, eps):
-        squares, pulled = total_of(sums, at, np.int64(squares_at)), total_of(sums, at, np.int64(pull_at))
-        own = total_of(sums, at, lane)
-        root = np.float32(math.sqrt(squares / np.float32(channels) + eps))
-        pull = pulled / np.float32(channels) / root
+    def finish(sums, at, lane, more, shares, roots, b, channels, eps):
+        root, pull = np.float32(1), np.float32(0)
+        if normalised:
+            squares, pulled = total_of(sums, at, np.int64(squares_at)), total_of(sums, at, np.int64(pull_at))
+            root = np.float32(math.sqrt(squares / np.float32(channels) + eps))
+            pull = pulled / np.float32(channels) / root
+        own, to = total_of(sums, at, lane), b * np.int64(count)
         if lane < np.int64(n):
-            of_a = total_of(sums, at, np.int64(n) + lane)
-            shares[b * np.int64(count) + lane] = (own - pull / root * of_a) / root
+            if normalised:
+                own = (own - pull / root * total_of(sums, at, np.int64(n) + lane)) / root
+            shares[to + lane] = own if full else own + more[to + lane]
+        elif not full:
+            if lane < np.int64(count):
+                shares[to + lane] = more[to + lane]
         elif lane >= np.int64(2 * n) and lane < np.int64(3 * n):
-            shares[b * np.int64(count) + lane - np.int64(n)] = own / root
+            shares[to + lane - np.int64(n)] = own / root
         elif lane >= np.int64(3 * n) and lane < np.int64(squares_at):
-            shares[b * np.int64(count) + lane - np.int64(n)] = own
-        elif lane == np.int64(squares_at):
+            shares[to + lane - np.int64(n)] = own
+        if lane == np.int64(WARP - 1):
             roots[b * np.int64(2)] = root
             roots[b * np.int64(2) + np.int64(1)] = pull
 
     return finish
 
 
-@kernel_factory(
-    ("bf16", "bf16", 4, Shape(512, 1, 2)), ("bf16", "f32", 4, Shape(160, 1, 3)), ("bf16", "bf16", 2, Shape(448, 2, 2)),
-    ("f32", "f32", 1, Shape(256, 1, 2)),
-)  # fmt: skip
-def stream_shares(element, gamma_element, n, shape):
-    """A walk over samples: ``shares`` [B, n (n + 2)] of s_pre, s_post and M, and ``roots`` [B, 2], r and the pull.
-
-    Parameters: x, gamma, d, weights, shares, roots, C, B, blocks, eps; ``weights`` have a line a sample. The sums are,
-    in the order of a warp's lanes: gamma dy x_i; a x_i; gamma a d_i; d_i x_j; a**2; gamma dy a.
-    """
-    count, runs, stages, threads = n * (n + 2), shape.runs, shape.stages, shape.threads
-    parked, ring_of, warps = parking(element, 2 * n, shape), weight_ring(count, threads, stages + 1), threads // WARP
-    park, unpark, channel, fetch_line, place = parked.park, parked.unpark, parked.channel, ring_of.fetch, ring_of.place
-    fetch_gamma, unpack_gamma, gamma_pointer = gamma_runs(gamma_element, runs)
-    scatter, finish, arrived = _scatter_sums(), _finish(n, warps), memory.copy_async_wait(stages - 1)
-    gamma_words, values_of_run = runs * ELEMENTS[gamma_element].words, RUN * n
-    ring_length, sums_length, of_mixing, squares_at = (stages + 1) * count, 2 * warps * WARP, 3 * n, 3 * n + n * n
+@functools.cache
+def _add_run(role: str, element: str, gamma_element: str | None, n: int, shape: Shape) -> Callable:
+    """A device function: the products of a run of eight channels; ``scale`` is gamma of them."""
+    full, normalised = role == "full", gamma_element is not None
+    unpark = parking(element, 2 * n if full else n + 1, shape).unpark
+    of_mixing, squares_at, values_of_run = 3 * n, 3 * n + n * n, RUN * n
 
     @device
-    def ahead(shared, ring, x, d, weights, b, number, channels, batch):
-        if b < batch:
-            stage, at = np.uint32(number % np.uint32(stages)), b * np.int64(n) * channels
-            park(shared, stage, x, at, 0, n, channels)
-            park(shared, stage, d, at, n, n, channels)
-            fetch_line(ring, weights, b * np.int64(count), number)
-        memory.copy_async_commit()
-
-    @device
-    def add_run(shared, stage, ring, line, run, scale, totals):
-        """The run's products; ``scale`` is gamma of its channels."""
+    def add(shared, stage, ring, line, run, scale, totals):
         g = cuda.local.array(values_of_run, np.float32)
         v = cuda.local.array(RUN, np.float32)
         a = cuda.local.array(RUN, np.float32)
@@ -131,32 +116,75 @@ def stream_shares(element, gamma_element, n, shape):
         for e in range(RUN):
             a[e] = np.float32(0)
             dy[e] = np.float32(0)
-        for i in range(n):
-            unpark(shared, stage, run, n + i, g, RUN * i)
-            for e in range(RUN):
-                dy[e] += ring[line + n + i] * g[RUN * i + e]
+        if full:
+            for i in range(n):
+                unpark(shared, stage, run, n + i, g, RUN * i)
+                for e in range(RUN):
+                    dy[e] += ring[line + n + i] * g[RUN * i + e]
+        else:
+            unpark(shared, stage, run, n, dy, 0)
         for e in range(RUN):
-            dy[e] = dy[e] * scale[e]
+            if normalised:
+                dy[e] = dy[e] * scale[e]
         for j in range(n):
             unpark(shared, stage, run, j, v, 0)
             for e in range(RUN):
-                a[e] += ring[line + j] * v[e]
                 totals[j] += dy[e] * v[e]
-                for i in range(n):
-                    totals[of_mixing + i * n + j] += g[RUN * i + e] * v[e]
-        for j in range(n):
-            unpark(shared, stage, run, j, v, 0)
+                if normalised:
+                    a[e] += ring[line + j] * v[e]
+                if full:
+                    for i in range(n):
+                        totals[of_mixing + i * n + j] += g[RUN * i + e] * v[e]
+        if normalised:
+            for j in range(n):
+                unpark(shared, stage, run, j, v, 0)
+                for e in range(RUN):
+                    totals[n + j] += a[e] * v[e]
             for e in range(RUN):
-                totals[n + j] += a[e] * v[e]
-        for e in range(RUN):
-            totals[squares_at] += a[e] * a[e]
-            totals[squares_at + 1] += dy[e] * a[e]
-            a[e] = a[e] * scale[e]
-        for i in range(n):
-            for e in range(RUN):
-                totals[2 * n + i] += a[e] * g[RUN * i + e]
+                totals[squares_at] += a[e] * a[e]
+                totals[squares_at + 1] += dy[e] * a[e]
+                a[e] = a[e] * scale[e]
+        if full:
+            for i in range(n):
+                for e in range(RUN):
+                    totals[2 * n + i] += a[e] * g[RUN * i + e]
 
-    def kernel(x, gamma, d, weights, shares, roots, channels, batch, blocks, eps):
+    return add
+
+
+@kernel_factory(
+    ("full", "bf16", "bf16", 4, Shape(512, 1, 2)), ("full", "bf16", "f32", 4, Shape(160, 1, 3)),
+    ("full", "bf16", "bf16", 2, Shape(448, 2, 2)), ("full", "f32", "f32", 1, Shape(256, 1, 2)),
+    ("pre", "bf16", "bf16", 4, Shape(512, 1, 2)), ("pre", "bf16", None, 4, Shape(160, 1, 4)),
+)  # fmt: skip
+def stream_shares(role, element, gamma_element, n, shape):
+    """A walk over samples: the gradient [B, n (n + 2)] of s_pre, s_post and M, and ``roots`` [B, 2], r and the pull.
+
+    Roles: "full", d [B, n, C] is the gradient of out; "pre", d [B, C] is that of the aggregate, and ``more`` [B, n (n +
+    2)] is added, which is not read in role "full". Parameters: x, gamma, d, weights, more, shares, roots, C, B, blocks,
+    eps; ``weights`` have a line a sample. The sums are, in the order of a warp's lanes: gamma dy x_i; a x_i; gamma a
+    d_i; d_i x_j; a**2; gamma dy a.
+    """
+    count, runs, stages, threads, full = n * (n + 2), shape.runs, shape.stages, shape.threads, role == "full"
+    lines, of_d = (2 * n, n) if full else (n + 1, 1)
+    parked, ring_of, warps = parking(element, lines, shape), weight_ring(count, threads, stages + 1), threads // WARP
+    park, channel, fetch_line, place = parked.park, parked.channel, ring_of.fetch, ring_of.place
+    fetch_gamma, unpack_gamma, gamma_pointer = gamma_runs(gamma_element, runs)
+    add_run, scatter = _add_run(role, element, gamma_element, n, shape), _scatter_sums()
+    finish, arrived = _finish(role, n, warps, gamma_element is not None), memory.copy_async_wait(stages - 1)
+    gamma_words = runs * ELEMENTS[gamma_element or "f32"].words
+    ring_length, sums_length = (stages + 1) * count, 2 * warps * WARP
+
+    @device
+    def ahead(shared, ring, x, d, weights, b, number, channels, batch):
+        if b < batch:
+            stage = np.uint32(number % np.uint32(stages))
+            park(shared, stage, x, b * np.int64(n) * channels, 0, n, channels)
+            park(shared, stage, d, b * np.int64(of_d) * channels, n, of_d, channels)
+            fetch_line(ring, weights, b * np.int64(count), number)
+        memory.copy_async_commit()
+
+    def kernel(x, gamma, d, weights, more, shares, roots, channels, batch, blocks, eps):
         shared = cuda.shared.array(0, np.uint16, alignment=128)
         ring = cuda.shared.array(ring_length, np.float32)
         sums = cuda.shared.array(sums_length, np.float32)
@@ -186,11 +214,11 @@ def stream_shares(element, gamma_element, n, shape):
             sums[half + own * np.int64(WARP) + np.int64(lane)] = scatter(totals, lane)
             warp.block_barrier()
             if own == np.int64(0):
-                finish(sums, half, np.int64(lane), shares, roots, b, channels, eps)
+                finish(sums, half, np.int64(lane), more, shares, roots, b, channels, eps)
             b += blocks
             number = np.uint32(number + np.uint32(1))
         memory.copy_async_wait_all()
 
     pointer = ELEMENTS[element].pointer
-    parameters = (pointer, gamma_pointer, pointer, f32p, f32p, f32p, i64, i64, i64, f32)
-    return kernel, parameters, launch_options(element, 2 * n, shape, most_threads=512)
+    parameters = (pointer, gamma_pointer, pointer, f32p, f32p, f32p, f32p, i64, i64, i64, f32)
+    return kernel, parameters, launch_options(element, lines, shape, most_threads=512)

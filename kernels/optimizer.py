@@ -164,6 +164,7 @@ def statistics(kind):
     total, largest = reduce_team(THREADS, "sum"), reduce_team(THREADS, "max")
 
     def kernel(table, blocks, out):
+        shared = cuda.shared.array(WARP, np.float32)
         values = cuda.local.array(RUN, np.float32)
         block = warp.block_x()
         tensor, piece = np.int64(blocks[np.int64(2) * block]), np.int64(blocks[np.int64(2) * block + np.int64(1)])
@@ -180,8 +181,8 @@ def statistics(kind):
                     nans += np.float32(1)
                 elif bits.not_finite(x):
                     infinite += np.float32(1)
-        squares, nans, infinite = total(squares), total(nans), total(infinite)
-        top = largest(top)
+        squares, nans, infinite = total(squares, shared), total(nans, shared), total(infinite, shared)
+        top = largest(top, shared)
         if warp.thread_index() == np.uint32(0):
             out[np.int64(4) * block] = squares
             out[np.int64(4) * block + np.int64(1)] = top
@@ -201,6 +202,7 @@ def collect():
     total, largest = reduce_team(WARP, "sum"), reduce_team(WARP, "max")
 
     def kernel(parts, ends, out, tensors):
+        shared = cuda.shared.array(WARP, np.float32)
         tensor = warp.block_x()
         first, last = np.int64(0), np.int64(ends[tensors - np.int64(1)])
         if tensor < tensors:
@@ -212,8 +214,8 @@ def collect():
             top = maximum(top, parts[np.int64(4) * block + np.int64(1)])
             nans += parts[np.int64(4) * block + np.int64(2)]
             infinite += parts[np.int64(4) * block + np.int64(3)]
-        squares, nans, infinite = total(squares), total(nans), total(infinite)
-        top = largest(top)
+        squares, nans, infinite = total(squares, shared), total(nans, shared), total(infinite, shared)
+        top = largest(top, shared)
         if warp.thread_index() == np.uint32(0):
             out[np.int64(4) * tensor] = squares
             out[np.int64(4) * tensor + np.int64(1)] = top

@@ -46,6 +46,7 @@ def along(operation, program, kinds, out, shape):
     width = shape.width
 
     def kernel(sources, target, inverse, scale, rows, n, part, parts):
+        shared = cuda.shared.array(WARP, np.float32)
         held = cuda.local.array(words, np.uint32)
         thread = np.int64(warp.thread_index())
         row = warp.block_x() * np.int64(threads // team) + thread // np.int64(team)
@@ -55,7 +56,7 @@ def along(operation, program, kinds, out, shape):
             stop = min(n, start + part)
             lane = thread % np.int64(team)
             first = np.int64(np.uint32(start) // np.uint32(width)) + lane
-            value = reduce_row(sources, (), (), row * n, first, stop, held, (inverse,))
+            value = reduce_row(sources, (), (), row * n, first, stop, held, shared, (inverse,))
             if lane == np.int64(0):
                 store(target, row * parts + split, value * scale)
 

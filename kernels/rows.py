@@ -67,27 +67,29 @@ COMBINE = {
 
 @functools.cache
 def reduce_team(team: int, operation: str) -> Callable:
-    """A device function: the team's values as one, in every thread, always in the same order."""
+    """A device function ``(value, parts)``: the team's values as one, in every thread, always in the same order.
+
+    ``parts`` is shared memory of 32 fp32 numbers, the kernel's own: NVVM refuses one that two device functions share.
+    """
     combine, start = COMBINE[operation]
     warps = team // WARP
 
     @device
-    def reduce_warp(value):
+    def reduce_warp(value, parts):
         for shift in range(5):
             value = combine(value, warp.shuffle_xor(value, np.uint32(np.uint32(16) >> np.uint32(shift))))
         return value
 
     @device
-    def reduce_block(value):
-        parts = cuda.shared.array(WARP, np.float32)
+    def reduce_block(value, parts):
         thread = np.int64(warp.thread_index())
-        value = reduce_warp(value)
+        value = reduce_warp(value, parts)
         if thread % np.int64(WARP) == np.int64(0):
             parts[thread // np.int64(WARP)] = value
         warp.block_barrier()
         lane = thread % np.int64(WARP)
         value = parts[lane] if lane < np.int64(warps) else start
-        value = reduce_warp(value)
+        value = reduce_warp(value, parts)
         warp.block_barrier()
         return value
 
@@ -200,8 +202,8 @@ def stage(operation: str, program: Program, operands: Operands, shape: Shape) ->
     each = _each(operands, shape, accumulate)
 
     @device
-    def reduce_row(fulls, columns, targets, base, lane, n, held, known):
-        return finish(each(fulls, columns, targets, base, lane, n, held, known, start))
+    def reduce_row(fulls, columns, targets, base, lane, n, held, parts, known):
+        return finish(each(fulls, columns, targets, base, lane, n, held, known, start), parts)
 
     return reduce_row
 
@@ -237,7 +239,7 @@ def _chain(stages: tuple, operands: Operands, shape: Shape, final: Program | Non
     common = "fulls, columns, targets, base, lane, n, held"
     lines = []
     for k in range(len(stages)):
-        lines += [f"s{k} = stage{k}({common}, k{k})", f"k{k + 1} = (*k{k}, s{k})"]
+        lines += [f"s{k} = stage{k}({common}, parts, k{k})", f"k{k + 1} = (*k{k}, s{k})"]
     if final is not None:
         known["write"], known["float32"] = _results(final, operands, shape), np.float32
         lines.append(f"write({common}, k{len(stages)}, float32(0))")
@@ -246,7 +248,7 @@ def _chain(stages: tuple, operands: Operands, shape: Shape, final: Program | Non
         known["evaluate_row"], known["store_row"] = evaluator(last), scatter(stores)
         at = "".join("row, " for _ in stores)
         lines += ["if lane == 0:", f"    store_row(row_targets, ({at}), evaluate_row(k{len(stages)}))"]
-    return written("chain", f"{common}, row, row_targets, k0", lines, known)
+    return written("chain", f"{common}, parts, row, row_targets, k0", lines, known)
 
 
 _SUM = (4, (), (0,))
@@ -262,7 +264,15 @@ _NORM = (
 )  # fmt: skip
 
 
+_LAYER = (
+    (("sum", (4, (), (0,))), ("sum", (5, (("mul", 4, 2), ("sub", 0, 5), ("square", 6)), (7,)))),
+    (6, (("mul", 4, 2), ("sub", 0, 6), ("mul", 5, 2), ("add", 8, 3), ("rsqrt", 9), ("mul", 7, 10)), (11,)),
+    None,
+)  # fmt: skip
+
+
 @kernel_factory(
+    (*_LAYER, Operands(("bf16",), (), (), ("bf16",), ()), Shape(256, 8, 2)),
     (*_SOFTMAX, Operands(("bf16",), (), (), ("bf16",), ()), Shape(256, 8, 2)),
     (*_SOFTMAX, Operands(("f32",), (), (), ("f32",), ()), Shape(32, 1, 4)),
     (*_SOFTMAX, Operands(("f32",), (), (), ("f32",), ()), Shape(1024, 8, 0)),
@@ -284,6 +294,7 @@ def rows(stages, final, last, operands, shape):
 
     def kernel(fulls, columns, row_operands, targets, row_targets, scalars, count, n):
         held = cuda.local.array(held_count, np.uint32)
+        parts = cuda.shared.array(WARP, np.float32)
         thread = np.int64(warp.thread_index())
         row = warp.block_x() * np.int64(threads // team) + thread // np.int64(team)
         if row < count:
@@ -291,7 +302,7 @@ def rows(stages, final, last, operands, shape):
             base = row * n
             load(fulls, base, lane, n, held)
             known = (*row_values(row_operands, at_row(row)), *scalars)
-            chain(fulls, columns, targets, base, lane, n, held, row, row_targets, known)
+            chain(fulls, columns, targets, base, lane, n, held, parts, row, row_targets, known)
 
     program = stages[0][1] if stages else final
     scalars = program[0] - len(operands.full) - len(operands.columns) - 1 - own

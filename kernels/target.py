@@ -120,6 +120,8 @@ class SimulatedLauncher(Launcher):
         nested = tuple(_take_argument(kernel.key, parameter, rest) for parameter in kernel.parameters)
         if unused := len(list(rest)):
             raise TypeError(f"{kernel.key}: {unused} of {len(arguments)} arguments too many")
+        if stream is not None:
+            stream.record(lambda: self(None, arguments))
         simulator.launch(kernel.function, self._grid, kernel.threads, self._shared, nested, kernel.cluster)
 
 

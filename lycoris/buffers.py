@@ -4,13 +4,16 @@
     w.numpy()                                    # a copy on the host, in the kind's NumPy type
     run(plan, WeightArgs(out.mut(), [[w.ref()]], [1.0]))
 
-What is done here to a device is done on one stream of it, in order.
+What is done here to a device is done on one stream of it, in order, or on the caller's by `on_stream`.
 """
 
 from __future__ import annotations
 
 import functools
 import math
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -116,10 +119,42 @@ class DeviceArray:
         return f"DeviceArray(shape={self.shape}, kind={self.kind.value}, device={self.device.name!r})"
 
 
-@functools.cache
+class _Chosen(threading.local):
+    stream: Any = None
+
+
+_chosen = _Chosen()
+
+
 def stream_of(device: Device) -> Any:
-    """The stream on which everything here is done to a device; None in the simulator."""
+    """The stream on which everything here is done to a device, or the one that `on_stream` chose.
+
+    None in the simulator, where everything is done when a call returns.
+    """
+    return _chosen.stream or _stream(device)
+
+
+@functools.cache
+def _stream(device: Device) -> Any:
     return device.stream()
+
+
+@contextmanager
+def on_stream(stream: Any) -> Iterator[None]:
+    """Within, this thread works on the caller's stream, a handle or an object of cuda.core.
+
+    torch's handle is ``torch.cuda.current_stream().cuda_stream``. Memory that was used on another stream before must be
+    ready, as for any two streams.
+    """
+    if isinstance(stream, int):
+        from cuda.core import Stream
+
+        stream = Stream.from_handle(stream)
+    before, _chosen.stream = _chosen.stream, stream
+    try:
+        yield
+    finally:
+        _chosen.stream = before
 
 
 def run(plan: Plan, args: Any) -> None:

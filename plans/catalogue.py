@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from plans import catalogue_training
 from plans.cast import CastDescriptor, CastPlan
 from plans.core.device import Device
 from plans.core.plan import Plan, PlanPreference
@@ -137,6 +138,7 @@ EXAMPLES: tuple[tuple[type[Plan], str, object], ...] = (
         "gradient of Sinkhorn as in TileLang, n = 4",
         SinkhornBackwardDescriptor(8192, 4, 20, 1e-6, SinkhornMode.SOFTMAX),
     ),
+    *catalogue_training.EXAMPLES,
 )
 
 

@@ -130,12 +130,13 @@ class Function:
     """A scalar function.
 
     ``reference`` computes it in float64. ``pull(g, y, *x)`` gives the gradients of its arguments for the gradient g of
-    its result y, None where there is none. ``units`` is its own error, in 2**-24 of its result.
+    its result y, None where there is none. ``units`` is its own error in 2**-24 of its result, a number or a function
+    of y and the arguments.
     """
 
     reference: Callable
     pull: Callable[..., Pulled]
-    units: float
+    units: float | Callable[..., np.ndarray]
 
 
 def _none(count: int) -> Callable[..., Pulled]:
@@ -166,6 +167,12 @@ def _indicator(compare: Callable) -> Callable:
 ROUNDED, ULP, TWO_ULP = 1.0, 2.0, 4.0
 """An operation rounded to nearest; a result within one, or two, units in the last place (CUDA programming guide)."""
 
+
+def _sigmoid_units(y: np.ndarray, x: np.ndarray) -> np.ndarray:
+    """A power of two (2 ulp) of a product rounded twice, of which 1 - y counts; a sum, and a reciprocal of 1 ulp."""
+    return (TWO_ULP + 2 * np.abs(x)) * (1 - y) + ROUNDED + ULP
+
+
 FUNCTIONS: dict[str, Function] = {
     "neg": Function(np.negative, lambda g, y, x: (-g,), 0),
     "abs": Function(np.abs, lambda g, y, x: (g * apply("sign", x),), 0),
@@ -178,6 +185,7 @@ FUNCTIONS: dict[str, Function] = {
     "rsqrt": Function(lambda x: 1 / np.sqrt(x), lambda g, y, x: (g * -0.5 * (y * apply("square", y)),), TWO_ULP),
     "reciprocal": Function(lambda x: 1 / x, lambda g, y, x: (-(g * apply("square", y)),), ULP),
     "exp": Function(np.exp, lambda g, y, x: (g * y,), TWO_ULP),
+    "exp2": Function(np.exp2, lambda g, y, x: (g * y * math.log(2),), TWO_ULP),
     "log": Function(np.log, lambda g, y, x: (g / x,), ULP),
     "sin": Function(np.sin, lambda g, y, x: (g * apply("cos", x),), TWO_ULP),
     "cos": Function(np.cos, lambda g, y, x: (-(g * apply("sin", x)),), TWO_ULP),
@@ -186,8 +194,7 @@ FUNCTIONS: dict[str, Function] = {
         lambda x: np.asarray(_erf(x), np.float64),
         lambda g, y, x: (g * (2 / math.sqrt(math.pi)) * apply("exp", -apply("square", x)),), TWO_ULP,
     ),
-    # exp 2 ulp, a sum, a reciprocal of 1 ulp
-    "sigmoid": Function(lambda x: 1 / (1 + np.exp(-x)), lambda g, y, x: (g * y * (1.0 - y),), TWO_ULP + ROUNDED + ULP),
+    "sigmoid": Function(lambda x: 1 / (1 + np.exp(-x)), lambda g, y, x: (g * y * (1.0 - y),), _sigmoid_units),
     "relu": Function(lambda x: np.maximum(x, 0), lambda g, y, x: (apply("where", x > 0.0, g, 0.0),), 0),
     "add": Function(np.add, lambda g, y, a, b: (g, g), ROUNDED),
     "sub": Function(np.subtract, lambda g, y, a, b: (g, -g), ROUNDED),
@@ -320,7 +327,8 @@ def _step(op: str, args: list[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarra
     function, values = FUNCTIONS[op], [value for value, _ in args]
     result = function.reference(*values)
     own = np.abs(values[0] * values[1]) if op == "fma" else 0.0
-    error = function.units * np.abs(result) + own + (_TINY if function.units else 0.0)
+    units = function.units(result, *values) if callable(function.units) else function.units
+    error = units * np.abs(result) + own + (_TINY if function.units else 0.0)
     for slope, (_, inherited) in zip(_slopes(op, values, result), args, strict=True):
         error = error + np.where(inherited == 0, 0.0, np.abs(slope) * inherited)
     return result, error

@@ -18,6 +18,7 @@ from kernels import hyper_connection_backward as kernel
 from kernels import hyper_connection_dynamic_backward as dynamic_kernel
 from kernels.simulator import WARP
 from kernels.sinkhorn import extent_for
+from plans import hyper_connection_dynamic_stream_backward as fast
 from plans.core import ArchSku, BackendKind, Device, ElementKind, Operand, Plan, PrecisionGuarantee, Sku, Workspace
 from plans.hyper_connection_common import (
     NamedArguments,
@@ -39,6 +40,7 @@ from plans.hyper_connection_math import (
     logits_of,
     x_gradient,
 )
+from plans.hyper_connection_stream import ALIGNMENT
 from plans.sinkhorn import gradient_units
 
 _F32 = ElementKind.F32
@@ -211,6 +213,16 @@ class DynamicHyperConnectionBackwardPlan(Plan):
 
     name = "dynamic hyper-connection backward"
     skus = (
+        Sku(
+            name="mma and stream",
+            backend=BackendKind.MMA,
+            arch=ArchSku.SM80,
+            refuses=fast.refuses,
+            guarantee=lambda d: fp32_guarantee(fast.units(d, own_units(d)), fast.DERIVATION),
+            build=fast.DynamicStreamBackwardProgram,
+            workspace=fast.workspace,
+            alignment=ALIGNMENT,
+        ),
         Sku(
             name="portable",
             backend=BackendKind.PORTABLE,

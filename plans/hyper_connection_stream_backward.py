@@ -11,6 +11,7 @@ import numpy as np
 
 from kernels import hyper_connection_stream as stream_kernel
 from kernels import hyper_connection_stream_backward as kernel
+from kernels.hyper_connection_sums import finish_static
 from kernels.simulator import WARP
 from plans.core import Device, ElementKind, Workspace
 from plans.hyper_connection_common import scratch_bytes, scratch_pointers, weights_count
@@ -104,19 +105,21 @@ class StreamBackwardProgram:
         d, n, mode = descriptor, descriptor.n_streams, SinkhornMode.EXP.value
         shape, usual = _settings(d, most_bytes)
         self.blocks = min(usual, blocks or usual)
-        made = kernel.stream_backward(mode, d.element.value, d.gamma.value, n, shape)
+        made = kernel.stream_backward("full", d.element.value, d.gamma.value, n, shape, mode)
         self.stream = made.launcher((self.blocks, 1, 1))
-        self.finish = kernel.finish_static(mode, n).launcher((1 + -(-d.hidden_dim // WARP), 1, 1))
+        self.finish = finish_static(mode, n, False).launcher((1 + -(-d.hidden_dim // WARP), 1, 1))
 
     def bind(self, args: Any, workspace: Workspace) -> list[Launch]:
         """Both launches."""
         d, eps = self.descriptor, np.float32(self.descriptor.eps)
         sums, gamma_sums, d_mixing, kept = scratch_pointers(workspace, _scratch(d, self.most_bytes))
         logits = (args.h_pre.data, args.h_post.data, args.h_res.data)
-        streams = (args.x_expanded.data, args.rmsnorm_weight.data, args.d_out.data, *logits, args.d_x.data)
+        # The kernel reads no extra line and no weights here, and writes no gradient of an update.
+        x, d_out, d_x = args.x_expanded.data, args.d_out.data, args.d_x.data
+        streams = (x, args.rmsnorm_weight.data, d_out, x, logits[0], *logits, d_x, d_x)
         sizes = (d.hidden_dim, d.batch, self.blocks, d.sinkhorn_iters, eps)
         gradients = (args.d_gamma.data, args.d_h_pre.data, args.d_h_post.data, args.d_h_res.data)
-        finishing = (sums, gamma_sums, *logits, *gradients, d_mixing, kept, self.blocks, d.hidden_dim)
+        finishing = (sums, gamma_sums, sums, *logits, *gradients, d_mixing, kept, self.blocks, d.hidden_dim)
         return [
             (self.stream, (*streams, sums, gamma_sums, *sizes)),
             (self.finish, (*finishing, d.sinkhorn_iters, eps)),

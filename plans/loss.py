@@ -6,11 +6,17 @@ A class outside 0..n-1 is ignored: loss and gradient are 0. Classes are below 2*
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 from plans.core import OpCategory
 from plans.expression import Expr, apply
 from plans.rows import Recipe, symbols
+
+
+def _power(x: Expr) -> Expr:
+    """exp(x) as 2^(x log2 e)."""
+    return (x * math.log2(math.e)).exp2()
 
 
 def _known(target: Expr, inverse_n: Expr) -> Expr:
@@ -24,7 +30,7 @@ def _cross_entropy() -> Recipe:
     loss = total.log() + (top - at_target)
     return Recipe(
         "cross entropy", OpCategory.LOSS, full=("x",), row=("target",),
-        stages=(("max", x), ("sum", (x - top).exp()), ("sum", apply("where", apply("eq", s.position, target), x, 0.0))),
+        stages=(("max", x), ("sum", _power(x - top)), ("sum", apply("where", apply("eq", s.position, target), x, 0.0))),
         row_outputs=(
             ("loss", apply("where", _known(target, s.inverse_n), loss, 0.0)), ("lse", top + total.log()),
         ),
@@ -34,7 +40,7 @@ def _cross_entropy() -> Recipe:
 def _cross_entropy_backward() -> Recipe:
     s = symbols(full=1, row=3)
     (x,), (target, lse, d_loss) = s.full, s.row
-    d_x = ((x - lse).exp() - apply("eq", s.position, target)) * d_loss
+    d_x = (_power(x - lse) - apply("eq", s.position, target)) * d_loss
     return Recipe(
         "cross entropy backward", OpCategory.LOSS, full=("x",), row=("target", "lse", "d_loss"),
         outputs=(("d_x", apply("where", _known(target, s.inverse_n), d_x, 0.0)),),

@@ -5,6 +5,8 @@ softmax(x)_j = exp(x_j - max x) / sum_k exp(x_k - max x); the gradients take the
 
 from __future__ import annotations
 
+import math
+
 from plans.core import OpCategory
 from plans.rows import Recipe, symbols
 
@@ -13,10 +15,12 @@ _x, (_top, _total) = _one.full[0], _one.stages
 _two = symbols(full=2, stages=1)
 (_y, _g), (_sum,) = _two.full, _two.stages
 
-_STAGES = (("max", _x), ("sum", (_x - _top).exp()))
+# exp(d) as 2^(d log2 e): the rounding of the product costs no more than that of the difference d.
+_power = ((_x - _top) * math.log2(math.e)).exp2()
+_STAGES = (("max", _x), ("sum", _power))
 
 SOFTMAX = Recipe(
-    "softmax", OpCategory.SOFTMAX, full=("x",), stages=_STAGES, outputs=(("y", (_x - _top).exp() / _total),)
+    "softmax", OpCategory.SOFTMAX, full=("x",), stages=_STAGES, outputs=(("y", _power * _total.reciprocal()),)
 )
 """x -> y."""
 

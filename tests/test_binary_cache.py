@@ -75,8 +75,8 @@ def test_another_architecture_is_another_binary(folder, compilations):
 def test_other_sources_or_libraries_are_another_binary(folder, compilations, monkeypatch, tmp_path):
     shutil.copytree(Path(binary_cache.__file__).parent, tmp_path / "kernels")
     monkeypatch.setattr(binary_cache, "__file__", str(tmp_path / "kernels" / "binary_cache.py"))
-    digest = binary_cache._sources_digest.__wrapped__
-    seen = {binary_cache._sources_digest(), digest()}
+    digest = binary_cache.sources_digest.__wrapped__
+    seen = {binary_cache.sources_digest(), digest()}
     assert len(seen) == 1
     (tmp_path / "kernels" / "bits.py").rename(tmp_path / "kernels" / "renamed.py")
     seen.add(digest())
@@ -91,7 +91,7 @@ def test_other_sources_or_libraries_are_another_binary(folder, compilations, mon
     assert len(seen) == 5
 
     binary_cache.load_or_compile(KERNEL, CC)
-    monkeypatch.setattr(binary_cache, "_sources_digest", digest)
+    monkeypatch.setattr(binary_cache, "sources_digest", digest)
     binary_cache.load_or_compile(KERNEL, CC)
     assert compilations() == 2
 

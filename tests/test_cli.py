@@ -102,6 +102,14 @@ def test_numba_stays_unloaded_without_need(arguments: list[str]):
     assert done.returncode == 0, done.stderr
 
 
+def test_a_merge_loads_nothing_for_training():
+    """Imports are a tenth of a second a family: a merge starts with the weight and cast plans alone."""
+    code = "import sys, lycoris.merge; print(*(name for name in sys.modules if name.startswith(('lycoris', 'plans'))))"
+    loaded = set(run_python(code).stdout.split())
+    assert {"lycoris.merge", "plans.weight", "plans.cast"} <= loaded
+    assert not loaded & {"lycoris.tensor", "lycoris.nn", "lycoris.optim", "plans.matmul", "plans.catalogue"}
+
+
 @pytest.mark.parametrize(
     ("text", "path", "strength"),
     [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
 import subprocess
 import sys
@@ -81,7 +82,7 @@ def make(name):
 
 def test_faults_in_the_machine_code_are_found(monkeypatch, tmp_path):
     (tmp_path / "faulty.py").write_text(FAULTY)
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), *sys.path]))
     status, output = compile_in_a_process("faulty.make")
     lines = output.splitlines()
     assert status == 1

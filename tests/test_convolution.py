@@ -28,17 +28,17 @@ EVERY_PROBLEM = pytest.mark.parametrize("problem", [FORWARD, INPUT, WEIGHT], ids
 EVERY_SKU = pytest.mark.parametrize("backend", [PORTABLE, MMA], ids=lambda backend: backend.value)
 
 GEOMETRIES = {
-    "3x3": Convolution(2, (5, 4), 16, 24, (3, 3), padding=(1, 1)),
+    "3x3": Convolution(2, (4, 3), 8, 16, (3, 3), padding=(1, 1)),
     "1x1": Convolution(1, (3, 7), 8, 8, (1, 1)),
-    "stride 2, one-sided reach": Convolution(1, (7, 6), 8, 16, (3, 3), (2, 2), (1, 1)),
-    "dilation, uneven": Convolution(1, (9, 8), 8, 8, (3, 2), (1, 2), (2, 0), (2, 3)),
+    "stride 2, one-sided reach": Convolution(1, (7, 6), 8, 4, (3, 3), (2, 2), (1, 1)),
+    "dilation, uneven": Convolution(1, (7, 6), 8, 4, (3, 2), (1, 2), (2, 0), (2, 3)),
     "odd channels": Convolution(1, (4, 5), 3, 5, (3, 3), padding=(1, 1)),
-    "two groups": Convolution(1, (4, 4), 16, 24, (3, 3), padding=(1, 1), groups=2),
-    "depthwise": Convolution(1, (4, 5), 6, 6, (3, 3), padding=(1, 1), groups=6),
+    "two groups": Convolution(1, (3, 4), 16, 8, (3, 3), padding=(1, 1), groups=2),
+    "depthwise": Convolution(1, (4, 5), 3, 6, (3, 3), padding=(1, 1), groups=3),
     "one axis": Convolution(2, (19,), 8, 12, (5,), (3,), (2,)),
     "three axes": Convolution(1, (3, 4, 3), 4, 6, (2, 3, 2), (1, 2, 1), (1, 1, 0), (1, 1, 2)),
-    "filter larger than the image": Convolution(1, (2, 2), 8, 8, (5, 5), padding=(2, 2)),
-    "many channels": Convolution(1, (3, 3), 40, 72, (3, 3), padding=(1, 1)),
+    "filter larger than the image": Convolution(1, (2, 2), 8, 4, (5, 5), padding=(2, 2)),
+    "many channels": Convolution(1, (2, 2), 40, 72, (2, 1), padding=(1, 0)),
 }
 if not SIMULATOR:
     GEOMETRIES |= {

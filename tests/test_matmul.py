@@ -29,27 +29,29 @@ PORTABLE, MMA, SKINNY = BackendKind.PORTABLE, BackendKind.MMA, BackendKind.SKINN
 # The simulator's tiles are 16 and 32 wide, a GPU's 64 and 128; one size of each kind around them.
 TILE = 32 if SIMULATOR else 128
 EVERY_SKU = pytest.mark.parametrize("backend", [PORTABLE, MMA], ids=lambda backend: backend.value)
-SHAPES = [(1, 1, 1), (2, 3, 5), (17, 13, 7), (TILE - 1, TILE + 1, 19), (TILE, TILE, TILE), (TILE + 1, 40, 2 * TILE + 2)]
+SHAPES = [(1, 1, 1), (2, 3, 5), (17, 13, 7), (TILE - 1, TILE + 1, 19), (TILE, TILE, TILE), (TILE + 1, 24, TILE + 2)]
 LARGE = [] if SIMULATOR else [(257, 509, 1021), (640, 1280, 2048), (1000, 3072, 768), (4096, 64, 72)]
 
 
-def check(device, poisoned, rng, descriptor, backend, scales=None, workspace=True):
-    """Small integers have to come out exactly, normal numbers within the guarantee."""
-    problem = make(device, descriptor, small_integers(rng), scales)
-    run(problem, poisoned, backend, workspace)
+def check(device, poisoned, rng, descriptor, backend, scales=None, workspace=True, both=False):
+    """Small integers have to come out exactly where nothing but sums is computed, normal numbers within the guarantee."""
     linear = all(isinstance(step, Bias | Residual) for step in descriptor.epilogue)
-    if linear and all(abs(scale) in (1.0, 0.5, 0.0) for scale in scales or ()):
+    exact = linear and all(abs(scale) in (1.0, 0.5, 0.0) for scale in scales or ())
+    if exact:
+        problem = make(device, descriptor, small_integers(rng), scales)
+        plan = run(problem, poisoned, backend, workspace)
         assert_exact(problem)
-    problem = make(device, descriptor, gaussian(rng), scales)
-    plan = run(problem, poisoned, backend, workspace)
-    assert_kept(problem, plan)
+    if both or not exact:
+        problem = make(device, descriptor, gaussian(rng), scales)
+        plan = run(problem, poisoned, backend, workspace)
+        assert_kept(problem, plan)
     return plan
 
 
 @EVERY_SKU
 @pytest.mark.parametrize("shape", SHAPES + LARGE, ids=str)
 def test_products_of_awkward_extents(device, poisoned, rng, shape, backend):
-    check(device, poisoned, rng, MatmulDescriptor(*shape).segmented, backend)
+    check(device, poisoned, rng, MatmulDescriptor(*shape).segmented, backend, both=True)
 
 
 @EVERY_SKU
@@ -107,8 +109,8 @@ def test_gates_in_every_layout(device, poisoned, rng, layout, backend):
 @pytest.mark.parametrize(
     ("ks", "scales"),
     [
-        ((70, 16), None),
-        ((64, 16, 16, 8), (1.0, 0.5, -0.5, 1.0)),
+        ((40, 16), None),
+        ((32, 16, 16, 8), (1.0, 0.5, -0.5, 1.0)),
         ((33, 5), (0.3, 1e-20)),
         ((8, 0, 40), (1e20, 2.0, -1.7)),
         ((24, 9), (0.0, 1.0)),
@@ -119,7 +121,7 @@ def test_gates_in_every_layout(device, poisoned, rng, layout, backend):
 )
 def test_sums_of_segments(device, poisoned, rng, ks, scales, backend):
     segments = tuple(Segment(k) for k in ks)
-    check(device, poisoned, rng, SegmentedMatmulDescriptor(35, 40, segments, epilogue=(Bias(),)), backend, scales)
+    check(device, poisoned, rng, SegmentedMatmulDescriptor(19, 24, segments, epilogue=(Bias(),)), backend, scales)
 
 
 def test_segments_of_different_layouts_and_kinds(device, poisoned, rng):
@@ -151,7 +153,7 @@ def test_batches(device, poisoned, rng, backend):
 
 
 def test_a_long_sum_is_split_in_two_stages(device, poisoned, rng):
-    k = 200 if SIMULATOR else 5000
+    k = 72 if SIMULATOR else 5000
     for steps, n, options in (
         ((), 40, {}),
         ((Bias(), Gate("gelu"), Residual()), 48, {}),
@@ -174,7 +176,7 @@ def test_the_residual_may_be_the_result(device, poisoned, rng, backend):
 
 @EVERY_SKU
 def test_two_runs_have_the_same_bits(device, poisoned, rng, backend):
-    problem = make(device, MatmulDescriptor(33, 40, 100, out=F32).segmented, gaussian(rng))
+    problem = make(device, MatmulDescriptor(33, 24, 40, out=F32).segmented, gaussian(rng))
     found = []
     for _ in range(2):
         run(problem, poisoned, backend)

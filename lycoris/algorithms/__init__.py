@@ -6,8 +6,8 @@ from lycoris.algorithms.loha import LoHaModule
 from lycoris.algorithms.lokr import LoKrModule, LoKrOptions
 from lycoris.algorithms.module import LycorisModule
 from lycoris.algorithms.ranked import ModuleOptions
-from lycoris.algorithms.sources import FactorSpec, SourceBinding, weight_source
 from lycoris.algorithms.unfactored import FullModule, IA3Module, NormModule
+from lycoris.sources import FactorSpec, SourceBinding, weight_source
 
 __all__ = [
     "MODULES",

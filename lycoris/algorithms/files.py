@@ -42,15 +42,29 @@ def save(
     LyCORIS finds a layer by ``lycoris_`` or ``lora_unet_`` and the layer's path with _ for dots. ``metadata`` goes
     into the file's header. Raises RefusedInput where the file exists, MergeFailed where it cannot be written.
     """
-    target = Path(os.path.realpath(path))
-    if os.path.lexists(target) and not overwrite:
-        raise RefusedInput(f"{path}: exists; give another name, or overwrite=True")
     tensors = {
         f"{name}.{factor}": tensor.numpy()
         for name, module in modules.items()
         for factor, tensor in module.state_dict().items()
     }
-    data = safetensors.numpy.save(tensors, dict(metadata) if metadata else None)
+    write_safetensors(path, tensors, metadata, overwrite=overwrite)
+
+
+def write_safetensors(
+    path: str | os.PathLike[str],
+    tensors: Mapping[str, np.ndarray],
+    metadata: Mapping[str, str] | None = None,
+    *,
+    overwrite: bool = False,
+) -> None:
+    """Write arrays to a .safetensors file, which appears whole or not at all.
+
+    Raises RefusedInput where the file exists and is not to be replaced, MergeFailed where it cannot be written.
+    """
+    target = Path(os.path.realpath(path))
+    if os.path.lexists(target) and not overwrite:
+        raise RefusedInput(f"{path}: exists; give another name, or overwrite=True")
+    data = safetensors.numpy.save(dict(tensors), dict(metadata) if metadata else None)
     temporary = temporary_beside(target)
     try:
         for leftover in find_leftovers(target):

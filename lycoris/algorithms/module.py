@@ -14,7 +14,6 @@ from typing import ClassVar, Self
 
 import numpy as np
 
-from lycoris.algorithms.sources import FactorSpec, SourceBinding, weight_source
 from lycoris.algorithms.terms import linear_term
 from lycoris.buffers import DeviceArray
 from lycoris.errors import LycorisError, RefusedInput
@@ -22,6 +21,7 @@ from lycoris.formats.keys import DORA, algorithm_of
 from lycoris.formats.shapes import Shape, delta_shape, dora_axis, fits, rank_of, squeeze
 from lycoris.ops.cast import cast
 from lycoris.ops.weight import delta, evaluate
+from lycoris.sources import FactorSpec, SourceBinding, weight_source
 from lycoris.tensor import Tensor, from_array, zeros
 from plans.core import Device, ElementKind
 from plans.weight import Dense, Sink, WeightDescriptor, WeightLayout

@@ -11,12 +11,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lycoris.algorithms import FactorSpec, SourceBinding, weight_source
 from lycoris.checkpoint import SafetensorsFile, TensorEntry
 from lycoris.errors import RefusedInput
 from lycoris.formats import AdapterModule, Matching, Place, Rows, rows_of
 from lycoris.merge.bits import KINDS
 from lycoris.merge.factors import Factor
+from lycoris.sources import FactorSpec, SourceBinding, weight_source
 from plans.weight import Dense
 
 

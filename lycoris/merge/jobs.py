@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lycoris.algorithms import SourceBinding
 from lycoris.checkpoint import TensorEntry
 from lycoris.dtype import MERGEABLE, OPTIONS
 from lycoris.errors import RefusedInput
@@ -17,6 +16,7 @@ from lycoris.formats.keys import DORA
 from lycoris.merge.bits import KINDS, overflows
 from lycoris.merge.changes import Change, Changes
 from lycoris.merge.factors import Factor
+from lycoris.sources import SourceBinding
 from plans.core import ElementKind, PlanError
 from plans.weight import Dense, Sink, Source, WeightDescriptor, WeightLayout
 

@@ -11,6 +11,7 @@ number of adapters takes part. With "merged" there is one product with the kept 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,6 +22,7 @@ from lycoris.buffers import DeviceArray
 from lycoris.errors import RefusedInput
 from lycoris.formats.keys import DOWN, MID, UP
 from lycoris.nn.adapted import Adapted, Adapter
+from lycoris.nn.routing import Routes, choice_tensor, routed
 from lycoris.ops.kronecker import make_kronecker
 from lycoris.ops.weight import delta
 from lycoris.tensor import Tensor, autograd, from_array
@@ -76,6 +78,38 @@ class AdaptedLinear(Adapted):
     def __call__(self, x: Tensor) -> Tensor:
         """See the class."""
         return self.forward(x)
+
+    def route(self, x: Tensor, choice: Sequence[str | None] | Tensor) -> Tensor:
+        """Each row with the adapter that ``choice`` names for it, None for none: x [rows, in] -> [rows, out].
+
+        ``choice`` may be a tensor of int32: the adapters' numbers in the order of `adapters`, their count for none.
+        An adapter that is switched off adds nothing. Raises RefusedInput for an unknown name, another count than x has
+        rows, a DoRA, a difference of the bias, and while the adapters are merged.
+        """
+        self._refuse_merged("route")
+        check_linear("route", x, self.weight, self.bias)
+        if x.ndim != 2 or x.kind is not self.weight.kind:
+            raise RefusedInput(f"route: x {x.shape} of {x.kind.value}, wanted [rows, in] of {self.weight.kind.value}")
+        with autograd.no_grad():
+            numbers = choice_tensor(choice, list(self._adapters), x.shape[0], x)
+            x = x if x.is_contiguous and x.aligned else converted(x, x.kind)
+            if not any(adapter.active for adapter in self._adapters.values()):
+                return tensor.linear(x, self.weight, self.bias)
+            return routed(x, self.weight, self.bias, self._kept("routes", self._make_routes), numbers)
+
+    def _make_routes(self) -> Routes:
+        low_rank, dense = {}, {}
+        for number, (name, adapter) in enumerate(self._adapters.items()):
+            if adapter.module.dora_scale is not None or adapter.module.bias is not None:
+                raise RefusedInput(f"route: adapter {name!r} changes more than the weight's product; remove it")
+            if not adapter.active:
+                continue
+            if _plain_locon(adapter):
+                way = _low_rank_of(adapter, self.weight.kind)
+                low_rank[number] = (way.down, way.up, way.scale)
+            else:
+                dense[number] = self._dense(adapter)
+        return Routes.of(low_rank, dense, len(self._adapters))
 
     def forward(self, x: Tensor) -> Tensor:
         """See the class."""

@@ -87,7 +87,7 @@ _CLIP = _clip_expression()
 
 
 def clip_by_norm(parameters: Sequence[Tensor], limit: float) -> Tensor:
-    """The factor min(1, limit / norm) of all gradients, on the device, for `Optimizer.step`; NaN where one is not finite.
+    """The factor min(1, limit / norm) of all gradients, on the device, for `Optimizer.step`; NaN if one is not finite.
 
     The gradients are left as they are: the step multiplies by it, without a pass of its own, or is skipped.
     """

@@ -15,10 +15,13 @@ from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
 import numpy as np
+import safetensors.numpy
 
+from lycoris.algorithms.files import write_safetensors
 from lycoris.errors import RefusedInput
 from lycoris.optim.schedules import Schedule, constant
 from lycoris.optim.tables import Uploaded, flat
+from lycoris.tensor.creation import from_numpy
 from lycoris.tensor.launch import F32, converted, filled, run, same_device, zeros
 from lycoris.tensor.tensor import Tensor
 from plans.core import ElementKind
@@ -125,7 +128,7 @@ class Optimizer:
             raise RefusedInput("optimizer: a tensor that is no leaf with requires_grad; pass the parameters themselves")
         if not parameter.is_contiguous or not parameter.aligned:
             raise RefusedInput(
-                f"optimizer: a parameter of strides {parameter.strides}; wanted contiguous, aligned memory"
+                f"optimizer: a parameter of strides {parameter.strides}, wanted it contiguous, aligned"
             )
         shape, device = parameter.shape, parameter.device
         second = zeros(shape, F32, device) if self.rule.moments == 2 else None
@@ -189,7 +192,7 @@ class Optimizer:
         return {"steps": np.array(self.steps, np.int64), **arrays}
 
     def load_state_dict(self, arrays: Mapping[str, np.ndarray]) -> None:
-        """Go on where `state_dict` was taken. Raises RefusedInput, and changes nothing, where names or shapes differ."""
+        """Go on where `state_dict` was taken. Raises RefusedInput where it does not fit, and changes nothing."""
         wanted = {f"{n}.{name}": t for n, state in enumerate(self._states) for name, t in state.tensors().items()}
         given = {name: array for name, array in arrays.items() if name != "steps"}
         for name in sorted(wanted.keys() ^ given.keys()):
@@ -201,8 +204,6 @@ class Optimizer:
             if given[name].shape != tensor.shape or given[name].dtype != np.float32:
                 found = f"{given[name].dtype} {given[name].shape}"
                 raise RefusedInput(f"optimizer state: {name} is {found}, wanted float32 {tensor.shape}")
-        from lycoris.tensor.creation import from_numpy
-
         for name, tensor in wanted.items():
             tensor.copy_(from_numpy(given[name], self.device))
         self.steps = int(arrays["steps"])
@@ -257,13 +258,9 @@ OPTIMIZERS: dict[str, type[Optimizer]] = {"sgd": SGD, "adam": Adam, "adamw": Ada
 
 def save_state(path: str | os.PathLike[str], optimizer: Optimizer) -> None:
     """Write an optimiser's state to a safetensors file, which appears whole or not at all."""
-    from lycoris.algorithms.files import write_safetensors
-
     write_safetensors(path, optimizer.state_dict(), {"optimizer": type(optimizer).__name__}, overwrite=True)
 
 
 def load_state(path: str | os.PathLike[str], optimizer: Optimizer) -> None:
     """Read what `save_state` wrote; steps then continue bit for bit. Raises RefusedInput where it does not fit."""
-    import safetensors.numpy
-
     optimizer.load_state_dict(safetensors.numpy.load_file(path))

@@ -224,10 +224,10 @@ class Conv2dWeightGradientDescriptor(_Problem):
         """The exact gradient in float64, and the magnitude that the guarantee is relative to."""
         g, found = self.geometry, []
         for source, factor in ((x, gradient), (np.abs(x), np.abs(gradient))):
-            split = np.asarray(factor, np.float64).reshape(-1, g.groups, g.group_out)
+            split = np.asarray(factor, np.float64).reshape(g.out_pixels, g.groups, g.group_out)
             padded, by_tap = g.padded(source), np.zeros((g.taps, g.groups, g.group_out, g.group_in))
             for tap, window in g.windows():
-                pixels = padded[window].reshape(-1, g.groups, g.group_in)
+                pixels = padded[window].reshape(g.out_pixels, g.groups, g.group_in)
                 by_tap[tap] = np.einsum("pgo,pgc->goc", split, pixels)
             found.append(g.weight_as_stored(by_tap))
         return self._finished(*found, epilogue, numbers)

@@ -63,7 +63,7 @@ class WeightGradientProgram(ConvolutionProgram):
         g = self.geometry
         row, tap, channel = g.weight_strides
         result = (args.out.data, g.out_channels, g.group_in, row, tap)
-        operands = (g.out_pixels, args.first.data, args.second.data, g.in_channels)
+        operands = (g.batch, args.first.data, args.second.data, g.in_channels)
         residuals = [
             value
             for tensor, number in zip(args.epilogue, args.numbers, strict=True)

@@ -12,8 +12,10 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
 
@@ -91,6 +93,38 @@ class HostBuffer:
             self._memory = None
 
 
+class Recording:
+    """The simulator's stand-in for a stream that is captured: what is done is done at once, and can be done again."""
+
+    def __init__(self) -> None:
+        self._steps: list[Callable[[], None]] = []
+
+    def record(self, step: Callable[[], None]) -> None:
+        """One thing that was done."""
+        self._steps.append(step)
+
+    def replay(self, stream: Any = None) -> None:
+        """Everything once more."""
+        for step in self._steps:
+            step()
+
+
+@dataclass(frozen=True)
+class Captured:
+    """A recorded graph: what the work returned, how to launch it on a stream, and the memory that it needs."""
+
+    result: Any
+    launch: Callable[[Any], None]
+    buffers: list[DeviceBuffer]
+
+
+class _Keeping(threading.local):
+    buffers: list[DeviceBuffer] | None = None
+
+
+_keeping = _Keeping()
+
+
 @functools.cache
 def driver_errors() -> tuple[type[Exception], ...]:
     """What is raised where a device fails; in the simulator, where host memory ends."""
@@ -162,10 +196,43 @@ class Device:
         _check(status, f"{self.name}: asking for its memory's size")
         return total
 
+    @functools.cached_property
+    def driver_version(self) -> int:
+        """CUDA's version number of the driver; 0 in the simulator."""
+        if SIMULATOR:
+            return 0
+        from cuda.bindings import driver
+
+        status, version = driver.cuDriverGetVersion()
+        _check(status, "asking for the driver's version")
+        return version
+
     def make_current(self) -> None:
         """Bind the device to the calling thread."""
         if not SIMULATOR:
             self._core.set_current()
+
+    def capture(self, work: Callable[[Any], Any]) -> Captured:
+        """Record what ``work(stream)`` launches on the stream that it is given; memory taken meanwhile is kept.
+
+        Everything that it launches must have been launched before, so that kernels are loaded. Raises DeviceError.
+        """
+        if SIMULATOR:
+            recording = Recording()
+            return Captured(work(recording), recording.replay, [])
+        with _reported(f"{self.name}: capturing a graph"):
+            builder = self._core.create_graph_builder()
+            builder.begin_building()
+            kept, before = [], _keeping.buffers
+            _keeping.buffers = kept
+            try:
+                result = work(builder.stream)
+            finally:
+                _keeping.buffers = before
+                builder.end_building()
+            graph = builder.complete()
+            graph.upload(self._own_stream)
+        return Captured(result, graph.launch, kept)
 
     def stream(self) -> Any:
         """A new stream; None in the simulator, where everything is done when the call returns."""
@@ -185,8 +252,15 @@ class Device:
                 start = -raw.ctypes.data % ALIGNMENT
                 memory = raw[start : start + nbytes]
                 return DeviceBuffer(self, memory, memory.ctypes.data, nbytes)
+            kept = _keeping.buffers
+            if kept is not None:  # a graph's memory is taken now, and stays where its launches will look for it
+                stream = self._own_stream
             memory = self._core.allocate(max(nbytes, 1), stream=stream or self._core.default_stream)
-            return DeviceBuffer(self, memory, int(memory.handle), nbytes)
+            buffer = DeviceBuffer(self, memory, int(memory.handle), nbytes)
+            if kept is not None:
+                stream.sync()
+                kept.append(buffer)
+            return buffer
 
     def pinned(self, nbytes: int) -> HostBuffer:
         """Page-locked host memory for asynchronous copies.
@@ -205,6 +279,8 @@ class Device:
     def copy_in(self, target: DeviceBuffer, offset: int, source: np.ndarray, stream: Any) -> None:
         """Host to device, asynchronously where ``source`` is page-locked; ``source`` is contiguous."""
         if SIMULATOR:
+            if stream is not None:
+                stream.record(lambda: self.copy_in(target, offset, source, None))
             target._memory[offset : offset + source.nbytes] = source.reshape(-1).view(np.uint8)
             return
         from cuda.bindings import driver
@@ -229,6 +305,8 @@ class Device:
     def fill(self, target: DeviceBuffer, byte: int, stream: Any) -> None:
         """Set every byte."""
         if SIMULATOR:
+            if stream is not None:
+                stream.record(lambda: self.fill(target, byte, None))
             target._memory[:] = byte
             return
         from cuda.bindings import driver
@@ -301,10 +379,7 @@ def describe() -> dict[str, Any]:
         "libraries": {name: metadata.version(name) for name in names},
     }
     if not device.is_simulator:
-        from cuda.bindings import driver
-
-        status, version = driver.cuDriverGetVersion()
-        _check(status, "asking for the driver's version")
+        version = device.driver_version
         found["driver"] = f"CUDA {version // 1000}.{version % 1000 // 10}"
         found["multiprocessors"] = device.multiprocessors
     return found

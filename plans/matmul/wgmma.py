@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 
 import numpy as np
 
 from kernels.matmul_wgmma import PART_WORDS, ROWS, SEGMENT_WORDS, WgmmaTile, multiply_wgmma
-from kernels.matmul_wgmma_store import WARP_ROWS, chunk_columns
+from kernels.matmul_wgmma_store import STAGING_BYTES, WARP_ROWS, chunk_columns
 from kernels.target import SIMULATOR
 from kernels.wgmma import DEPTH
 from plans.core.device import Device
@@ -15,14 +16,18 @@ from plans.core.operand import Operand
 from plans.core.plan import Launches, Sku
 from plans.core.precision import ElementKind, MathPrecision, PrecisionGuarantee
 from plans.core.sku import ArchSku, BackendKind
-from plans.core.tensor import TensorRef
+from plans.core.tensor import TensorMut, TensorRef
 from plans.core.tensor_map import Box, constants, map_address
-from plans.core.workspace import Workspace
+from plans.core.tuning import device_seconds, tuned
+from plans.core.workspace import NO_WORKSPACE, Workspace
 from plans.matmul.descriptor import SegmentedMatmulArgs, SegmentedMatmulDescriptor
 from plans.matmul.program import MatmulProgram, kernel_steps, matmul_guarantee, refuses_low_rank
 
 PANEL_ROWS = 2048
 """Rows that blocks running together go through before they turn to the next columns: theirs of A stay in L2."""
+
+MEASURED = 4
+"""How many tiles are measured: those that are likely the fastest."""
 
 _KINDS = (ElementKind.BF16, ElementKind.F16)
 _COLUMNS = (256, 192, 160, 128, 96, 64)
@@ -81,7 +86,7 @@ def stages_of(tile: WgmmaTile, staging: int) -> int:
     return min(8, (_SHARED_BYTES - staging) // (tile.stage_bytes + 16))
 
 
-def _seconds_like(descriptor: SegmentedMatmulDescriptor, tile: WgmmaTile, multiprocessors: int) -> float:
+def _cycles(descriptor: SegmentedMatmulDescriptor, tile: WgmmaTile, multiprocessors: int) -> float:
     """Cycles that the product would take on so many multiprocessors, for comparing tiles."""
     batch = descriptor.batch or 1
     tiles = -(-descriptor.m // (ROWS * tile.cluster)) * -(-descriptor.columns // tile.result_columns) * batch
@@ -105,11 +110,45 @@ def candidate_tiles(descriptor: SegmentedMatmulDescriptor) -> list[WgmmaTile]:
     return found
 
 
+def likely_tiles(descriptor: SegmentedMatmulDescriptor, multiprocessors: int, staging: int) -> list[WgmmaTile]:
+    """The tiles that a count of cycles finds fastest, the best first, with as many stages as fit."""
+    ranked = sorted(candidate_tiles(descriptor), key=lambda tile: _cycles(descriptor, tile, multiprocessors))
+    return [replace(tile, stages=stages_of(tile, staging)) for tile in ranked[:MEASURED]]
+
+
+def _problem_class(descriptor: SegmentedMatmulDescriptor, mode: str) -> tuple:
+    """What problems have in common that share a choice: rows by tiles, columns, depth by stages, kinds, layout."""
+    first = descriptor.segments[0]
+    depth = sum(-(-segment.k // DEPTH) for segment in descriptor.segments)
+    rows, batch = -(-descriptor.m // ROWS), descriptor.batch or 1
+    return (rows, descriptor.n, depth, batch, first.layout, descriptor.out.value, descriptor.gated, mode)
+
+
 @functools.lru_cache(maxsize=4096)
-def choose_tile(descriptor: SegmentedMatmulDescriptor, multiprocessors: int, staging: int) -> WgmmaTile:
-    """The tile that a count of cycles finds fastest."""
-    best = min(candidate_tiles(descriptor), key=lambda tile: _seconds_like(descriptor, tile, multiprocessors))
-    return WgmmaTile(best.columns, stages_of(best, staging), best.cluster, best.a_k_major, best.b_k_major, best.gated)
+def choose_tile(descriptor: SegmentedMatmulDescriptor, device: Device, mode: str) -> WgmmaTile:
+    """The fastest of the likely tiles, measured once for a class of problems; see ``plans.core.tuning``."""
+    likely = likely_tiles(descriptor, device.multiprocessors, 0 if mode == "direct" else STAGING_BYTES)
+    problem = _problem_class(descriptor, mode)
+    return tuned(device, "matmul wgmma", problem, likely, lambda tile: _seconds(descriptor, device, tile))
+
+
+def _seconds(descriptor: SegmentedMatmulDescriptor, device: Device, tile: WgmmaTile) -> float:
+    """A tile's time over operands of random bits with small exponents."""
+    tensors = [_random_operand(device, operand) for operand in descriptor.operands()]
+    count = 2 * len(descriptor.segments)
+    out, factors, rest = tensors[0], tensors[1 : 1 + count], tensors[1 + count :]
+    args = SegmentedMatmulArgs(out, list(zip(factors[::2], factors[1::2], strict=True)), epilogue=rest)
+    ((launch, arguments),) = WgmmaProgram(descriptor, device, tile).bind(args, NO_WORKSPACE)
+    return device_seconds(device, lambda stream: launch(stream, arguments))
+
+
+def _random_operand(device: Device, operand: Operand) -> TensorMut:
+    """Values of random mantissas: a product of zeros would draw less power and run faster than any real one."""
+    block = np.random.default_rng(0).standard_normal(1 << 16).astype(operand.element.values)
+    flat = np.resize(block, operand.span)
+    buffer = device.upload(flat)
+    data = buffer.pointer(operand.element.storage)
+    return TensorMut(data, operand.shape, operand.strides, operand.element, operand.span, device.ordinal, buffer)
 
 
 class WgmmaProgram(MatmulProgram):
@@ -118,7 +157,7 @@ class WgmmaProgram(MatmulProgram):
     def __init__(self, descriptor: SegmentedMatmulDescriptor, device: Device, tile: WgmmaTile | None = None) -> None:
         super().__init__(descriptor, device)
         self.mode = "tma" if _stores_by_tma(descriptor) else "direct"
-        self.tile = tile or choose_tile(descriptor, device.multiprocessors, 0 if self.mode == "direct" else 1 << 15)
+        self.tile = tile or choose_tile(descriptor, device, self.mode)
         kind = descriptor.segments[0].a.value
         self.kernel = multiply_wgmma(kind, descriptor.out.value, self.tile, self.mode, kernel_steps(descriptor))
         if self.empty:
@@ -133,7 +172,8 @@ class WgmmaProgram(MatmulProgram):
         if self.empty:
             return []
         order = self.smallest_first(args)
-        factor = next((args.scales[i] for i in reversed(order) if args.scales[i]), 1.0)
+        kept = [args.scales[i] for i in order if args.scales[i] and self.descriptor.segments[i].k]
+        factor = kept[-1] if kept else 1.0
         table = constants(self.device).pointer(self._table(args, order))
         _, rows, columns, row_stride, _ = self.result_arguments(args)
         numbers = (self.descriptor.batch or 1, rows, columns, max(1, PANEL_ROWS // (ROWS * self.tile.cluster)))

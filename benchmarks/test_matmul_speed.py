@@ -1,0 +1,168 @@
+"""Products against cuBLAS, convolutions against cuDNN, through torch in the same run: device time, by graph replay.
+
+``LYCORIS_BENCH_BACKEND`` (mma, skinny, wgmma, portable) forces a technique; its numbers are shown and held to no gate.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+from cases import Limit
+from measure import Result, record, side_by_side
+from operand_buffers import Rotated
+from problem import Call, random_values
+from timing import Replay
+from torch_limit import TorchReplay
+
+from plans.convolution import Conv2dArgs, Conv2dDescriptor, Conv2dPlan, Convolution
+from plans.core import BackendKind, Device, ElementKind, PlanPreference, TensorMut, Workspace
+from plans.matmul import (
+    LowRankTerm,
+    MatmulArgs,
+    MatmulDescriptor,
+    MatmulPlan,
+    Segment,
+    SegmentedMatmulArgs,
+    SegmentedMatmulDescriptor,
+    SegmentedMatmulPlan,
+)
+
+FORCED = os.environ.get("LYCORIS_BENCH_BACKEND", "")
+BF16 = ElementKind.BF16
+PREFERENCE = PlanPreference(prefer_backend=BackendKind(FORCED) if FORCED else None)
+TOKENS, RANK, MOST_SKINNY = 4096, 16, 16
+
+
+@dataclass(frozen=True)
+class Row:
+    """A product of so many tokens, with so many adapters; ``gate`` is the largest ratio to the bare product."""
+
+    tokens: int
+    out: int
+    channels: int
+    gate: float
+    adapters: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.tokens}x{self.out}x{self.channels}-{self.adapters}"
+
+    @property
+    def shape(self) -> str:
+        """Tokens x out x in."""
+        return f"{self.tokens} x {self.out}x{self.channels}"
+
+    def descriptor(self) -> MatmulDescriptor | SegmentedMatmulDescriptor:
+        """The bare product, few rows with low-rank terms, or many with segments whose A is (x down^T)."""
+        if not self.adapters:
+            return MatmulDescriptor(self.tokens, self.out, self.channels)
+        base = Segment(self.channels)
+        if self.tokens <= MOST_SKINNY:
+            terms = (LowRankTerm(RANK),) * self.adapters
+            return SegmentedMatmulDescriptor(self.tokens, self.out, (base,), low_rank=terms)
+        return SegmentedMatmulDescriptor(self.tokens, self.out, (base, *(Segment(RANK),) * self.adapters))
+
+
+ROWS = [
+    *(Row(TOKENS, out, channels, 1.03) for out, channels in ((3072, 3072), (12288, 3072), (4096, 4096), (14336, 4096))),
+    Row(8192, 8192, 8192, 1.03),
+    *(Row(TOKENS, out, channels, 1.10) for out, channels in ((1280, 1280), (10240, 1280), (1280, 5120), (640, 640))),
+    *(Row(TOKENS, out, channels, 1.05, 1) for out, channels in ((12288, 3072), (14336, 4096))),
+    *(Row(TOKENS, out, channels, 1.10, 1) for out, channels in ((3072, 3072), (4096, 4096))),
+    *(Row(TOKENS, out, channels, 1.08, 3) for out, channels in ((12288, 3072), (14336, 4096))),
+    *(Row(t, out, 4096, 1.15, a) for t in (1, 4, 16) for out in (4096, 14336) for a in (0, 1)),
+]
+
+
+def gate_of(gate: float) -> float | None:
+    """The gate, none where a technique is forced."""
+    return None if FORCED else gate
+
+
+def arguments_of(descriptor: MatmulDescriptor | SegmentedMatmulDescriptor) -> Any:
+    """What makes arguments of tensors in the descriptor's order."""
+    descriptor = getattr(descriptor, "segmented", descriptor)
+    count = 1 + 2 * len(descriptor.segments)
+
+    def make(tensors: list[TensorMut]) -> SegmentedMatmulArgs:
+        out, pairs, low_rank = tensors[0], tensors[1:count], tensors[count:]
+        return SegmentedMatmulArgs(
+            out,
+            list(zip(pairs[::2], pairs[1::2], strict=True)),
+            low_rank=list(zip(low_rank[::2], low_rank[1::2], strict=True)),
+        )
+
+    return make
+
+
+def with_down_products(device: Device, rng: np.random.Generator, runs: Rotated, row: Row) -> list[Call]:
+    """Every run with what it needs before: the adapters' x down^T, which become its segments' A."""
+    if row.tokens <= MOST_SKINNY or not row.adapters:
+        return runs.calls
+    plan = MatmulPlan.select(None, MatmulDescriptor(row.tokens, RANK, row.channels), device=device)
+    size = plan.workspace_size()
+    workspace = Workspace(device.allocate(size)) if size else None
+    shape = (RANK, row.channels)
+    downs = [device.upload(random_values(rng, shape, BF16)).tensor(BF16, shape) for _ in range(row.adapters)]
+    inner = []
+    for args in runs.arguments:
+        (x, _), *low_rank = args.segments
+        inner.append([MatmulArgs(t, x, down) for (t, _), down in zip(low_rank, downs, strict=True)])
+
+    def call(stream: Any, own: Call, products: list[MatmulArgs]) -> None:
+        for product in products:
+            plan.run(stream, workspace, product)
+        own(stream)
+
+    calls = zip(runs.calls, inner * (len(runs.calls) // len(inner)), strict=True)
+    return [functools.partial(call, own=own, products=products) for own, products in calls]
+
+
+@pytest.mark.benchmark(group="products")
+@pytest.mark.parametrize("row", ROWS, ids=str)
+def test_product_speed(row: Row, device: Device, rng: np.random.Generator, benchmark: Any):
+    torch = pytest.importorskip("torch", reason="the limit is measured through torch")
+    descriptor = row.descriptor()
+    family = MatmulPlan if isinstance(descriptor, MatmulDescriptor) else SegmentedMatmulPlan
+    shapes = [(row.tokens, row.out), (row.tokens, row.channels), (row.out, row.channels)]
+    limit = TorchReplay(lambda out, x, w: torch.matmul(x, w.t(), out=out), shapes)
+    with Rotated(device, family, descriptor, arguments_of(descriptor), rng, preference=PREFERENCE) as runs:
+        ours = Replay(device, with_down_products(device, rng, runs, row))
+        seconds, limit_seconds = side_by_side(benchmark, ours, limit)
+        kernel = runs.plan.chosen.name
+    work = "linear" if not row.adapters else f"linear, {row.adapters} LoCon r={RANK}"
+    operations = 2 * row.tokens * row.out * row.channels
+    result = Result(work, row.shape, "", kernel, seconds, Limit.CUBLAS, limit_seconds, gate_of(row.gate))
+    record(benchmark, result, tflops=operations / seconds * 1e-12, limit_tflops=operations / limit_seconds * 1e-12)
+
+
+CONVOLUTIONS = {
+    "320 at 128x128": Convolution(2, (128, 128), 320, 320, (3, 3), padding=(1, 1)),
+    "640 at 64x64": Convolution(2, (64, 64), 640, 640, (3, 3), padding=(1, 1)),
+    "1280 at 32x32": Convolution(2, (32, 32), 1280, 1280, (3, 3), padding=(1, 1)),
+    "320 to 640 at 128x128, stride 2": Convolution(2, (128, 128), 320, 640, (3, 3), (2, 2), (1, 1)),
+}
+
+
+@pytest.mark.benchmark(group="convolutions")
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_convolution_speed(name: str, device: Device, rng: np.random.Generator, benchmark: Any):
+    torch = pytest.importorskip("torch", reason="the limit is measured through torch")
+    geometry = CONVOLUTIONS[name]
+    shapes = [(geometry.batch, geometry.in_channels, *geometry.extents)]
+    shapes.append((geometry.out_channels, geometry.in_channels, *geometry.kernel))
+    convolve = torch.nn.functional.conv2d
+    limit = TorchReplay(
+        lambda x, w: convolve(x, w, stride=geometry.stride, padding=geometry.padding), shapes, channels_last=True
+    )
+    descriptor = Conv2dDescriptor(geometry)
+    with Rotated(device, Conv2dPlan, descriptor, lambda t: Conv2dArgs(*t), rng, preference=PREFERENCE) as runs:
+        seconds, limit_seconds = side_by_side(benchmark, Replay(device, runs.calls), limit)
+        kernel = runs.plan.chosen.name
+    result = Result("conv 3x3", name, "", kernel, seconds, Limit.CUDNN, limit_seconds, gate_of(1.1))
+    operations = 2 * geometry.out_pixels * geometry.out_channels * geometry.taps * geometry.group_in
+    record(benchmark, result, tflops=operations / seconds * 1e-12, limit_tflops=operations / limit_seconds * 1e-12)

@@ -1,0 +1,98 @@
+"""The plans that training is made of, with problems they are meant for; part of `plans.catalogue`."""
+
+from __future__ import annotations
+
+from plans.core.plan import Plan
+from plans.core.precision import ElementKind
+from plans.expression import apply, leaf
+from plans.gradients import AdjustDescriptor, AdjustPlan, StatisticsDescriptor, StatisticsPlan
+from plans.loss import CROSS_ENTROPY, CROSS_ENTROPY_BACKWARD
+from plans.movement import (
+    TakeBackwardDescriptor,
+    TakeBackwardPlan,
+    TakeDescriptor,
+    TakePlan,
+    WindowDescriptor,
+    WindowPlan,
+)
+from plans.normalization import LAYER_NORM, LAYER_NORM_BACKWARD, RMS_NORM, RMS_NORM_BACKWARD
+from plans.optimizer import Rule, UpdateDescriptor, UpdatePlan
+from plans.pointwise import PointwiseDescriptor, PointwisePlan, View
+from plans.random import Distribution, DropoutDescriptor, DropoutPlan, RandomDescriptor, RandomPlan
+from plans.reduction import Reduction, ReductionDescriptor, ReductionPlan, elements
+from plans.rows import Recipe, RowsDescriptor, RowsPlan
+from plans.softmax import SOFTMAX, SOFTMAX_BACKWARD
+
+_BF16, _F32, _I32 = ElementKind.BF16, ElementKind.F32, ElementKind.I32
+_X, _Y, _G = leaf(0), leaf(1), leaf(2)
+_TENSORS = (3072 * 16,) * 500 + (16 * 3072,) * 500
+
+
+def _rows(recipe: Recipe, *row_kinds: ElementKind, outs: tuple[ElementKind, ...] = (_BF16,)) -> RowsDescriptor:
+    wide = (_BF16,) * (len(recipe.full) + len(recipe.columns))
+    kinds = (*outs, *(_F32,) * len(recipe.row_outputs))
+    return RowsDescriptor(recipe, 8192, 4096, (*wide, *row_kinds), kinds)
+
+
+EXAMPLES: tuple[tuple[type[Plan], str, object], ...] = (
+    (
+        PointwisePlan,
+        "SwiGLU, 4096x8192, bf16",
+        PointwiseDescriptor((_X.silu() * _Y,), (4096, 8192), (View(_BF16),) * 2, (View(_BF16),)),
+    ),
+    (
+        PointwisePlan,
+        "gradient of GELU, 4096x8192, bf16",
+        PointwiseDescriptor(
+            (_Y * 0.5 * (apply("erf", _X * 0.5**0.5) + 1.0),), (4096, 8192), (View(_BF16),) * 2, (View(_BF16),)
+        ),
+    ),
+    (
+        PointwisePlan,
+        "x + bias, 4096x3072, bf16",
+        PointwiseDescriptor((_X + _Y,), (4096, 3072), (View(_BF16), View(_BF16, (0, 1))), (View(_BF16),)),
+    ),
+    (
+        PointwisePlan,
+        "a transposed copy, 4096x3072, bf16",
+        PointwiseDescriptor((_X,), (4096, 3072), (View(_BF16, (1, 4096)),), (View(_BF16),)),
+    ),
+    (
+        ReductionPlan,
+        "gradient of a bias, 4096x3072, bf16",
+        ReductionDescriptor(Reduction.SUM, elements(1).full[0], 1, 4096, 3072, (_BF16,), _F32),
+    ),
+    (
+        ReductionPlan,
+        "sum of squares, 32 M elements, bf16",
+        ReductionDescriptor(Reduction.SUM, elements(1).full[0] ** 2, 1, 1 << 25, 1, (_BF16,), _F32),
+    ),
+    (RowsPlan, "softmax, 8192x4096, bf16", _rows(SOFTMAX)),
+    (RowsPlan, "gradient of softmax, 8192x4096, bf16", _rows(SOFTMAX_BACKWARD)),
+    (RowsPlan, "layer norm, 8192x4096, bf16", _rows(LAYER_NORM)),
+    (RowsPlan, "gradient of layer norm, 8192x4096, bf16", _rows(LAYER_NORM_BACKWARD, _F32, _F32)),
+    (RowsPlan, "RMS norm, 8192x4096, bf16", _rows(RMS_NORM)),
+    (RowsPlan, "gradient of RMS norm, 8192x4096, bf16", _rows(RMS_NORM_BACKWARD, _F32)),
+    (RowsPlan, "cross-entropy, 8192x4096, bf16", _rows(CROSS_ENTROPY, _I32, outs=())),
+    (RowsPlan, "gradient of cross-entropy, 8192x4096", _rows(CROSS_ENTROPY_BACKWARD, _I32, _F32, _F32)),
+    (TakePlan, "embedding, 32000x3072, 4096 tokens", TakeDescriptor(1, 32000, 4096, 3072, _BF16, _I32)),
+    (
+        TakeBackwardPlan,
+        "gradient of an embedding",
+        TakeBackwardDescriptor(1, 32000, 4096, 3072, _BF16, _I32, False, _F32),
+    ),
+    (
+        WindowPlan,
+        "upper triangle, 4096x4096",
+        WindowDescriptor((4096, 4096), (4096, 4096), _BF16, (0, 0), (1, 1), diagonal=1),
+    ),
+    (RandomPlan, "normal numbers, 3072x3072, bf16", RandomDescriptor(3072 * 3072, _BF16, Distribution.NORMAL)),
+    (DropoutPlan, "dropout, 4096x3072, bf16", DropoutDescriptor(4096 * 3072, _BF16, _BF16)),
+    (
+        UpdatePlan,
+        "AdamW over 1000 LoCon factors, bf16",
+        UpdateDescriptor(Rule.ADAMW, _BF16, True, False, _TENSORS, (0,) * 1000),
+    ),
+    (StatisticsPlan, "gradient norms of 1000 tensors", StatisticsDescriptor(_F32, _TENSORS)),
+    (AdjustPlan, "gradients clipped by value", AdjustDescriptor(_TENSORS)),
+)

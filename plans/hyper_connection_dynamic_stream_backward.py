@@ -1,0 +1,149 @@
+"""The fast gradient of dynamic hyper-connections.
+
+See ``kernels/hyper_connection_stream_shares.py``, ``kernels/hyper_connection_spread_tile.py`` and
+``kernels/hyper_connection_project_backward.py``. x is read three times and d_out twice: the gradient of x needs that of
+the mixing weights, which are sums over all of a sample, and the projection's gradient is a sum over samples.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from kernels import hyper_connection_project_backward as project_kernel
+from kernels import hyper_connection_spread_tile as spread_kernel
+from kernels import hyper_connection_stream as stream_kernel
+from kernels import hyper_connection_stream_shares as shares_kernel
+from kernels.hyper_connection import THREADS as PORTABLE_THREADS
+from kernels.hyper_connection_dynamic_backward import alpha_gradient, column_sums
+from kernels.hyper_connection_sums import sum_parts
+from kernels.hyper_connection_weights import sample_weights_by_thread_backward
+from kernels.simulator import WARP
+from kernels.sinkhorn_thread import THREADS
+from plans.core import Device, ElementKind, Workspace
+from plans.hyper_connection_common import KINDS, NamedArguments, scratch_bytes, scratch_pointers, weights_count
+from plans.hyper_connection_stream import Launch, refuses_stream
+from plans.sinkhorn import gradient_units, gradient_units_by_thread
+
+_BLOCKS = 4 * 132
+"""Blocks that fill an H200; splits, and with them the order of sums, are the same on every device."""
+
+
+def shape_of(element: ElementKind, n: int, channels: int) -> stream_kernel.Shape | None:
+    """How a block holds a sample's x and d [n, channels] each, None where it cannot."""
+    if n > shares_kernel.MOST_STREAMS:
+        return None
+    return stream_kernel.shape_for(element.value, 2 * n, channels, stream_kernel.SM80_BYTES, 2 if n <= 2 else 1)
+
+
+def refuses(descriptor: Any) -> str:
+    """Why the fast kernels do not compute a descriptor, or ""."""
+    d = descriptor
+    if d.element is not ElementKind.BF16:
+        return f"multiplies element bf16 on tensor cores, not {d.element.value}"
+    if d.projection not in KINDS:
+        return f"takes projection {' or '.join(k.value for k in KINDS)}, not {d.projection.value}"
+    if d.n_streams > shares_kernel.MOST_STREAMS:
+        return f"holds the sums of up to {shares_kernel.MOST_STREAMS} streams in registers, not of {d.n_streams}"
+    shape = shape_of(d.element, d.n_streams, d.hidden_dim)
+    return refuses_stream(d.sinkhorn, d.n_streams, d.hidden_dim, d.batch, shape, element=d.element, gamma=d.gamma)
+
+
+def _split(batch: int, step: int, across: int) -> tuple[int, int]:
+    """How many splits of the samples there are beside ``across`` blocks, and how many steps each takes."""
+    steps = -(-batch // step)
+    each = -(-steps // -(-_BLOCKS // across))
+    return -(-steps // each), each
+
+
+def _spread_grid(d: Any) -> tuple[int, int, int]:
+    """Blocks of channels, splits of the samples, and a split's steps."""
+    across = -(-d.hidden_dim // (spread_kernel.WARPS * spread_kernel.CHANNELS))
+    return across, *_split(d.batch, spread_kernel.STEP, across)
+
+
+def _project_grid(d: Any) -> tuple[int, int, int]:
+    """Blocks of the projection's places, splits of the samples, and a split's steps."""
+    across = -(-d.n_streams * d.hidden_dim // (project_kernel.WARPS * project_kernel.SPAN))
+    return across, *_split(d.batch, project_kernel.STEP, across)
+
+
+def _scratch(d: Any) -> dict[str, int]:
+    m, flat = weights_count(d.n_streams), d.n_streams * d.hidden_dim
+    return {
+        "shares": d.batch * m,
+        "roots": 2 * d.batch,
+        "d_logits": d.batch * m,
+        "lifts": d.batch * (m + 1),
+        "logits": d.batch * m,
+        "kept": 2 * d.sinkhorn_iters * d.n_streams * d.batch,
+        "gamma_sums": _spread_grid(d)[1] * d.hidden_dim,
+        "parts": _project_grid(d)[1] * m * flat,
+    }
+
+
+def workspace(d: Any) -> int:
+    """Bytes of workspace."""
+    return scratch_bytes(_scratch(d))
+
+
+def units(d: Any, counted: float) -> float:
+    """The guarantee's units, where the magnitude counts Sinkhorn's own as so many times less than ``counted``."""
+    shape = shape_of(d.element, d.n_streams, d.hidden_dim)
+    of_sample = stream_kernel.RUN * shape.runs + 6 + shape.threads // WARP
+    (_, spreads, spread_steps), (_, projects, project_steps) = _spread_grid(d), _project_grid(d)
+    through = 2.0 * 6 * 32
+    of_gamma = 2 * spread_steps + 3 + spreads
+    of_projection = 2.0 * 3 * project_kernel.STEP * project_steps + projects
+    of_bias = -(-d.batch // PORTABLE_THREADS) + 16 + weights_count(d.n_streams)
+    own = 4 * (d.n_streams + 8) + 3 * of_sample + 48 + max(through, of_gamma, of_projection, of_bias)
+    return max(own, counted * gradient_units_by_thread(d.sinkhorn) / gradient_units(d.sinkhorn))
+
+
+DERIVATION = (
+    "sums over streams; a thread's channels, its block's; then the largest of: the rows' products and those over the "
+    "samples of a split, of which the tensor core truncates each aligned one at fp32's last place (2 units), the "
+    "splits, gamma's and the bias's sums over samples; or Sinkhorn's, by reciprocals"
+)
+
+
+class DynamicStreamBackwardProgram:
+    """Eight launches: shares, lifts, d_x, the projection's gradient in parts, and the sums over parts and samples."""
+
+    def __init__(self, descriptor: Any, device: Device) -> None:
+        self.descriptor = d = descriptor
+        n, m, channels = d.n_streams, weights_count(d.n_streams), d.hidden_dim
+        shape = shape_of(d.element, n, channels)
+        made = shares_kernel.stream_shares("full", d.element.value, d.gamma.value, n, shape)
+        self.blocks = min(d.batch, device.multiprocessors * made.min_blocks)
+        self.shares = made.launcher((self.blocks, 1, 1))
+        self.unwind = sample_weights_by_thread_backward(d.mode.value, n).launcher((-(-d.batch // THREADS), 1, 1))
+        spread = spread_kernel.spread_tile("full", d.projection.value, d.gamma.value, n)
+        self.spread = spread.launcher((*_spread_grid(d)[:2], 1))
+        self.project = project_kernel.project_back_tile(n).launcher((*_project_grid(d)[:2], 1))
+        self.sum_gamma = sum_parts().launcher((-(-channels // WARP), 1, 1))
+        self.sum_projection = sum_parts().launcher((-(-m * n * channels // WARP), 1, 1))
+        self.bias = column_sums().launcher((m, 1, 1))
+        self.alpha = alpha_gradient().launcher((3, 1, 1))
+
+    def bind(self, args: NamedArguments, workspace: Workspace) -> list[Launch]:
+        """All launches."""
+        d, n, eps = self.descriptor, self.descriptor.n_streams, np.float32(self.descriptor.eps)
+        m, flat, channels, batch = weights_count(n), n * d.hidden_dim, d.hidden_dim, d.batch
+        shares, roots, d_logits, lifts, logits, kept, gamma_sums, parts = scratch_pointers(workspace, _scratch(d))
+        (_, spreads, spread_steps), (_, projects, project_steps) = _spread_grid(d), _project_grid(d)
+        x, gamma, d_out, mixing = args["x_expanded"], args["rmsnorm_weight"], args["d_out"], args["mixing"]
+        projected, parameters = args["projected"], (args["alpha"], args["bias"])
+        unwinding = (projected, *parameters, shares, d_logits, lifts, logits, kept, batch, d.sinkhorn_iters, eps, flat)
+        spreading = (x, gamma, d_out, x, mixing, roots, args["projection"], lifts, args["d_x"], gamma_sums)
+        return [
+            (self.shares, (x, gamma, d_out, mixing, mixing, shares, roots, channels, batch, self.blocks, eps)),
+            (self.unwind, unwinding),
+            (self.spread, (*spreading, channels, batch, spread_steps)),
+            (self.project, (x, lifts, parts, flat, batch, project_steps)),
+            (self.sum_gamma, (gamma_sums, args["d_gamma"], channels, spreads)),
+            (self.sum_projection, (parts, args["d_projection"], m * flat, projects)),
+            (self.bias, (d_logits, args["d_bias"], m, batch)),
+            (self.alpha, (d_logits, projected, args["d_alpha"], n, batch)),
+        ]
