@@ -24,6 +24,7 @@ TITLES = {
     "lycoris merge": "`lycoris merge`",
     "beside lycoris-lora": "Beside lycoris-lora",
     "products": "Products, beside cuBLAS",
+    "layers": "Linear layers with live adapters, beside the bare one by cuBLAS",
     "convolutions": "Convolutions, beside cuDNN",
     "launch cost": "Cost of a launch, CPU time",
 }

@@ -37,6 +37,10 @@ barrier_wait = instruction(
     twin=twins.barrier_wait,
 )
 
+# Programmatic dependent launch: a grid lets the next one begin before it ends, and that one waits where it needs it.
+next_grid_may_begin = instruction("griddepcontrol.launch_dependents;", "", twin=twins.nothing)
+wait_for_previous_grid = instruction("griddepcontrol.wait;", "", twin=twins.nothing)
+
 cluster_rank = instruction("mov.u32 $0, %cluster_ctarank;", "", "r", twin=twins.cluster_rank, pure=True)
 cluster_barrier = instruction(
     "barrier.cluster.arrive.release.aligned; barrier.cluster.wait.acquire.aligned;", "", twin=twins.cluster_barrier

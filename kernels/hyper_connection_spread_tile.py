@@ -291,7 +291,8 @@ def spread_tile(role, projection, gamma_element, n):
 
     pointer = ELEMENTS["bf16"].pointer
     parameters = (
-        pointer, gamma_pointer, pointer, pointer, f32p, f32p, ELEMENTS[projection].pointer, f32p, pointer, f32p, i64, i64, i64,
+        pointer, gamma_pointer, pointer, pointer, f32p, f32p, ELEMENTS[projection].pointer, f32p, pointer, f32p, i64,
+        i64, i64,
     )  # fmt: skip
     shared_bytes = 2 * _ROWS * _pitch(n) * (1 if projection == "bf16" else 3)
     options = {"threads": WARP * WARPS, "shared_bytes": shared_bytes}

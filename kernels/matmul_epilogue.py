@@ -25,42 +25,34 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from kernels import bits, memory
+from kernels import bits, functions, memory
 from kernels.elements import ELEMENTS
 from kernels.target import cuda, device, f32, i64, types
 
 _SQRT_HALF = np.float32(math.sqrt(0.5))
-_SQRT_2_OVER_PI = np.float32(math.sqrt(2 / math.pi))
+_SQRT_8_OVER_PI = np.float32(math.sqrt(8 / math.pi))
 _GELU_CUBE = np.float32(0.044715)
-
-
-@device
-def relu(x):
-    """max(x, 0); NaN stays."""
-    return np.float32(0) if x < np.float32(0) else x
 
 
 @device
 def gelu(x):
     """Erf's GELU: x / 2 (1 + erf(x / sqrt 2))."""
-    return np.float32(0.5) * x * (np.float32(1) + np.float32(math.erf(x * _SQRT_HALF)))
+    return np.float32(0.5) * x * (np.float32(1) + functions.erf(x * _SQRT_HALF))
 
 
 @device
 def gelu_tanh(x):
-    """GELU by tanh: x / 2 (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3)))."""
-    inner = _SQRT_2_OVER_PI * (x + _GELU_CUBE * x * x * x)
-    return np.float32(0.5) * x * (np.float32(1) + np.float32(math.tanh(inner)))
+    """GELU by tanh: x / 2 (1 + tanh(y)) = x sigmoid(2 y) for y = sqrt(2 / pi) (x + 0.044715 x^3)."""
+    return x * functions.sigmoid(_SQRT_8_OVER_PI * (x + _GELU_CUBE * x * x * x))
 
 
 @device
 def silu(x):
-    """SiLU: x / (1 + exp(-x)), of the side of exp that does not overflow."""
-    e = np.float32(math.exp(-abs(x)))
-    return x * (np.float32(1) if x >= np.float32(0) else e) / (np.float32(1) + e)
+    """SiLU: x sigmoid(x)."""
+    return x * functions.sigmoid(x)
 
 
-ACTIVATIONS = {"relu": relu, "gelu": gelu, "gelu_tanh": gelu_tanh, "silu": silu}
+ACTIVATIONS = {"relu": functions.relu, "gelu": gelu, "gelu_tanh": gelu_tanh, "silu": silu}
 
 
 def _activation(name: str) -> SimpleNamespace:
@@ -84,16 +76,6 @@ def _twice(one: Callable) -> Callable:
         return one(value, batch, row, column, p), one(following, batch, row, column + np.int64(1), p)
 
     return two
-
-
-@device
-def _add(value, operand):
-    return value + operand
-
-
-@device
-def _multiply(value, operand):
-    return value * operand
 
 
 def _by_column(kind: str, combine: Callable) -> SimpleNamespace:
@@ -128,11 +110,11 @@ def _by_column(kind: str, combine: Callable) -> SimpleNamespace:
 
 
 def _bias(kind: str) -> SimpleNamespace:
-    return _by_column(kind, _add)
+    return _by_column(kind, functions.add)
 
 
 def _scale_column(kind: str) -> SimpleNamespace:
-    return _by_column(kind, _multiply)
+    return _by_column(kind, functions.multiply)
 
 
 def _scale_row(kind: str) -> SimpleNamespace:

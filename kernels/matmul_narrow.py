@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from kernels import memory, tensor_core
+from kernels import barrier, memory, tensor_core
 from kernels.elements import ELEMENTS
 from kernels.matmul_epilogue import epilogue
 from kernels.matmul_problem import COLUMNS, OUT, OUT_BATCH, OUT_STRIDE, ROWS, result_parameters
@@ -138,13 +138,15 @@ def _storer(out: str, steps: tuple, parts: int, width: int) -> Callable:
     ("bf16", "bf16", (8,), (("scale_column", "f32"),), 1),
     ("f16", "f32", (1,), (("bias", "f16"), ("gelu",)), 1),
     ("bf16", "bf16", (2, 1, 2), (), 2),
+    ("bf16", "bf16", (2,), (), 2, True),
 )
-def matmul_narrow(kind: str, out: str, tiles: tuple[int, ...], steps: tuple, parts: int):
+def matmul_narrow(kind: str, out: str, tiles: tuple[int, ...], steps: tuple, parts: int, early: bool = False):
     """``tiles`` are groups of eight columns of each B, ``parts`` the values that a result is stored as.
 
-    Two parts: the rounded value, and 8 sum(tiles) columns further what rounding left; together as good as fp32.
-    Parameters: the result's, A's, a tuple of each B's, the epilogue's; blocks along y are results of a batch. A and B
-    begin at, and their lines are apart by, multiples of eight elements; so is K.
+    Two parts: the rounded value, and 8 sum(tiles) columns further what rounding left; together as good as fp32. With
+    ``early`` the next grid may begin at once (sm_90). Parameters: the result's, A's, a tuple of each B's, the
+    epilogue's; blocks along y are results of a batch. A and B begin at, and their lines are apart by, multiples of
+    eight elements; so is K.
     """
     column_tiles = sum(tiles)
     fetch_b, scale_of = _terms(tiles)
@@ -185,6 +187,8 @@ def matmul_narrow(kind: str, out: str, tiles: tuple[int, ...], steps: tuple, par
                     shared[at + _u32(row * width + column)] = value
 
     def kernel(result, left, terms, e):
+        if early:
+            barrier.next_grid_may_begin()
         shared = cuda.shared.array(0, np.float32, alignment=16)
         sums = cuda.local.array(sum_count, np.float32)
         thread = thread_index()
@@ -208,4 +212,4 @@ def matmul_narrow(kind: str, out: str, tiles: tuple[int, ...], steps: tuple, par
     left = types.Tuple((pointer, i64, i64, i64))
     parameters = (result_parameters(out), left, types.Tuple((term,) * len(tiles)), epilogue(steps).parameters)
     options = {"threads": threads, "shared_bytes": 4 * WARPS * partial, "min_blocks": 2 if column_tiles <= 4 else 1}
-    return kernel, parameters, options
+    return kernel, parameters, options | ({"architectures": (9, 0, "a")} if early else {})

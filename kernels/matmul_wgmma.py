@@ -28,8 +28,9 @@ how many elements its result lies after the first part's."""
 
 SEGMENT_WORDS = 8
 """Words of a segment: the maps of A and B; tiles of K, and products of 16 in the last of them; the first value of K;
-the fp32 bits of a factor for what the segments before have summed; B's rows (0: all columns of the product), which
-repeat along the product's columns, and how far A's columns advance each time that they do."""
+the fp32 bits of a factor for what the segments before have summed, and 1 in the word's upper half if the grid before
+this one makes A; B's rows (0: all columns of the product), which repeat along the product's columns, and how far A's
+columns advance each time that they do."""
 
 ROWS = 128
 WARPGROUP = 128
@@ -179,6 +180,8 @@ def _producer(tile: WgmmaTile) -> Callable:
         map_a, map_b = np.uint64(table[at]), np.uint64(table[at + np.int64(1)])
         k_tiles, k_b = _u32(table[at + np.int64(2)]), _u32(table[at + np.int64(4)])
         k_a, period = k_b, _u32(table[at + np.int64(6)])
+        if np.uint64(table[at + np.int64(5)]) >> np.uint64(32) != np.uint64(0):
+            barrier.wait_for_previous_grid()
         if period != _u32(0):
             turn = _u32(column // period)
             column = _u32(column - turn * period)

@@ -88,12 +88,15 @@ class Kernel:
         """Compile for ``cc`` (no GPU needed) with NVVM and nvJitLink, straight to machine code."""
         return Binary(*compile_function(self, cc))
 
-    def launcher(self, grid: tuple[int, int, int], shared_bytes: int | None = None) -> Launcher:
-        """The kernel with its grid, ready for the current device."""
+    def launcher(self, grid: tuple[int, int, int], shared_bytes: int | None = None, overlaps: bool = False) -> Launcher:
+        """The kernel with its grid, ready for the current device.
+
+        With ``overlaps`` it begins when the one before allows it, and waits itself for what it needs (sm_90).
+        """
         shared = self.shared_bytes if shared_bytes is None else shared_bytes
         if SIMULATOR:
             return SimulatedLauncher(self, grid, shared)
-        return GpuLauncher(self, grid, shared)
+        return GpuLauncher(self, grid, shared, overlaps)
 
 
 class Launcher:
@@ -149,18 +152,18 @@ class GpuLauncher(Launcher):
 
     __slots__ = ("_config", "_handle", "_launch", "binary")
 
-    def __init__(self, kernel: Kernel, grid: tuple[int, int, int], shared: int) -> None:
+    def __init__(self, kernel: Kernel, grid: tuple[int, int, int], shared: int, overlaps: bool) -> None:
         from cuda.core import LaunchConfig, launch
 
         self._handle, self.binary = _handle(kernel, shared)
+        options: dict[str, Any] = {"block": kernel.threads, "shmem_size": shared}
+        if overlaps:
+            options["programmatic_stream_serialization"] = True
         if kernel.cluster > 1:
             assert grid[0] % kernel.cluster == 0, (kernel.key, grid)
-            clusters = (grid[0] // kernel.cluster, *grid[1:])
-            self._config = LaunchConfig(
-                grid=clusters, cluster=(kernel.cluster, 1, 1), block=kernel.threads, shmem_size=shared
-            )
-        else:
-            self._config = LaunchConfig(grid=grid, block=kernel.threads, shmem_size=shared)
+            options["cluster"] = (kernel.cluster, 1, 1)
+            grid = (grid[0] // kernel.cluster, *grid[1:])  # cuda.core counts clusters
+        self._config = LaunchConfig(grid=grid, **options)
         self._launch = launch
 
     def __call__(self, stream: Any, arguments: tuple) -> None:

@@ -4,6 +4,15 @@ from __future__ import annotations
 
 from plans import catalogue_training
 from plans.cast import CastDescriptor, CastPlan
+from plans.convolution import (
+    Conv2dDescriptor,
+    Conv2dInputGradientDescriptor,
+    Conv2dInputGradientPlan,
+    Conv2dPlan,
+    Conv2dWeightGradientDescriptor,
+    Conv2dWeightGradientPlan,
+    Convolution,
+)
 from plans.core.device import Device
 from plans.core.plan import Plan, PlanPreference
 from plans.core.precision import ElementKind
@@ -56,6 +65,7 @@ from plans.weight import (
 
 _BF16, _F16, _F32 = ElementKind.BF16, ElementKind.F16, ElementKind.F32
 _LOW_RANK = LowRank(16, _BF16, _BF16)
+_CONVOLUTION = Convolution(2, (64, 64), 640, 640, (3, 3), padding=(1, 1))
 
 
 def _linear(*sources: object, **options: object) -> WeightDescriptor:
@@ -90,6 +100,9 @@ EXAMPLES: tuple[tuple[type[Plan], str, object], ...] = (
         "linear with LoCon, 1 token, 4096x4096, rank 16",
         SegmentedMatmulDescriptor(1, 4096, (Segment(4096),), low_rank=(LowRankTerm(16),)),
     ),
+    (Conv2dPlan, "conv 3x3, 640 channels at 64x64", Conv2dDescriptor(_CONVOLUTION, epilogue=(Bias(),))),
+    (Conv2dInputGradientPlan, "gradient of its input", Conv2dInputGradientDescriptor(_CONVOLUTION)),
+    (Conv2dWeightGradientPlan, "gradient of its weight", Conv2dWeightGradientDescriptor(_CONVOLUTION, out=_F32)),
     (CastPlan, "bf16 to fp32", CastDescriptor(3072 * 3072, _BF16, _F32)),
     (LayoutPlan, "NHWC to NCHW", LayoutDescriptor((2, 64, 64, 320), _BF16, Conversion.TO_NCHW)),
     (

@@ -30,15 +30,17 @@ _BLOCKS = 4 * 132
 """Blocks that fill an H200; splits, and with them the order of sums, are the same on every device."""
 
 
-def shape_of(element: ElementKind, n: int, channels: int) -> stream_kernel.Shape | None:
-    """How a block holds a sample's x and d [n, channels] each, None where it cannot."""
+def shape_of(role: str, d: Any) -> stream_kernel.Shape | None:
+    """How a block holds what a sample's shares are made of, None where it cannot: x and d, or x and one line of d."""
+    n = d.n_streams
     if n > shares_kernel.MOST_STREAMS:
         return None
-    return stream_kernel.shape_for(element.value, 2 * n, channels, stream_kernel.SM80_BYTES, 2 if n <= 2 else 1)
+    lines = 2 * n if role == "full" else n + 1
+    return stream_kernel.shape_for(d.element.value, lines, d.hidden_dim, stream_kernel.SM80_BYTES, 2 if n <= 2 else 1)
 
 
-def refuses(descriptor: Any) -> str:
-    """Why the fast kernels do not compute a descriptor, or ""."""
+def refuses(role: str, descriptor: Any) -> str:
+    """Why the fast kernels do not compute a descriptor in a role, or ""."""
     d = descriptor
     if d.element is not ElementKind.BF16:
         return f"multiplies element bf16 on tensor cores, not {d.element.value}"
@@ -46,7 +48,7 @@ def refuses(descriptor: Any) -> str:
         return f"takes projection {' or '.join(k.value for k in KINDS)}, not {d.projection.value}"
     if d.n_streams > shares_kernel.MOST_STREAMS:
         return f"holds the sums of up to {shares_kernel.MOST_STREAMS} streams in registers, not of {d.n_streams}"
-    shape = shape_of(d.element, d.n_streams, d.hidden_dim)
+    shape = shape_of(role, d)
     return refuses_stream(d.sinkhorn, d.n_streams, d.hidden_dim, d.batch, shape, element=d.element, gamma=d.gamma)
 
 
@@ -88,9 +90,9 @@ def workspace(d: Any) -> int:
     return scratch_bytes(_scratch(d))
 
 
-def units(d: Any, counted: float) -> float:
+def units(role: str, d: Any, counted: float) -> float:
     """The guarantee's units, where the magnitude counts Sinkhorn's own as so many times less than ``counted``."""
-    shape = shape_of(d.element, d.n_streams, d.hidden_dim)
+    shape = shape_of(role, d)
     of_sample = stream_kernel.RUN * shape.runs + 6 + shape.threads // WARP
     (_, spreads, spread_steps), (_, projects, project_steps) = _spread_grid(d), _project_grid(d)
     through = 2.0 * 6 * 32
@@ -109,17 +111,20 @@ DERIVATION = (
 
 
 class DynamicStreamBackwardProgram:
-    """Eight launches: shares, lifts, d_x, the projection's gradient in parts, and the sums over parts and samples."""
+    """Eight launches: shares, lifts, d_x, the projection's gradient in parts, and the sums over parts and samples.
 
-    def __init__(self, descriptor: Any, device: Device) -> None:
-        self.descriptor = d = descriptor
-        n, m, channels = d.n_streams, weights_count(d.n_streams), d.hidden_dim
-        shape = shape_of(d.element, n, channels)
-        made = shares_kernel.stream_shares("full", d.element.value, d.gamma.value, n, shape)
+    Of the whole connection, role "full", or of what comes before a sublayer, role "pre".
+    """
+
+    def __init__(self, role: str, descriptor: Any, device: Device) -> None:
+        self.role, self.descriptor = role, descriptor
+        d, n, m, channels = descriptor, descriptor.n_streams, weights_count(descriptor.n_streams), descriptor.hidden_dim
+        gamma = None if d.gamma is None else d.gamma.value
+        made = shares_kernel.stream_shares(role, d.element.value, gamma, n, shape_of(role, d))
         self.blocks = min(d.batch, device.multiprocessors * made.min_blocks)
         self.shares = made.launcher((self.blocks, 1, 1))
         self.unwind = sample_weights_by_thread_backward(d.mode.value, n).launcher((-(-d.batch // THREADS), 1, 1))
-        spread = spread_kernel.spread_tile("full", d.projection.value, d.gamma.value, n)
+        spread = spread_kernel.spread_tile(role, d.projection.value, gamma, n)
         self.spread = spread.launcher((*_spread_grid(d)[:2], 1))
         self.project = project_kernel.project_back_tile(n).launcher((*_project_grid(d)[:2], 1))
         self.sum_gamma = sum_parts().launcher((-(-channels // WARP), 1, 1))
@@ -133,17 +138,29 @@ class DynamicStreamBackwardProgram:
         m, flat, channels, batch = weights_count(n), n * d.hidden_dim, d.hidden_dim, d.batch
         shares, roots, d_logits, lifts, logits, kept, gamma_sums, parts = scratch_pointers(workspace, _scratch(d))
         (_, spreads, spread_steps), (_, projects, project_steps) = _spread_grid(d), _project_grid(d)
-        x, gamma, d_out, mixing = args["x_expanded"], args["rmsnorm_weight"], args["d_out"], args["mixing"]
-        projected, parameters = args["projected"], (args["alpha"], args["bias"])
-        unwinding = (projected, *parameters, shares, d_logits, lifts, logits, kept, batch, d.sinkhorn_iters, eps, flat)
-        spreading = (x, gamma, d_out, x, mixing, roots, args["projection"], lifts, args["d_x"], gamma_sums)
-        return [
-            (self.shares, (x, gamma, d_out, mixing, mixing, shares, roots, channels, batch, self.blocks, eps)),
-            (self.unwind, unwinding),
+        x, mixing, projected = args["x_expanded"], args["mixing"], args["projected"]
+        # Without a gamma the kernels do not read its pointer, and in role "full" neither a line of d nor more.
+        gamma = args["rmsnorm_weight"] if d.gamma is not None else mixing
+        if self.role == "full":
+            streams, line, of_shares, more = args["d_out"], x, args["d_out"], mixing
+        else:
+            streams, line, of_shares, more = (
+                args["d_streams"],
+                args["d_aggregate"],
+                args["d_aggregate"],
+                args["d_mixing"],
+            )
+        weighing = (projected, args["alpha"], args["bias"], shares, d_logits, lifts, logits, kept)
+        spreading = (x, gamma, streams, line, mixing, roots, args["projection"], lifts, args["d_x"], gamma_sums)
+        launches = [
+            (self.shares, (x, gamma, of_shares, mixing, more, shares, roots, channels, batch, self.blocks, eps)),
+            (self.unwind, (*weighing, batch, d.sinkhorn_iters, eps, flat)),
             (self.spread, (*spreading, channels, batch, spread_steps)),
             (self.project, (x, lifts, parts, flat, batch, project_steps)),
-            (self.sum_gamma, (gamma_sums, args["d_gamma"], channels, spreads)),
             (self.sum_projection, (parts, args["d_projection"], m * flat, projects)),
             (self.bias, (d_logits, args["d_bias"], m, batch)),
             (self.alpha, (d_logits, projected, args["d_alpha"], n, batch)),
         ]
+        if d.gamma is not None:
+            launches.append((self.sum_gamma, (gamma_sums, args["d_gamma"], channels, spreads)))
+        return launches

@@ -18,8 +18,11 @@ import numpy as np
 from kernels import hyper_connection as forward_kernel
 from kernels import hyper_connection_backward as kernel
 from kernels.hyper_connection_dynamic_backward import column_sums
+from kernels.hyper_connection_stream import SM80_BYTES, SM90_BYTES
 from kernels.simulator import WARP
 from kernels.sinkhorn import extent_for, sinkhorn_backward
+from plans import hyper_connection_dynamic_stream_backward as dynamic
+from plans import hyper_connection_split_stream_backward as fast
 from plans.core import ArchSku, BackendKind, Device, ElementKind, Operand, Plan, PrecisionGuarantee, Sku, Workspace
 from plans.hyper_connection_common import (
     NamedArguments,
@@ -49,6 +52,7 @@ from plans.hyper_connection_split import (
     refuses_post,
     refuses_pre,
 )
+from plans.hyper_connection_stream import ALIGNMENT
 from plans.sinkhorn import gradient_units
 
 _F32 = ElementKind.F32
@@ -140,9 +144,9 @@ class HyperConnectionPreBackwardDescriptor(HyperConnectionPreDescriptor):
         else:
             d_weights = _with_pre_shares(arrays["d_mixing"], shares, n, sums=False)
             rows, alpha, bias = parameters
-            dynamic = dynamic_reference(self, d_weights, x, rows, arrays["projected"], alpha, bias, own)
-            pairs = (dynamic.projection, dynamic.alpha, dynamic.bias)
-            carried = tuple(c + t for c, t in zip(carried, dynamic.through, strict=True))
+            found = dynamic_reference(self, d_weights, x, rows, arrays["projected"], alpha, bias, own)
+            pairs = (found.projection, found.alpha, found.bias)
+            carried = tuple(c + t for c, t in zip(carried, found.through, strict=True))
         gradients = {f"d_{operand.name}": pair for operand, pair in zip(self.parameters, pairs, strict=True)}
         gamma = {"d_gamma": gamma_gradient(((d, np.abs(d)), u))} if self.norm else {}
         return {"d_x": x_gradient(carried, d_a, weights), **gamma, **gradients}
@@ -250,11 +254,52 @@ def _pre_scratch(d: HyperConnectionPreDescriptor) -> dict[str, int]:
     }
 
 
+_STREAM_ROWS = (("stream", ArchSku.SM80, SM80_BYTES), ("stream, large", ArchSku.SM90A, SM90_BYTES))
+"""A SKU's name and architecture, and the shared memory that its samples may take."""
+
+
+def _pre_stream_sku(name: str, arch: ArchSku, most_bytes: int) -> Sku:
+    return Sku(
+        name=name,
+        backend=BackendKind.VECTOR,
+        arch=arch,
+        refuses=lambda d: fast.refuses_pre(d, most_bytes),
+        guarantee=lambda d: fp32_guarantee(fast.pre_units(d, most_bytes, own_units(d)), fast.DERIVATION),
+        build=lambda d, device: fast.PreStreamProgram(d, most_bytes, device),
+        workspace=lambda d: fast.pre_workspace(d, most_bytes),
+        alignment=ALIGNMENT,
+    )
+
+
+def _post_stream_sku(name: str, arch: ArchSku, most_bytes: int) -> Sku:
+    return Sku(
+        name=name,
+        backend=BackendKind.VECTOR,
+        arch=arch,
+        refuses=lambda d: fast.refuses_post(d, most_bytes),
+        guarantee=lambda d: fp32_guarantee(fast.post_units(d, most_bytes), fast.DERIVATION),
+        build=lambda d, device: fast.PostStreamProgram(d, most_bytes, device),
+        workspace=lambda d: fast.post_workspace(d, most_bytes),
+        alignment=ALIGNMENT,
+    )
+
+
 class HyperConnectionPreBackwardPlan(Plan):
     """The gradient of what comes before the sublayer; see :class:`HyperConnectionPreBackwardDescriptor`."""
 
     name = "hyper-connection pre backward"
     skus = (
+        *(_pre_stream_sku(*row) for row in _STREAM_ROWS),
+        Sku(
+            name="mma and stream",
+            backend=BackendKind.MMA,
+            arch=ArchSku.SM80,
+            refuses=lambda d: "takes a dynamic H" if d.projection is None else dynamic.refuses("pre", d),
+            guarantee=lambda d: fp32_guarantee(dynamic.units("pre", d, own_units(d)), dynamic.DERIVATION),
+            build=lambda d, device: dynamic.DynamicStreamBackwardProgram("pre", d, device),
+            workspace=dynamic.workspace,
+            alignment=ALIGNMENT,
+        ),
         Sku(
             name="portable",
             backend=BackendKind.PORTABLE,
@@ -272,6 +317,7 @@ class HyperConnectionPostBackwardPlan(Plan):
 
     name = "hyper-connection post backward"
     skus = (
+        *(_post_stream_sku(*row) for row in _STREAM_ROWS),
         Sku(
             name="portable",
             backend=BackendKind.PORTABLE,

@@ -78,6 +78,16 @@ EXPECTED: dict[str, tuple[tuple[str, str], ...]] = {
         ("wide=True", r"STG\.E\..*128"),
     ),
     "kernels.matmul_mma.matmul_mma_grouped": (("", r"HMMA\.16816\.F32"), ("", r"LDGSTS\.E\..*128")),
+    "kernels.convolution_mma.convolve_mma": (
+        ("", r"HMMA\.16816\.F32"),
+        ("gathered_vector=8", r"LDGSTS\.E\..*128"),
+        ("wide=True", r"STG\.E\..*128"),
+    ),
+    "kernels.convolution_mma.weight_gradient_mma": (
+        ("", r"HMMA\.16816\.F32"),
+        ("", r"LDSM\.16\.MT88\.4"),
+        ("gathered_vector=8", r"LDGSTS\.E\..*128"),
+    ),
     "kernels.matmul_skinny.matmul_skinny": (
         ("", r"HMMA\.16816\.F32"),
         ("", r"LDG\.E\..*128"),

@@ -66,15 +66,25 @@ def solve(device, poisoned, problem, descriptor, draw, backend=None, beta=0.5):
     return plan, gather(device, result, out), descriptor.reference(*values[:2], arrays, numbers)
 
 
-def check(device, poisoned, rng, problem, descriptor, backend=None):
-    """Small integers exactly where nothing but sums is computed, normal numbers within the guarantee."""
-    if all(isinstance(step, Bias | Residual) for step in descriptor.epilogue):
-        _, found, (exact, _) = solve(device, poisoned, problem, descriptor, small_integers(rng), backend)
+def check(device, poisoned, rng, problem, descriptor, backend=None, both=False):
+    """Where nothing but sums is computed, small integers come out exactly; else normal numbers within the guarantee."""
+    sums = all(isinstance(step, Bias | Residual) for step in descriptor.epilogue)
+    if sums:
+        plan, found, (exact, _) = solve(device, poisoned, problem, descriptor, small_integers(rng), backend)
         np.testing.assert_array_equal(found, exact.astype(np.float32).astype(found.dtype))
-    plan, found, (exact, magnitude) = solve(device, poisoned, problem, descriptor, gaussian(rng), backend)
-    kept = plan.precision_guarantee.accepts(found, exact, magnitude, descriptor.out)
-    assert kept.all(), f"{(~kept).sum()} of {kept.size} elements, {np.abs(found.astype(float) - exact).max()} off"
+    if both or not sums:
+        plan, found, (exact, magnitude) = solve(device, poisoned, problem, descriptor, gaussian(rng), backend)
+        kept = plan.precision_guarantee.accepts(found, exact, magnitude, descriptor.out)
+        assert kept.all(), f"{(~kept).sum()} of {kept.size} elements, {np.abs(found.astype(float) - exact).max()} off"
     return plan
+
+
+@EVERY_SKU
+@EVERY_PROBLEM
+def test_normal_numbers_keep_the_guarantee(device, poisoned, rng, problem, backend):
+    geometry = Convolution(1, (3, 4), 9, 6, (3, 2), padding=(1, 1), groups=3)
+    for kinds in ((BF16, BF16, F32), (F16, F16, BF16)):
+        check(device, poisoned, rng, problem, problem[1](geometry, *kinds), backend, both=True)
 
 
 @EVERY_SKU

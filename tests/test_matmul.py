@@ -34,7 +34,7 @@ LARGE = [] if SIMULATOR else [(257, 509, 1021), (640, 1280, 2048), (1000, 3072, 
 
 
 def check(device, poisoned, rng, descriptor, backend, scales=None, workspace=True, both=False):
-    """Small integers have to come out exactly where nothing but sums is computed, normal numbers within the guarantee."""
+    """Where nothing but sums is computed, small integers come out exactly; else normal numbers within the guarantee."""
     linear = all(isinstance(step, Bias | Residual) for step in descriptor.epilogue)
     exact = linear and all(abs(scale) in (1.0, 0.5, 0.0) for scale in scales or ())
     if exact:
@@ -96,6 +96,20 @@ EPILOGUES = {
 def test_epilogues(device, poisoned, rng, steps, aligned, backend):
     m, n, k = (24, 2 * TILE, 32) if aligned else (11, 2 * TILE - 6, 19)
     check(device, poisoned, rng, MatmulDescriptor(m, n, k, epilogue=steps).segmented, backend)
+
+
+@EVERY_SKU
+@pytest.mark.parametrize("function", ["relu", "gelu", "gelu_tanh", "silu"])
+def test_activations_of_any_size(device, poisoned, function, backend):
+    """x itself comes out of a product with ones; nothing overflows on the way, and NaN is not hidden."""
+    sizes = np.array([1e-30, 1e-3, 0.5, 1, 2, 3, 5, 8, 13, 20, 60, 87, 90, 200, 1e4, 1e10, 1e30])
+    x = np.concatenate([[np.nan, 0], sizes, -sizes])[:, None]
+    descriptor = MatmulDescriptor(len(x), 8, 1, out=F32, epilogue=(Activation(function),)).segmented
+    problem = make(device, descriptor, lambda shape: x if shape == x.shape else np.ones(shape))
+    plan = run(problem, poisoned, backend)
+    found, (exact, magnitude) = problem.found(), problem.reference()
+    assert np.isnan(found[0]).all()
+    assert plan.precision_guarantee.accepts(found[1:], exact[1:], magnitude[1:], F32).all()
 
 
 @EVERY_SKU

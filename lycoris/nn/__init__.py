@@ -1,6 +1,35 @@
-"""Layers: linear layers with live adapters, and what stands around them."""
+"""Layers: linear layers with live adapters, and what stands around them; enough for a transformer."""
 
+from lycoris.nn.adapt import adapt, parameters_of
 from lycoris.nn.adapted import Adapted, Adapter
+from lycoris.nn.layers import (
+    MLP,
+    Dropout,
+    Embedding,
+    GroupNorm,
+    LayerNorm,
+    Linear,
+    RMSNorm,
+    SelfAttention,
+    TransformerBlock,
+)
 from lycoris.nn.linear import AdaptedLinear
+from lycoris.nn.module import Module
 
-__all__ = ["Adapted", "AdaptedLinear", "Adapter"]
+__all__ = [
+    "MLP",
+    "Adapted",
+    "AdaptedLinear",
+    "Adapter",
+    "Dropout",
+    "Embedding",
+    "GroupNorm",
+    "LayerNorm",
+    "Linear",
+    "Module",
+    "RMSNorm",
+    "SelfAttention",
+    "TransformerBlock",
+    "adapt",
+    "parameters_of",
+]

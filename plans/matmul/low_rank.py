@@ -22,6 +22,7 @@ from plans.core.workspace import NO_WORKSPACE, Workspace
 from plans.matmul.descriptor import Segment, SegmentedMatmulArgs, SegmentedMatmulDescriptor
 from plans.matmul.narrow import ROWS
 from plans.matmul.program import MatmulProgram, element_offset
+from plans.matmul.wgmma import WgmmaProgram
 
 _UNIT = 8
 _MOST_TILES = 8
@@ -126,9 +127,12 @@ class LowRankProgram:
         self.second: MatmulProgram = second.build(self.whole, device)
         self.empty = descriptor.operands()[0].count == 0
         kind = descriptor.segments[0].a.value
+        early = isinstance(self.second, WgmmaProgram)
+        if early:
+            self.second.overlap(len(descriptor.segments))
         self.launches = []
         for inner in () if self.empty else inner_products(descriptor):
-            kernel = matmul_narrow(kind, kind, inner.tiles, (), 2)
+            kernel = matmul_narrow(kind, kind, inner.tiles, (), 2, early)
             self.launches.append(kernel.launcher((-(-descriptor.m // ROWS), _batches(descriptor, inner), 1)))
 
     def bind(self, args: SegmentedMatmulArgs, workspace: Workspace) -> Launches:

@@ -165,7 +165,13 @@ class WgmmaProgram(MatmulProgram):
         batch, cluster = descriptor.batch or 1, self.tile.cluster
         tiles = -(-descriptor.m // (ROWS * cluster)) * -(-descriptor.columns // self.tile.result_columns) * batch
         clusters = max(1, min(device.multiprocessors // cluster, tiles))
-        self.launch = self.kernel.launcher((clusters * cluster, 1, 1))
+        self.grid, self.waits_from = (clusters * cluster, 1, 1), len(descriptor.segments)
+        self.launch = self.kernel.launcher(self.grid)
+
+    def overlap(self, first: int) -> None:
+        """Begin before the launch before has ended: segments from ``first`` on wait for what it makes."""
+        if not self.empty:
+            self.waits_from, self.launch = first, self.kernel.launcher(self.grid, overlaps=True)
 
     def bind(self, args: SegmentedMatmulArgs, workspace: Workspace) -> Launches:
         """The launch; none where Y is empty."""
@@ -209,7 +215,8 @@ class WgmmaProgram(MatmulProgram):
             ]
             tiles = -(-segment.k // DEPTH)
             last = -(-(segment.k - (tiles - 1) * DEPTH) // 16)
-            found.append((*maps, tiles, last, 0, int(ratio.view(np.uint32)), 0, 0))
+            flags = int(ratio.view(np.uint32)) | (int(i >= self.waits_from) << 32)
+            found.append((*maps, tiles, last, 0, flags, 0, 0))
         return found
 
     def _operand_map(self, tensor: TensorRef, operand: Operand, part: int, box: tuple[int, int]) -> int:

@@ -22,8 +22,8 @@ from plans.weight.resolve import resolve
 LARGEST_CLUSTER = 8
 """Blocks of a cluster that every device has room for."""
 WARPS = (1,) if SIMULATOR else (4, 2, 1)
-SHARED_BYTES = 227 * 1024
-_FOR_TWO_BLOCKS = 112 * 1024
+SHARED_BYTES, RESERVED_BYTES = 227 * 1024, 1024
+LEAST_WARPS = 8
 _SOURCES = ("low_rank", "hadamard")
 
 
@@ -36,6 +36,11 @@ class _Split:
     panels: int
     shared_bytes: int
 
+    @property
+    def warps_resident(self) -> int:
+        """Warps that shared memory has room for on a multiprocessor."""
+        return self.tile.warps * (SHARED_BYTES // (self.shared_bytes + RESERVED_BYTES))
+
 
 def _cluster_of(panels: int) -> int:
     """The most blocks of which few have nothing to do."""
@@ -45,7 +50,7 @@ def _cluster_of(panels: int) -> int:
 
 @functools.cache
 def split_of(descriptor: WeightDescriptor) -> _Split | None:
-    """The tallest split of which two blocks fit on a multiprocessor, else the tallest that fits, else None."""
+    """The split that keeps most warps on a multiprocessor, the tallest of several; None where none fits."""
     found = []
     rows, columns = descriptor.matrix
     for warps in WARPS:
@@ -57,10 +62,8 @@ def split_of(descriptor: WeightDescriptor) -> _Split | None:
         tile = Tile(warps, tiles.MAX_GROUPS, ragged, "shared")
         shared = kernel.cluster_shared_bytes(descriptor.base.value, tiles.tile_sources(descriptor), tile, panels)
         found.append(_Split(tile, cluster, panels, shared))
-    for limit in (_FOR_TWO_BLOCKS, SHARED_BYTES):
-        if fitting := [split for split in found if split.shared_bytes <= limit]:
-            return fitting[0]
-    return None
+    best = max(found, key=lambda split: split.warps_resident)
+    return best if best.warps_resident else None
 
 
 def refuses(descriptor: WeightDescriptor) -> str:
@@ -75,8 +78,13 @@ def refuses(descriptor: WeightDescriptor) -> str:
     if others := sorted(names.difference(_SOURCES)):
         return f"wants low-rank products and products of two, found {', '.join(others)}"
     if split_of(descriptor) is None:
-        return f"a band of rows needs more than {LARGEST_CLUSTER} x {SHARED_BYTES} bytes of shared memory"
+        return f"16 rows need more than {LARGEST_CLUSTER} x {SHARED_BYTES - RESERVED_BYTES} bytes of shared memory"
     return ""
+
+
+def suits(descriptor: WeightDescriptor) -> bool:
+    """Whether enough warps share a multiprocessor; with long rows or high ranks two launches keep more of them."""
+    return split_of(descriptor).warps_resident >= LEAST_WARPS
 
 
 class ClusterProgram(WeightProgram):
@@ -116,4 +124,5 @@ CLUSTER = Sku(
     build=ClusterProgram,
     workspace=functools.partial(prepared_bytes, fused_second_half=True),
     alignment=16,
+    suits=suits,
 )

@@ -1,0 +1,163 @@
+"""The fast gradients of hyper-connections around a sublayer: the SKUs "stream" of their backward plans.
+
+See ``kernels/hyper_connection_stream_backward.py``; with a dynamic H what comes before the sublayer goes back as the
+whole connection does (``plans/hyper_connection_dynamic_stream_backward.py``).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from kernels import hyper_connection_stream as stream_kernel
+from kernels import hyper_connection_stream_backward as kernel
+from kernels.hyper_connection_sums import finish_static, sum_parts
+from kernels.simulator import WARP
+from plans.core import Device, Workspace
+from plans.hyper_connection_common import NamedArguments, scratch_bytes, scratch_pointers, weights_count
+from plans.hyper_connection_stream import Launch, refuses_stream
+from plans.hyper_connection_stream_backward import blocks_for
+from plans.sinkhorn import gradient_units, gradient_units_by_thread
+
+_F32_BYTES = 4
+
+
+def _shape(d: Any, held_bytes: int, most_bytes: int) -> stream_kernel.Shape | None:
+    """How a block holds a sample's x, d and one more line; ``held_bytes`` a channel beside them."""
+    n = d.n_streams
+    if n > kernel.MOST_STREAMS:
+        return None
+    runs = 2 if 2 * n <= kernel.MOST_STREAMS else 1
+    return stream_kernel.shape_for(d.element.value, 2 * n + 1, d.hidden_dim, most_bytes, runs, held_bytes)
+
+
+def _held(d: Any) -> int:
+    return 0 if getattr(d, "gamma", None) is None else _F32_BYTES
+
+
+def _refuses(d: Any, most_bytes: int, sinkhorn: Any, gamma: Any) -> str:
+    if d.n_streams > kernel.MOST_STREAMS:
+        return f"holds the sums of up to {kernel.MOST_STREAMS} streams in registers, not of {d.n_streams}"
+    shape = _shape(d, _held(d), most_bytes)
+    return refuses_stream(sinkhorn, d.n_streams, d.hidden_dim, d.batch, shape, element=d.element, gamma=gamma)
+
+
+def refuses_post(d: Any, most_bytes: int) -> str:
+    """Why the streaming kernel does not compute a gradient of what comes after the sublayer, or ""."""
+    return _refuses(d, most_bytes, None, None)
+
+
+def refuses_pre(d: Any, most_bytes: int) -> str:
+    """Why the streaming kernel does not compute a gradient of what comes before the sublayer, or ""."""
+    return "takes a static H" if d.projection is not None else _refuses(d, most_bytes, d.sinkhorn, d.gamma)
+
+
+def _blocks(d: Any, most_bytes: int) -> int:
+    return blocks_for(d.batch, _shape(d, _held(d), most_bytes).threads)
+
+
+def _sum_units(d: Any, most_bytes: int, samples: int) -> float:
+    shape = _shape(d, _held(d), most_bytes)
+    of_thread, of_block = stream_kernel.RUN * shape.runs, 6 + shape.threads // WARP
+    return 4 * (d.n_streams + 8) + 2 * (of_thread + of_block) + of_thread * samples + of_block + 40
+
+
+def post_units(d: Any, most_bytes: int) -> float:
+    """Sums over streams; a thread's channels over the samples of its block or one, the block's and the blocks'."""
+    if d.per_sample:
+        return _sum_units(d, most_bytes, 1)
+    blocks = _blocks(d, most_bytes)
+    return _sum_units(d, most_bytes, -(-d.batch // blocks)) + blocks
+
+
+def pre_units(d: Any, most_bytes: int, counted: float) -> float:
+    """As :func:`post_units`; or Sinkhorn's, which the magnitude counts as so many times less than ``counted``."""
+    blocks = _blocks(d, most_bytes)
+    own = _sum_units(d, most_bytes, -(-d.batch // blocks)) + blocks
+    return max(own, counted * gradient_units_by_thread(d.sinkhorn) / gradient_units(d.sinkhorn))
+
+
+DERIVATION = (
+    "sums over streams; a thread's channels over all samples of its block, then the block's and the blocks' sums; or "
+    "Sinkhorn's, by reciprocals"
+)
+
+
+def _post_scratch(d: Any, most_bytes: int) -> dict[str, int]:
+    return {} if d.per_sample else {"sums": _blocks(d, most_bytes) * weights_count(d.n_streams)}
+
+
+def post_workspace(d: Any, most_bytes: int) -> int:
+    """Bytes of workspace."""
+    return scratch_bytes(_post_scratch(d, most_bytes))
+
+
+class PostStreamProgram:
+    """One launch, and one more for the blocks' sums where the weights are the same for all samples."""
+
+    def __init__(self, descriptor: Any, most_bytes: int, device: Device) -> None:
+        self.descriptor, self.most_bytes = descriptor, most_bytes
+        d, n, shape = descriptor, descriptor.n_streams, _shape(descriptor, 0, most_bytes)
+        made = kernel.stream_backward("post", d.element.value, None, n, shape, None if d.per_sample else "given")
+        resident = device.multiprocessors * made.min_blocks
+        self.blocks = min(d.batch, resident) if d.per_sample else _blocks(d, most_bytes)
+        self.stream = made.launcher((self.blocks, 1, 1))
+        self.sum = sum_parts().launcher((-(-weights_count(n) // WARP), 1, 1))
+
+    def bind(self, args: NamedArguments, workspace: Workspace) -> list[Launch]:
+        """The launches."""
+        d, m = self.descriptor, weights_count(self.descriptor.n_streams)
+        x, mixing, d_mixing = args["x_expanded"], args["mixing"], args["d_mixing"]
+        sums = d_mixing if d.per_sample else scratch_pointers(workspace, _post_scratch(d, self.most_bytes))[0]
+        # The kernel reads no gamma and no logits here, and writes no gradient of a gamma.
+        read = (x, mixing, args["d_out"], args["update"], mixing, mixing, mixing, mixing)
+        sizes = (d.hidden_dim, d.batch, self.blocks, 0, np.float32(0))
+        launch = (self.stream, (*read, args["d_streams"], args["d_update"], sums, sums, *sizes))
+        return [launch] if d.per_sample else [launch, (self.sum, (sums, d_mixing, m, self.blocks))]
+
+
+def _pre_scratch(d: Any, most_bytes: int) -> dict[str, int]:
+    blocks = _blocks(d, most_bytes)
+    return {
+        "sums": blocks * weights_count(d.n_streams),
+        "gamma_sums": blocks * d.hidden_dim if d.gamma is not None else 0,
+        "d_res": d.n_streams**2,
+        "kept": 2 * d.sinkhorn_iters * d.n_streams,
+    }
+
+
+def pre_workspace(d: Any, most_bytes: int) -> int:
+    """Bytes of workspace."""
+    return scratch_bytes(_pre_scratch(d, most_bytes))
+
+
+class PreStreamProgram:
+    """Two launches: all samples, then the blocks' sums and back through the mixing weights of a static H."""
+
+    def __init__(self, descriptor: Any, most_bytes: int, device: Device) -> None:
+        self.descriptor, self.most_bytes = descriptor, most_bytes
+        d, n, shape = descriptor, descriptor.n_streams, _shape(descriptor, _held(descriptor), most_bytes)
+        gamma = None if d.gamma is None else d.gamma.value
+        self.blocks = _blocks(d, most_bytes)
+        made = kernel.stream_backward("pre", d.element.value, gamma, n, shape, "given")
+        self.stream = made.launcher((self.blocks, 1, 1))
+        of_gamma = 0 if gamma is None else -(-d.hidden_dim // WARP)
+        self.finish = finish_static(d.mode.value, n, True).launcher((1 + of_gamma, 1, 1))
+
+    def bind(self, args: NamedArguments, workspace: Workspace) -> list[Launch]:
+        """Both launches."""
+        d, eps = self.descriptor, np.float32(self.descriptor.eps)
+        sums, gamma_sums, d_res, kept = scratch_pointers(workspace, _pre_scratch(d, self.most_bytes))
+        x, mixing, d_x = args["x_expanded"], args["mixing"], args["d_x"]
+        logits = tuple(args[operand.name] for operand in d.parameters)
+        # Without a gamma the kernels touch neither it nor its gradient; and the first writes none of an update.
+        gamma, d_gamma = (args["rmsnorm_weight"], args["d_gamma"]) if d.gamma is not None else (mixing, gamma_sums)
+        read = (x, gamma, args["d_streams"], args["d_aggregate"], mixing, *logits)
+        sizes = (d.hidden_dim, d.batch, self.blocks, 0, eps)
+        gradients = (d_gamma, *(args[f"d_{operand.name}"] for operand in d.parameters))
+        finishing = (sums, gamma_sums, args["d_mixing"], *logits, *gradients, d_res, kept, self.blocks, d.hidden_dim)
+        return [
+            (self.stream, (*read, d_x, d_x, sums, gamma_sums, *sizes)),
+            (self.finish, (*finishing, d.sinkhorn_iters, eps)),
+        ]
