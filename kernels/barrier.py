@@ -22,7 +22,7 @@ barrier_expect_bytes = instruction(
     "mbarrier.arrive.expect_tx.shared::cta.b64 _, [$0], $1;", "rr", twin=twins.barrier_expect_bytes
 )
 barrier_arrive = instruction("mbarrier.arrive.shared::cta.b64 _, [$0];", "r", twin=twins.barrier_arrive)
-# (barrier, rank): arrives at the barrier of the same address in another block of the cluster. A release of cluster scope
+# (barrier, rank): arrives at the barrier of that address in another block of the cluster. A release of cluster scope
 # would wait for all of the thread's memory operations; what is handed back here was read by products already done.
 barrier_arrive_remote = instruction(
     "{ .reg .b32 there; mapa.shared::cluster.u32 there, $0, $1; mbarrier.arrive.shared::cluster.b64 _, [there]; }",

@@ -6,7 +6,8 @@ with the same depths in the same places. B's rows are the instruction's rows, A'
 up in shared memory, always in the same order.
 
 A low-rank segment, scale (A D^T) U^T with a small D [rank, k], has D's rows follow B's in every block, which costs
-reads of L2 only: A D^T stays in shared memory, in fp32, and takes no launch of its own.
+reads of L2 only: A D^T stays in shared memory, in fp32, and takes no launch of its own. Where the segment whose A it
+takes is left out, that one's k comes negative: its A is walked, its products do not count.
 """
 
 from __future__ import annotations
@@ -154,8 +155,8 @@ def _segment(rest: Callable, position: int, problem: SkinnyProblem, tile: Skinny
         return min(row0 + np.int64(16 * group) + lane_row, columns - np.int64(1))
 
     @device
-    def fetch(s, low, a_at, b_at, a_inside, depth, whole, right, left, slot):
-        inside = whole or depth < s[K]
+    def fetch(s, low, a_at, b_at, a_inside, depth, depths, whole, right, left, slot):
+        inside = whole or depth < depths
         for i in range(2 * row_groups):
             _load(s[B], b_at[i] + depth, inside, right, slot * 8 * groups + 4 * i, True)
         fetch_low(low, b_at, depth, inside, right, slot)
@@ -190,19 +191,21 @@ def _segment(rest: Callable, position: int, problem: SkinnyProblem, tile: Skinny
         left = cuda.local.array(left_words, np.uint32)
         first = np.int64(number) * np.int64(CHUNK)
         depth = first + np.int64(np.uint32((lane & np.uint32(3)) * np.uint32(8)))
-        done = np.int64(0)
-        while done + np.int64(turn_depth) <= s[K]:
+        done, depths, counts = np.int64(0), abs(s[K]), s[K] > np.int64(0)
+        while done + np.int64(turn_depth) <= depths:
             for u in range(unroll):
                 at = depth + np.int64(u * warps * CHUNK)
-                fetch(s, low, a_at, b_at, a_inside, at, True, right, left, u)
+                fetch(s, low, a_at, b_at, a_inside, at, depths, True, right, left, u)
             for u in range(unroll):
-                multiply(right, left, u, sums)
+                if counts:
+                    multiply(right, left, u, sums)
                 multiply_low(right, left, u, sums)
             depth += np.int64(turn_depth)
             done += np.int64(turn_depth)
-        while done + first < s[K]:
-            fetch(s, low, a_at, b_at, a_inside, depth, False, right, left, 0)
-            multiply(right, left, 0, sums)
+        while done + first < depths:
+            fetch(s, low, a_at, b_at, a_inside, depth, depths, False, right, left, 0)
+            if counts:
+                multiply(right, left, 0, sums)
             multiply_low(right, left, 0, sums)
             depth += np.int64(warps * CHUNK)
             done += np.int64(warps * CHUNK)

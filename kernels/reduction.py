@@ -13,7 +13,7 @@ import numpy as np
 from kernels import warp
 from kernels.elements import ELEMENTS
 from kernels.expression import Program, column, evaluator, gather, written
-from kernels.rows import BLOCK, COMBINE, POINTERS, ROW_LOADS, WARP, Operands, Shape, holder, stage
+from kernels.rows import COMBINE, POINTERS, ROW_LOADS, WARP, Operands, Shape, block_of, holder, stage
 from kernels.target import SIMULATOR, cuda, device, f32, i64, kernel_factory, types
 
 THREADS = 32 if SIMULATOR else 256
@@ -29,7 +29,7 @@ _SQUARE = (4, (("sub", 0, 1), ("square", 4)), (5,))
 
 @kernel_factory(
     ("sum", _VALUE, ("bf16",), "f32", Shape(256, 8, 0)),
-    ("max", _VALUE, ("f32",), "bf16", Shape(32, 1, 0)),
+    ("max", _VALUE, ("f32",), "bf16", Shape(8, 1, 0)),
     ("sum", _SQUARE, ("bf16", "f32"), "f32", Shape(32, 8, 0)),
 )
 def along(operation, program, kinds, out, shape):
@@ -42,7 +42,7 @@ def along(operation, program, kinds, out, shape):
     reduce_row = stage(operation, program, operands, shape)
     store, team = ELEMENTS[out].store, shape.team
     _, _, words = holder(kinds, shape.width)
-    threads = team if team > WARP else BLOCK
+    threads, _ = block_of(team)
     width = shape.width
 
     def kernel(sources, target, inverse, scale, rows, n, part, parts):
@@ -51,13 +51,13 @@ def along(operation, program, kinds, out, shape):
         thread = np.int64(warp.thread_index())
         row = warp.block_x() * np.int64(threads // team) + thread // np.int64(team)
         split = warp.block_y()
-        if row < rows:
+        if row < rows or team < WARP:
             start = split * part
             stop = min(n, start + part)
             lane = thread % np.int64(team)
             first = np.int64(np.uint32(start) // np.uint32(width)) + lane
-            value = reduce_row(sources, (), (), row * n, first, stop, held, shared, (inverse,))
-            if lane == np.int64(0):
+            value = reduce_row(sources, (), (), min(row, rows - np.int64(1)) * n, first, stop, held, shared, (inverse,))
+            if lane == np.int64(0) and row < rows:
                 store(target, row * parts + split, value * scale)
 
     sources = types.Tuple([ELEMENTS[kind].pointer for kind in kinds])

@@ -24,11 +24,19 @@ from kernels.target import SIMULATOR, cuda, device, f32, i32p, i64, i64p, kernel
 
 WARP = 32
 BLOCK = 32 if SIMULATOR else 128
-"""Threads of a block whose warps have a row each."""
+"""Threads of a block whose rows have teams within a warp."""
+
+
+def block_of(team: int) -> tuple[int, int]:
+    """Threads of a block, and rows that it takes: a larger team has a block of its own."""
+    return (BLOCK, BLOCK // team) if team <= WARP else (team, 1)
 
 
 class Shape(NamedTuple):
-    """Threads of a row's team, elements of an access (8 or 1), accesses of a thread to a resident row; 0 streams."""
+    """Threads of a row's team (a power of two), elements of an access (8 or 1), accesses of a thread to a resident row.
+
+    No access streams.
+    """
 
     team: int
     width: int
@@ -72,12 +80,13 @@ def reduce_team(team: int, operation: str) -> Callable:
     ``parts`` is shared memory of 32 fp32 numbers, the kernel's own: NVVM refuses one that two device functions share.
     """
     combine, start = COMBINE[operation]
-    warps = team // WARP
+    warps, steps = team // WARP, min(team, WARP).bit_length() - 1
+    widest = min(team, WARP) // 2
 
     @device
     def reduce_warp(value, parts):
-        for shift in range(5):
-            value = combine(value, warp.shuffle_xor(value, np.uint32(np.uint32(16) >> np.uint32(shift))))
+        for shift in range(steps):
+            value = combine(value, warp.shuffle_xor(value, np.uint32(np.uint32(widest) >> np.uint32(shift))))
         return value
 
     @device
@@ -93,7 +102,7 @@ def reduce_team(team: int, operation: str) -> Callable:
         warp.block_barrier()
         return value
 
-    return reduce_warp if warps == 1 else reduce_block
+    return reduce_block if warps > 1 else reduce_warp
 
 
 @functools.cache
@@ -242,13 +251,13 @@ def _chain(stages: tuple, operands: Operands, shape: Shape, final: Program | Non
         lines += [f"s{k} = stage{k}({common}, parts, k{k})", f"k{k + 1} = (*k{k}, s{k})"]
     if final is not None:
         known["write"], known["float32"] = _results(final, operands, shape), np.float32
-        lines.append(f"write({common}, k{len(stages)}, float32(0))")
+        lines.append(f"write({common.replace('n,', 'stored,')}, k{len(stages)}, float32(0))")
     if last is not None:
         stores = tuple(ELEMENTS[kind].store for kind in operands.row_targets)
         known["evaluate_row"], known["store_row"] = evaluator(last), scatter(stores)
         at = "".join("row, " for _ in stores)
-        lines += ["if lane == 0:", f"    store_row(row_targets, ({at}), evaluate_row(k{len(stages)}))"]
-    return written("chain", f"{common}, parts, row, row_targets, k0", lines, known)
+        lines += ["if lane == 0 and row < count:", f"    store_row(row_targets, ({at}), evaluate_row(k{len(stages)}))"]
+    return written("chain", f"{common}, stored, parts, row, count, row_targets, k0", lines, known)
 
 
 _SUM = (4, (), (0,))
@@ -274,7 +283,7 @@ _LAYER = (
 @kernel_factory(
     (*_LAYER, Operands(("bf16",), (), (), ("bf16",), ()), Shape(256, 8, 2)),
     (*_SOFTMAX, Operands(("bf16",), (), (), ("bf16",), ()), Shape(256, 8, 2)),
-    (*_SOFTMAX, Operands(("f32",), (), (), ("f32",), ()), Shape(32, 1, 4)),
+    (*_SOFTMAX, Operands(("f32",), (), (), ("f32",), ()), Shape(4, 1, 8)),
     (*_SOFTMAX, Operands(("f32",), (), (), ("f32",), ()), Shape(1024, 8, 0)),
     (*_NORM, Operands(("bf16",), ("bf16",), (), ("bf16",), ("f32",)), Shape(32, 8, 4)),
 )
@@ -289,7 +298,7 @@ def rows(stages, final, last, operands, shape):
     row_values = gather(tuple(ROW_LOADS[kind] for kind in operands.row))
     _, _, words = holder(operands.full, shape.width)
     held_count, team, own = max(1, words * max(1, shape.chunks)), shape.team, len(operands.row)
-    threads = team if team > WARP else BLOCK
+    threads, _ = block_of(team)
     at_row = written("at_row", "row", [f"return ({'row, ' * own})"], {})
 
     def kernel(fulls, columns, row_operands, targets, row_targets, scalars, count, n):
@@ -297,12 +306,15 @@ def rows(stages, final, last, operands, shape):
         parts = cuda.shared.array(WARP, np.float32)
         thread = np.int64(warp.thread_index())
         row = warp.block_x() * np.int64(threads // team) + thread // np.int64(team)
-        if row < count:
+        # Teams of a warp meet in its butterflies, so those beyond the last row take part, and store nothing.
+        if row < count or team < WARP:
+            stored = n if row < count else np.int64(0)
+            at = min(row, count - np.int64(1))
             lane = thread % np.int64(team)
-            base = row * n
+            base = at * n
             load(fulls, base, lane, n, held)
-            known = (*row_values(row_operands, at_row(row)), *scalars)
-            chain(fulls, columns, targets, base, lane, n, held, parts, row, row_targets, known)
+            known = (*row_values(row_operands, at_row(at)), *scalars)
+            chain(fulls, columns, targets, base, lane, n, held, stored, parts, row, count, row_targets, known)
 
     program = stages[0][1] if stages else final
     scalars = program[0] - len(operands.full) - len(operands.columns) - 1 - own

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from kernels import reduction as kernel
-from kernels.rows import BLOCK, WARP, Shape
+from kernels.rows import WARP, Shape, block_of
 from plans import expression
 from plans.core import (
     ArchSku,
@@ -129,7 +129,7 @@ class ReductionDescriptor:
     def part(self) -> int:
         """Elements, or rows, of a part of the axis: so many that there are enough blocks, but not of nothing."""
         if self.inner == 1:
-            blocks = -(-self.outer // max(1, BLOCK // self.team))
+            blocks = -(-self.outer // block_of(self.team)[1])
             least = _LEAST_PART
         else:
             blocks = self.outer * -(-self.inner // (WARP * self.width))
@@ -147,7 +147,7 @@ class ReductionDescriptor:
     def team(self) -> int:
         """Threads that walk along a row."""
         wanted = -(-min(self.n, 16 * _LEAST_PART) // (8 * self.width))
-        return min(256, max(WARP, 1 << max(0, wanted - 1).bit_length()))
+        return min(256, 1 << max(0, wanted - 1).bit_length())
 
     @property
     def chain(self) -> int:
@@ -220,7 +220,7 @@ class _Program:
         name, out, columns = d.reduction.value, d.out.value, d.outer * d.inner
         if d.inner == 1:
             made = kernel.along(name, _ITSELF, ("f32",), out, Shape(WARP, 1, 0))
-            grid = (-(-d.outer // max(1, BLOCK // WARP)), 1, 1)
+            grid = (-(-d.outer // block_of(WARP)[1]), 1, 1)
             self.second = made.launcher(grid), (inverse, last, d.outer, d.parts, d.parts, 1)
         else:
             width = 8 if columns % 8 == 0 else 1
@@ -244,7 +244,7 @@ class _Program:
 def _along(d: ReductionDescriptor, target: ElementKind, inverse: np.float32, scale: np.float32) -> tuple:
     kinds = tuple(kind.value for kind in (*d.kinds, *d.lines))
     made = kernel.along(d.reduction.value, d.program, kinds, target.value, Shape(d.team, d.width, 0))
-    grid = (-(-d.outer // max(1, BLOCK // d.team)), d.parts, 1)
+    grid = (-(-d.outer // block_of(d.team)[1]), d.parts, 1)
     return made.launcher(grid), (inverse, scale, d.outer, d.n, d.part, d.parts)
 
 

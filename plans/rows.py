@@ -164,9 +164,9 @@ class RowsDescriptor:
         return kinds[:full], kinds[full : full + columns], kinds[full + columns :]
 
     def team(self, width: int) -> int:
-        """Threads for a row: sixteen elements each, eight one by one, a warp at least and a block at most."""
+        """Threads for a row: sixteen elements each, eight one by one, a block at most."""
         wanted = -(-self.n // (16 if width == 8 else 8))
-        return min(_MOST_THREADS, max(kernel.WARP, 1 << max(0, wanted - 1).bit_length()))
+        return min(_MOST_THREADS, 1 << max(0, wanted - 1).bit_length())
 
     def accesses(self, width: int) -> int:
         """Accesses of a thread to its row."""
@@ -257,7 +257,7 @@ class _Program:
         outs = tuple(kind.value for kind in d.out_kinds)
         operands = kernel.Operands(*names, outs[:own], outs[own:])
         shape = kernel.Shape(team, width, max(1, d.accesses(width)) if resident else 0)
-        rows_a_block = max(1, kernel.BLOCK // team)
+        _, rows_a_block = kernel.block_of(team)
         stages, final, last = d.recipe.programs
         self.launch = kernel.rows(stages, final, last, operands, shape).launcher((-(-d.rows // rows_a_block), 1, 1))
         self.inverse, self.rest = np.float32(1 / d.n if d.n else 0), (d.rows, d.n)

@@ -52,9 +52,9 @@ def exact(layer, x, adapters):
 
 
 def assert_close(found, wanted, roundings):
-    """Within so many roundings to bf16, each 2**-9 of the sum's terms."""
+    """Within so many roundings to bf16, each 2**-8 of the sum's terms."""
     value, size = wanted
-    worst = (np.abs(found.numpy().astype(np.float64) - value) / size).max() * 2**9
+    worst = (np.abs(found.numpy().astype(np.float64) - value) / size).max() * 2**8
     assert worst <= roundings, worst
 
 
@@ -66,7 +66,7 @@ def test_one_adapter(device, rng, name, mode, rows):
     layer.add("a", module, 0.75)
     x = tensor.from_numpy(rng.standard_normal((rows, IN)), device, BF16)
     # The result's rounding, and W's, or those of an intermediate result and of a prepared factor.
-    assert_close(layer(x), exact(layer, x, [(module, 0.75)]), 3.5)
+    assert_close(layer(x), exact(layer, x, [(module, 0.75)]), 3)
 
 
 @pytest.mark.parametrize("mode", ["merged", "separate"])
@@ -77,11 +77,11 @@ def test_several_adapters(device, rng, names, mode):
     for number, module in enumerate(modules):
         layer.add(str(number), module, 0.5 + number)
     x = tensor.from_numpy(rng.standard_normal((2, 5, IN)), device, BF16)
-    assert_close(layer(x), exact(layer, x, [(m, 0.5 + i) for i, m in enumerate(modules)]), 4)
+    assert_close(layer(x), exact(layer, x, [(m, 0.5 + i) for i, m in enumerate(modules)]), 3)
     layer.enable("0", False)
     layer.set_strength("1", -1)
     left = [(module, -1.0 if i == 0 else 1.5 + i) for i, module in enumerate(modules[1:])]
-    assert_close(layer(x), exact(layer, x, left), 4)
+    assert_close(layer(x), exact(layer, x, left), 3)
     for number in range(len(modules)):
         assert layer.remove(str(number)) is modules[number]
     assert_close(layer(x), exact(layer, x, []), 1.01)
@@ -142,7 +142,7 @@ def test_ia3_scales_rows_or_columns(device, rng):
         weight = weight * (1 + (stored if on_input else stored[:, None]))
         x = tensor.from_numpy(rng.standard_normal((5, IN)), device, BF16)
         values = x.numpy().astype(np.float64)
-        assert_close(layer(x), (values @ weight.T, np.abs(values) @ np.abs(weight).T), 4)
+        assert_close(layer(x), (values @ weight.T, np.abs(values) @ np.abs(weight).T), 3)
 
 
 def test_merge_and_unmerge_restore_every_bit(device, rng):
@@ -215,7 +215,7 @@ def test_dropouts_take_part_in_training_only(device, rng):
     layer, module = make_layer(device, rng, mode="separate"), make_adapter(device, rng, "locon")
     layer.add("a", module, dropout=0.5, rank_dropout=0.5, module_dropout=0.1)
     x = tensor.from_numpy(rng.standard_normal((6, IN)), device, BF16)
-    assert_close(layer(x), exact(layer, x, [(module, 1.0)]), 3.5)
+    assert_close(layer(x), exact(layer, x, [(module, 1.0)]), 3)
     layer.train()
     for _, factor in layer.parameters():
         factor.requires_grad_()

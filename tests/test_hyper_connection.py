@@ -144,7 +144,7 @@ def test_two_runs_have_the_same_bits(device, poisoned, rng):
 
 
 def test_the_sku_says_what_was_selected(device):
-    plan = plan_of(device, HyperConnectionDescriptor(2, 8, 4, 20, EPS, F32))
+    plan = plan_of(device, HyperConnectionDescriptor(2, 9, 4, 20, EPS, F32))
     assert (plan.sku.category, plan.sku.element, plan.sku.aux_element) == (OpCategory.HYPER_CONNECTION, F32, BF16)
     assert plan.precision_guarantee.deterministic
     assert plan.precision_guarantee.bit_stable_on_same_hardware

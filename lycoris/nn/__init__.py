@@ -2,6 +2,7 @@
 
 from lycoris.nn.adapt import adapt, parameters_of
 from lycoris.nn.adapted import Adapted, Adapter
+from lycoris.nn.conv import AdaptedConv
 from lycoris.nn.layers import (
     MLP,
     Dropout,
@@ -19,6 +20,7 @@ from lycoris.nn.module import Module
 __all__ = [
     "MLP",
     "Adapted",
+    "AdaptedConv",
     "AdaptedLinear",
     "Adapter",
     "Dropout",

@@ -30,7 +30,7 @@ def adapt(
     seed: int | None = None,
     **options: Any,
 ) -> dict[str, LycorisModule]:
-    """Freeze a model and put a new adapter on every linear layer whose path ``where`` accepts, AdaptedLinear in its place.
+    """Freeze a model and put a new adapter on every linear layer whose path ``where`` accepts, in an AdaptedLinear.
 
     ``alpha`` and ``options`` are those of the algorithm's ``new_linear``; the i-th layer's factors come from
     ``seed + i``. Gives the modules by their layers' paths with _ for dots, as adapter files name them; their tensors

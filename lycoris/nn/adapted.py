@@ -17,11 +17,12 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 
 from lycoris.algorithms import LycorisModule
+from lycoris.algorithms.terms import diff_weight
 from lycoris.buffers import DeviceArray
 from lycoris.errors import RefusedInput
 from lycoris.formats.shapes import fits
 from lycoris.ops.weight import evaluate
-from lycoris.tensor import Tensor, from_array
+from lycoris.tensor import Tensor, from_array, rand
 from plans.core import ElementKind
 from plans.weight import Dense, Sink, WeightDescriptor, WeightLayout
 
@@ -205,6 +206,24 @@ class Adapted:
     def merged_bias(self) -> Tensor | None:
         """The bias with the active adapters' differences, rounded once; None where there is neither."""
         return self._kept("bias", self._merge_bias)
+
+    def drops(self, adapter: Adapter) -> bool:
+        """Whether an adapter sits this call out, drawn from the default generator."""
+        if not self.training or not adapter.module_dropout:
+            return False
+        return float(rand((1,), device=self.weight.device).item()) < adapter.module_dropout
+
+    def decomposed(self, adapter: Adapter) -> Tensor:
+        """DoRA's W + s (m V / (norm(V) + 2**-23) - W), V = W + scale dW, in fp32 with gradients; arXiv:2402.09353."""
+        module, factors = adapter.module, adapter.tensors
+        base = self.weight.detach().to(ElementKind.F32)
+        scale = module.scale() if module.scalar is None else factors["scalar"] * module.scale()
+        moved = base + diff_weight(module.algorithm, factors, self.weight.shape).to(ElementKind.F32) * scale
+        axes = tuple(axis for axis in range(moved.ndim) if axis != (0 if module.wd_on_out else 1))
+        norm = moved.square().sum(axes, keepdim=True).sqrt() + 2.0**-23
+        magnitude = factors["dora_scale"].to(ElementKind.F32).reshape(*norm.shape)
+        result = moved * (magnitude / norm)
+        return result if adapter.strength == 1 else base + (result - base) * adapter.strength
 
     def _kept(self, what: str, make: object) -> object:
         """A value that depends on nothing but adapters, strengths and factors, made again when one changes."""

@@ -34,7 +34,7 @@ class Linear(Module):
         self.bias = tensor.rand((out_features,), -bound, bound, **options) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., in] -> [..., out]."""
+        """Of x [..., in] gives [..., out]."""
         return tensor.linear(x, self.weight, self.bias)
 
 
@@ -55,7 +55,7 @@ class Embedding(Module):
         )
 
     def forward(self, index: Tensor) -> Tensor:
-        """index [...] of i32 or i64 -> [..., width]."""
+        """Of an index [...] of i32 or i64 gives [..., width]."""
         return tensor.embedding(index, self.weight)
 
 
@@ -68,7 +68,7 @@ class LayerNorm(Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., width] -> the same shape."""
+        """Of x [..., width] gives the same shape."""
         return tensor.layer_norm(x, self.weight, self.bias, self.eps)
 
 
@@ -80,7 +80,7 @@ class RMSNorm(Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., width] -> the same shape."""
+        """Of x [..., width] gives the same shape."""
         return tensor.rms_norm(x, self.weight, self.eps)
 
 
@@ -97,7 +97,7 @@ class GroupNorm(Module):
         self.groups, self.eps = groups, eps
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [N, channels, *space] -> the same shape."""
+        """Of x [N, channels, *space] gives the same shape."""
         return tensor.group_norm(x, self.groups, self.weight, self.bias, self.eps)
 
 
@@ -110,7 +110,7 @@ class Dropout(Module):
         self.p, self.generator = p, generator
 
     def forward(self, x: Tensor) -> Tensor:
-        """x -> the same shape."""
+        """Of x gives the same shape."""
         return tensor.dropout(x, self.p, generator=self.generator) if self.training and self.p else x
 
 
@@ -133,7 +133,7 @@ class SelfAttention(Module):
         self.out = Linear(width, width, kind=kind, device=device, generator=generator)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [batch, length, width] -> the same shape."""
+        """Of x [batch, length, width] gives the same shape."""
         batch, length, width = x.shape
         size = width // self.heads
         q, k, v = self.qkv(x).reshape(batch, length, 3, self.heads, size).permute(2, 0, 3, 1, 4).split(1)
@@ -158,7 +158,7 @@ class MLP(Module):
         self.down = Linear(hidden, width, kind=kind, device=device, generator=generator)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., width] -> the same shape."""
+        """Of x [..., width] gives the same shape."""
         return self.down(self.up(x).gelu())
 
 
@@ -184,6 +184,6 @@ class TransformerBlock(Module):
         self.dropout = Dropout(dropout, generator=generator)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [batch, length, width] -> the same shape."""
+        """Of x [batch, length, width] gives the same shape."""
         x = x + self.dropout(self.attention(self.norm1(x)))
         return x + self.dropout(self.mlp(self.norm2(x)))

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from lycoris import tensor
-from lycoris.algorithms.terms import diff_weight, linear_term
+from lycoris.algorithms.terms import linear_term
 from lycoris.buffers import DeviceArray
 from lycoris.errors import RefusedInput
 from lycoris.formats.keys import DOWN, MID, UP
@@ -147,7 +147,7 @@ class AdaptedLinear(Adapted):
             return low_rank_linear(x, base, down, up, found[0].scale, bias)
         y = tensor.linear(x, base, bias)
         for adapter in found:
-            if self.training and adapter.module_dropout and _drawn() < adapter.module_dropout:
+            if self.drops(adapter):
                 continue
             term = self._term(x, adapter)
             y = y + (tensor.dropout(term, adapter.dropout) if self.training and adapter.dropout else term)
@@ -166,18 +166,7 @@ class AdaptedLinear(Adapted):
         return linear_term(module.algorithm, factors, x, self.weight.shape, scale).to(x.kind)
 
     def _dora(self, x: Tensor, adapter: Adapter) -> Tensor:
-        """W' = W + s (m V / (|V| + eps) - W), V = W + scale dW, with gradients; arXiv:2402.09353."""
-        module, factors = adapter.module, adapter.tensors
-        base = self.weight.detach().to(ElementKind.F32)
-        scale = module.scale() if module.scalar is None else factors["scalar"] * module.scale()
-        moved = base + diff_weight(module.algorithm, factors, self.weight.shape).to(ElementKind.F32) * scale
-        axis = 1 if module.wd_on_out else 0
-        norm = moved.square().sum(axis, keepdim=True).sqrt() + 2.0**-23
-        magnitude = factors["dora_scale"].to(ElementKind.F32).reshape(*norm.shape)
-        result = moved * (magnitude / norm)
-        if adapter.strength != 1:
-            result = base + (result - base) * adapter.strength
-        return tensor.linear(x, result.to(x.kind), self.merged_bias())
+        return tensor.linear(x, self.decomposed(adapter).to(x.kind), self.merged_bias())
 
     def _separate(self, x: Tensor) -> Tensor:
         """The layer on a matrix, [m, in] -> [m, out], by one sum."""
@@ -258,10 +247,6 @@ def _grouped(x: Tensor, shape: tuple[int, int, int], strides: tuple[int, int, in
 
 def _plain_locon(adapter: Adapter) -> bool:
     return adapter.module.algorithm == "locon" and MID not in adapter.tensors and adapter.module.scalar is None
-
-
-def _drawn() -> float:
-    return float(tensor.rand((1,)).item())
 
 
 def _locon_factors(adapter: Adapter, kind: ElementKind, training: bool) -> tuple[Tensor, Tensor]:

@@ -89,16 +89,15 @@ class Module:
         return {path: tensor.numpy() for path, tensor in self.tensors().items()}
 
     def load_state_dict(self, arrays: Mapping[str, np.ndarray]) -> None:
-        """Set every tensor of the model. Raises RefusedInput, and changes nothing, where names, shapes or kinds differ."""
+        """Set every tensor of the model. Raises RefusedInput where one does not fit, and changes nothing."""
         own = self.tensors()
         for name in sorted(own.keys() ^ arrays.keys()):
             raise RefusedInput(f"load_state_dict: {name} is {'missing' if name in own else 'no tensor of the model'}")
         for name, tensor in own.items():
             given = arrays[name]
             if given.shape != tensor.shape or given.dtype != tensor.kind.values:
-                raise RefusedInput(
-                    f"load_state_dict: {name} is {given.dtype} {given.shape}, wanted {tensor.kind.values} {tensor.shape}"
-                )
+                found, wanted = f"{given.dtype} {given.shape}", f"{tensor.kind.values} {tensor.shape}"
+                raise RefusedInput(f"load_state_dict: {name} is {found}, wanted {wanted}")
         with no_grad():
             for name, tensor in own.items():
                 tensor.copy_(from_numpy(arrays[name], tensor.device))

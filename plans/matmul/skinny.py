@@ -117,7 +117,9 @@ class SkinnyProgram(MatmulProgram):
             return []
         low_rank = [value for piece in self.pieces for value in self._low_rank(args, piece)]
         # A low-rank term's A belongs to a segment by number, so segments keep their order.
-        segments = self.segment_arguments(args, None if self.pieces else self.smallest_first(args))
+        order = None if self.pieces else self.smallest_first(args)
+        shared = {term.of for term in self.descriptor.low_rank}
+        segments = self.segment_arguments(args, order, shared)
         head = (self.tiles, *self.result_arguments(args), *segments)
         return [(self.launch, (*head, *low_rank, *self.epilogue_arguments(args)))]
 

@@ -1,0 +1,151 @@
+"""A convolution with live adapters: the base and its adapters' terms added up in fp32, or a kept merged weight.
+
+    layer = AdaptedConv(weight, bias, padding=1)        # weight [out, in / groups, *kernel]
+    layer.add("style", module, strength=0.8)
+    y = layer(x)                                        # x [N, *axes, C]
+
+Separate: LoCon's term is a convolution with its down factor, a product with its up factor (its Tucker core between
+them), and is what the base's convolution begins with; every other adapter is a convolution with its delta.
+"""
+
+from __future__ import annotations
+
+from lycoris import tensor
+from lycoris.algorithms.terms import diff_weight
+from lycoris.errors import RefusedInput
+from lycoris.formats.keys import DOWN, MID, UP
+from lycoris.nn.adapted import Adapted, Adapter
+from lycoris.ops.weight import delta
+from lycoris.tensor import Tensor, autograd, from_array
+from lycoris.tensor.convolution import Extents, Window, channels_last, conv, convolved, geometry_of, ready
+from lycoris.tensor.views import permute
+
+
+class AdaptedConv(Adapted):
+    """y = x * W + b + sum_i s_i x * dW_i in one to three axes; see `lycoris.nn.adapted` for the modes.
+
+    x is [N, *axes, C], or [N, C, *axes] with ``channels_first``, and so is y. Gradients reach x and every adapter's
+    factors; the base is frozen. Raises RefusedInput where x does not fit.
+    """
+
+    def __init__(
+        self,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        stride: Extents = 1,
+        padding: Extents = 0,
+        dilation: Extents = 1,
+        groups: int = 1,
+        *,
+        channels_first: bool = False,
+        mode: str | None = None,
+    ) -> None:
+        super().__init__(weight, bias, mode=mode)
+        if not 3 <= weight.ndim <= 5:
+            raise RefusedInput(
+                f"AdaptedConv: weight {weight.shape}, wanted [out, in / groups, *kernel]; use AdaptedLinear for a "
+                "matrix"
+            )
+        self.window, self.channels_first = Window(stride, padding, dilation, groups), channels_first
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """See the class."""
+        return self.forward(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """See the class."""
+        if x.kind is not self.weight.kind or x.device is not self.weight.device:
+            raise RefusedInput(
+                f"AdaptedConv: x of {x.kind.value} on {x.device.name}, wanted {self.weight.kind.value} on "
+                f"{self.weight.device.name}; call to({self.weight.kind.value}), or bring it there"
+            )
+        if self.channels_first:
+            axes = self.weight.ndim - 2
+            return permute(self._forward(permute(x, 0, *range(2, x.ndim), 1)), 0, axes + 1, *range(1, axes + 1))
+        return self._forward(x)
+
+    def _forward(self, x: Tensor) -> Tensor:
+        found = self.active()
+        mode = self.mode or ("separate" if self.training else "merged")
+        dora = bool(found) and found[0].module.dora_scale is not None
+        if autograd.wanted((x, *(factor for adapter in found for factor in adapter.tensors.values()))):
+            return self._dora(x, found[0]) if dora else self._differentiable(x, found)
+        geometry = geometry_of(x.shape, self.weight.shape, self.window)
+        x, bias = ready(x), self.merged_bias()
+        if mode == "merged" or dora or not found:
+            weight: Tensor = self._kept("merged, channels last", lambda: channels_last(self.merged_weight()))
+            return convolved(x, weight, geometry, x.kind, bias)
+        term = None
+        for adapter in found:
+            term = self._separate(x, adapter, term)
+        weight = self._kept("base, channels last", lambda: channels_last(self.weight))
+        return convolved(x, weight, geometry, x.kind, bias, term)
+
+    def _conv(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        w = self.window
+        return conv(x, weight, bias, w.stride, w.padding, w.dilation, w.groups)
+
+    def _separate(self, x: Tensor, adapter: Adapter, before: Tensor | None) -> Tensor:
+        """An adapter's term, plus the one before."""
+        if self._factored(adapter):
+            term = tensor.linear(self._inner(x, adapter) * adapter.scale, _matrix(adapter, UP, x))
+            return term if before is None else term + before
+        binding, factors, scale = adapter.module.weight_term(self.weight.shape)
+        if adapter.module.algorithm == "ia3":
+            merged = adapter.module.merge_into(self.weight.array(), adapter.strength)
+            weight, scale = (from_array(merged) - self.weight.detach()), 1.0
+        else:
+            weight, scale = (
+                from_array(delta(binding.source, factors, self.weight.shape, scale, x.kind)),
+                adapter.strength,
+            )
+        weight = channels_last((weight.reshape(*self.weight.shape) * scale).to(x.kind))
+        return convolved(x, weight, geometry_of(x.shape, self.weight.shape, self.window), x.kind, None, before)
+
+    def _factored(self, adapter: Adapter) -> bool:
+        """Whether the term is computed by factors: LoCon without groups or a scalar."""
+        return adapter.module.algorithm == "locon" and self.window.groups == 1 and adapter.module.scalar is None
+
+    def _inner(self, x: Tensor, adapter: Adapter) -> Tensor:
+        """What comes before LoCon's up factor: the convolution with down, or down as a product and then the core's."""
+        down = adapter.tensors[DOWN].to(x.kind)
+        if MID in adapter.tensors:
+            return self._conv(tensor.linear(x, _matrix(adapter, DOWN, x)), adapter.tensors[MID].to(x.kind))
+        return self._conv(x, down.reshape(down.shape[0], *self.weight.shape[1:]))
+
+    def _differentiable(self, x: Tensor, found: list[Adapter]) -> Tensor:
+        bias = self.merged_bias()
+        y = self._conv(x, self.weight.detach(), None if bias is None else bias.detach())
+        for adapter in found:
+            if self.drops(adapter):
+                continue
+            term = self._term(x, adapter)
+            y = y + (tensor.dropout(term, adapter.dropout) if self.training and adapter.dropout else term)
+        return y
+
+    def _term(self, x: Tensor, adapter: Adapter) -> Tensor:
+        module, factors = adapter.module, adapter.tensors
+        scale = adapter.scale if module.scalar is None else factors["scalar"] * adapter.scale
+        if self._factored(adapter):
+            return tensor.linear(self._inner(x, adapter) * scale, _matrix(adapter, UP, x))
+        if module.algorithm == "ia3":
+            vector = factors["weight"].reshape(
+                *((1, -1) if module.on_input else (-1, 1)), *(1 for _ in self.window_axes)
+            )
+            weight = self.weight.detach() * vector
+        else:
+            weight = diff_weight(module.algorithm, factors, self.weight.shape)
+        return self._conv(x, (weight * scale).to(x.kind))
+
+    @property
+    def window_axes(self) -> range:
+        """The axes that the filter moves along."""
+        return range(self.weight.ndim - 2)
+
+    def _dora(self, x: Tensor, adapter: Adapter) -> Tensor:
+        return self._conv(x, self.decomposed(adapter).to(x.kind), self.merged_bias())
+
+
+def _matrix(adapter: Adapter, name: str, x: Tensor) -> Tensor:
+    factor = adapter.tensors[name]
+    return factor.reshape(factor.shape[0], -1).to(x.kind)
