@@ -27,6 +27,9 @@ TITLES = {
     "layers": "Linear layers with live adapters, beside the bare one by cuBLAS",
     "convolutions": "Convolutions, beside cuDNN",
     "launch cost": "Cost of a launch, CPU time",
+    "hyper-connections": "Hyper-connections",
+    "hyper-connections beside torch": "Hyper-connections beside torch",
+    "sinkhorn": "Sinkhorn alone",
 }
 """pytest-benchmark's groups, in the page's order."""
 COLUMNS = ("work", "shape", "algorithm", "kernel", "ours", "limit", "limit is", "ratio", "gate", "met")

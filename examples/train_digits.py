@@ -200,9 +200,8 @@ def main() -> None:
         report = run(Settings(kind=KINDS[given.kind], seed=given.seed), given.output, progress)
     for name, row in report.items():
         merged = f", merged {row['merged accuracy']:.4f}" if "merged accuracy" in row else ""
-        print(
-            f"{name:6} accuracy {row['accuracy']:.4f}{merged}, last loss {row['losses'][-1]:.4f}, sha256 {row['digest']}"
-        )
+        last = row["losses"][-1]
+        print(f"{name:6} accuracy {row['accuracy']:.4f}{merged}, last loss {last:.4f}, sha256 {row['digest']}")
     plot(report, given.output / "losses.png")
 
 

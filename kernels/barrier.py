@@ -57,23 +57,59 @@ shared_load_remote = instruction(
     twin=twins.shared_load_remote,
 )
 
-# (shared address, map, barrier, column, row): one box of a matrix to shared memory, its bytes counted at the barrier.
-tma_load = instruction(
-    "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [$0], [$1, {$3, $4}], [$2];",
-    "rlrrr",
-    twin=twins.tma_load,
-)
-# The same to every block of the cluster whose bit is set in the last operand, counted at each one's own barrier.
-tma_load_multicast = instruction(
-    "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
-    "[$0], [$1, {$3, $4}], [$2], $5;",
-    "rlrrrh",
-    twin=twins.tma_load_multicast,
-)
-# (map, shared address, column, row): one box from shared memory to a matrix, clipped at its edges.
-tma_store = instruction(
-    "cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [$0, {$2, $3}], [$1];", "lrrr", twin=twins.tma_store
-)
+
+@functools.cache
+def tma_load(axes: int) -> Callable:
+    """A primitive (shared address, map, barrier, coordinates): a box to shared memory, its bytes counted at the barrier.
+
+    Coordinates are signed 32-bit numbers, the contiguous axis first; what lies outside of the tensor arrives as zeros.
+    """
+
+    def load(address, tensor_map, counted, *coordinates):
+        twins.tma_load(address, tensor_map, counted, coordinates)
+
+    return instruction(
+        f"cp.async.bulk.tensor.{axes}d.shared::cluster.global.mbarrier::complete_tx::bytes "
+        f"[$0], [$1, {_numbered(3, axes)}], [$2];",
+        "rlr" + "r" * axes,
+        twin=load,
+    )
+
+
+@functools.cache
+def tma_load_multicast(axes: int) -> Callable:
+    """The same to every block of the cluster whose bit is set in a last operand, counted at each one's own barrier."""
+
+    def load(address, tensor_map, counted, *coordinates):
+        *coordinates, mask = coordinates
+        twins.tma_load_multicast(address, tensor_map, counted, coordinates, mask)
+
+    return instruction(
+        f"cp.async.bulk.tensor.{axes}d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
+        f"[$0], [$1, {_numbered(3, axes)}], [$2], ${3 + axes};",
+        "rlr" + "r" * axes + "h",
+        twin=load,
+    )
+
+
+@functools.cache
+def tma_store(axes: int) -> Callable:
+    """A primitive (map, shared address, coordinates): a box from shared memory to a tensor, clipped at its edges."""
+
+    def store(tensor_map, address, *coordinates):
+        twins.tma_store(tensor_map, address, coordinates)
+
+    return instruction(
+        f"cp.async.bulk.tensor.{axes}d.global.shared::cta.bulk_group [$0, {_numbered(2, axes)}], [$1];",
+        "lr" + "r" * axes,
+        twin=store,
+    )
+
+
+def _numbered(first: int, count: int) -> str:
+    return "{" + ", ".join(f"${first + i}" for i in range(count)) + "}"
+
+
 tma_store_commit = instruction("cp.async.bulk.commit_group;", "", twin=twins.tma_store_commit)
 tma_prefetch_map = instruction("prefetch.tensormap [$0];", "l", twin=twins.nothing)
 # Orders a thread's ordinary writes to shared memory before later reads by TMA and wgmma.

@@ -17,7 +17,7 @@ import numpy as np
 
 from kernels import barrier, bits, wgmma
 from kernels.matmul_epilogue import epilogue
-from kernels.matmul_wgmma_store import STAGING_BYTES, tile_store
+from kernels.matmul_wgmma_store import ROWS_OF_A_MATRIX, STAGING_BYTES, tile_store
 from kernels.target import cuda, device, f32, i64, i64p, kernel_factory, types
 from kernels.warp import block_barrier, block_x, grid_x, thread_index
 from kernels.wgmma import DEPTH
@@ -26,11 +26,10 @@ PART_WORDS = 4
 """Words of a part: its first segment (as words from the table's start), how many it has, the map of its result, and
 how many elements its result lies after the first part's."""
 
-SEGMENT_WORDS = 8
+SEGMENT_WORDS = 6
 """Words of a segment: the maps of A and B; tiles of K, and products of 16 in the last of them; the first value of K;
 the fp32 bits of a factor for what the segments before have summed, and 1 in the word's upper half if the grid before
-this one makes A; B's rows (0: all columns of the product), which repeat along the product's columns, and how far A's
-columns advance each time that they do."""
+this one makes A."""
 
 ROWS = 128
 WARPGROUP = 128
@@ -118,13 +117,14 @@ def _tile_count(tile: WgmmaTile) -> Callable:
 def _operand_loader(k_major: bool, extent: int, multicast: int) -> Callable:
     """A device function that loads ``extent`` of M or N by a stage's depth, for ``multicast`` blocks."""
     everyone, boxes, box_bytes = np.uint16((1 << multicast) - 1), extent // 64, _u32(64 * DEPTH * 2)
+    load_box, load_box_everywhere = barrier.tma_load(2), barrier.tma_load_multicast(2)
 
     @device
     def box(target, tensor_map, full, column, row):
         if multicast > 1:
-            barrier.tma_load_multicast(target, tensor_map, full, column, row, everyone)
+            load_box_everywhere(target, tensor_map, full, column, row, everyone)
         else:
-            barrier.tma_load(target, tensor_map, full, column, row)
+            load_box(target, tensor_map, full, column, row)
 
     @device
     def load(target, tensor_map, full, along, k):
@@ -170,34 +170,36 @@ def _work(tile: WgmmaTile) -> Callable:
     return work
 
 
-def _producer(tile: WgmmaTile) -> Callable:
-    """The loading thread: every stage of every segment of every tile of the block."""
-    place, work, load = _placement(tile), _work(tile), _stage_loader(tile)
-    stages, stage_bytes, cluster = _u32(tile.stages), _u32(tile.stage_bytes), _u32(tile.cluster)
+def _segment_loader(tile: WgmmaTile) -> Callable:
+    """A device function by which the loading thread asks for all stages of a segment of two matrices."""
+    load = _stage_loader(tile)
+    stages, stage_bytes = _u32(tile.stages), _u32(tile.stage_bytes)
 
     @device
-    def load_segment(base, barriers, table, at, row, column, columns, stage, phase):
+    def load_segment(base, barriers, table, at, row, column, columns, q, stage, phase):
         map_a, map_b = np.uint64(table[at]), np.uint64(table[at + np.int64(1)])
-        k_tiles, k_b = _u32(table[at + np.int64(2)]), _u32(table[at + np.int64(4)])
-        k_a, period = k_b, _u32(table[at + np.int64(6)])
+        k_tiles, first = _u32(table[at + np.int64(2)]), _u32(table[at + np.int64(4)])
         if np.uint64(table[at + np.int64(5)]) >> np.uint64(32) != np.uint64(0):
             barrier.wait_for_previous_grid()
-        if period != _u32(0):
-            turn = _u32(column // period)
-            column = _u32(column - turn * period)
-            k_a = _u32(k_a + turn * _u32(table[at + np.int64(7)]))
-        for k in range(k_tiles):
-            depth = _u32(_u32(k) * _u32(DEPTH))
+        for tile_of_k in range(k_tiles):
+            k = _u32(first + _u32(tile_of_k) * _u32(DEPTH))
             full, target = _u32(barriers + stage * _u32(16)), _u32(base + stage * stage_bytes)
             barrier.barrier_wait(_u32(full + _u32(8)), phase)
-            load(target, full, map_a, map_b, row, _u32(k_a + depth), column, _u32(k_b + depth), columns)
+            load(target, full, map_a, map_b, row, k, column, k, columns)
             stage = _u32(stage + _u32(1))
             if stage == stages:
                 stage, phase = _u32(0), _u32(phase ^ _u32(1))
         return stage, phase
 
+    return load_segment
+
+
+def _producer(tile: WgmmaTile, load_segment: Callable) -> Callable:
+    """The loading thread: every stage of every segment of every tile of the block."""
+    place, work, cluster = _placement(tile), _work(tile), _u32(tile.cluster)
+
     @device
-    def produce(base, barriers, table, parts, rows, columns, panel):
+    def produce(base, barriers, table, parts, rows, columns, panel, q):
         stage, phase = _u32(0), _u32(1)
         tiles, total = work(parts, rows, columns)
         number = _u32(_u32(block_x()) // cluster)
@@ -208,7 +210,7 @@ def _producer(tile: WgmmaTile) -> Callable:
             first, segments = table[at], table[at + np.int64(1)]
             for segment in range(segments):
                 words = first + np.int64(segment) * np.int64(SEGMENT_WORDS)
-                stage, phase = load_segment(base, barriers, table, words, row, column, columns, stage, phase)
+                stage, phase = load_segment(base, barriers, table, words, row, column, columns, q, stage, phase)
             number = _u32(number + _u32(_u32(grid_x()) // cluster))
 
     return produce
@@ -284,7 +286,7 @@ def _consumer(tile: WgmmaTile, kind: str, staging: int, store: Callable) -> Call
     barriers_at = _u32(tile.stages * tile.stage_bytes + staging)
 
     @device
-    def consume(base, table, parts, rows, columns, panel, group, out, factor, p):
+    def consume(base, table, parts, rows, columns, panel, group, out, factor, p, q):
         stage, phase = _u32(0), _u32(0)
         tiles, total = work(parts, rows, columns)
         number = _u32(_u32(block_x()) // cluster)
@@ -297,7 +299,7 @@ def _consumer(tile: WgmmaTile, kind: str, staging: int, store: Callable) -> Call
                 sums = scaled(sums, factor)
             target = (np.uint64(table[words + np.int64(2)]), out[0], table[words + np.int64(3)], out[1])
             row = _u32(row + group * _u32(64))
-            store(sums, _u32(base + staging_at), row, column, rows, columns, np.int64(part), target, p)
+            store(sums, _u32(base + staging_at), row, column, rows, columns, np.int64(part), target, p, q)
             number = _u32(number + _u32(_u32(grid_x()) // cluster))
 
     return consume
@@ -318,33 +320,28 @@ def _barriers(tile: WgmmaTile) -> Callable:
     return make
 
 
-def _example(columns: int, cluster: int, *, out: str = "bf16", mode: str = "tma", steps: tuple = (), **tile) -> tuple:
-    return "bf16", out, WgmmaTile(columns, 4, cluster, **tile), mode, steps
+def persistent(
+    tile: WgmmaTile,
+    kind: str,
+    target: tuple,
+    staging: int,
+    load_segment: Callable,
+    steps: tuple,
+    shape: types.BaseTuple,
+) -> tuple:
+    """A kernel of specialised warpgroups, as a factory returns it.
 
-
-@kernel_factory(
-    _example(256, 2),
-    _example(256, 1, out="f32"),
-    _example(160, 2, steps=(("bias", "bf16"), ("gelu",))),
-    _example(128, 1, mode="direct", out="f16"),
-    _example(128, 1, a_k_major=False, b_k_major=False),
-    _example(256, 2, gated=True, steps=(("gate", "silu", True),)),
-)
-def multiply_wgmma(kind: str, out_kind: str, tile: WgmmaTile, mode: str, steps: tuple):
-    """A kernel for one kind of A and B, one kind of result, a tile, a way to store ("tma" or "direct"), an epilogue.
-
-    Parameters: the table, how many parts; rows and columns of a result, block rows a panel; the first result's pointer
-    and row stride (read by "direct" only); the factor for the finished sum; the epilogue's.
+    ``target`` is what `tile_store` makes, ``load_segment`` asks for a segment's stages; both are given a tuple of type
+    ``shape``. Parameters: the table, how many parts; rows and columns of a result, block rows a panel; the first result's
+    pointer and row stride (read by direct stores only); the factor for the finished sum; the epilogue's; the shape's.
     """
-    last = epilogue(steps)
-    assert last.gated == tile.gated, (steps, tile)
-    pointer, store, finish = tile_store(out_kind, tile.columns, mode, steps)
-    staging = STAGING_BYTES if mode == "tma" else 0
-    produce, consume, make_barriers = _producer(tile), _consumer(tile, kind, staging, store), _barriers(tile)
+    pointer, store, finish = target
+    produce, consume = _producer(tile, load_segment), _consumer(tile, kind, staging, store)
+    make_barriers = _barriers(tile)
     barriers_at, several = _u32(tile.stages * tile.stage_bytes + staging), tile.cluster > 1
     give, take = barrier.registers_give(_PRODUCER_REGISTERS), barrier.registers_take(_CONSUMER_REGISTERS)
 
-    def kernel(table, parts, rows, columns, panel, out, factor, p):
+    def kernel(table, parts, rows, columns, panel, out, factor, p, q):
         shared = cuda.shared.array(0, np.uint8, alignment=1024)
         base = barrier.shared_address(shared, np.int64(0))
         thread = thread_index()
@@ -359,14 +356,34 @@ def multiply_wgmma(kind: str, out_kind: str, tile: WgmmaTile, mode: str, steps: 
         if group == _u32(0):
             give()
             if thread == _u32(0):
-                produce(base, _u32(base + barriers_at), table, parts, rows, columns, panel)
+                produce(base, _u32(base + barriers_at), table, parts, rows, columns, panel, q)
         else:
             take()
-            consume(base, table, parts, rows, columns, panel, _u32(group - _u32(1)), out, factor, p)
+            consume(base, table, parts, rows, columns, panel, _u32(group - _u32(1)), out, factor, p, q)
             finish()
         if several:
             barrier.cluster_barrier()
 
-    parameters = (i64p, i64, i64, i64, i64, types.Tuple((pointer, i64)), f32, last.parameters)
+    parameters = (i64p, i64, i64, i64, i64, types.Tuple((pointer, i64)), f32, epilogue(steps).parameters, shape)
     options = {"threads": THREADS, "shared_bytes": tile.shared_bytes(staging), "cluster": tile.cluster}
     return kernel, parameters, options | {"architectures": (9, 0, "a")}
+
+
+def _example(columns: int, cluster: int, *, out: str = "bf16", mode: str = "tma", steps: tuple = (), **tile) -> tuple:
+    return "bf16", out, WgmmaTile(columns, 4, cluster, **tile), mode, steps
+
+
+@kernel_factory(
+    _example(256, 2),
+    _example(256, 1, out="f32"),
+    _example(160, 2, steps=(("bias", "bf16"), ("gelu",))),
+    _example(128, 1, mode="direct", out="f16"),
+    _example(128, 1, a_k_major=False, b_k_major=False),
+    _example(256, 2, gated=True, steps=(("gate", "silu", True),)),
+)
+def multiply_wgmma(kind: str, out_kind: str, tile: WgmmaTile, mode: str, steps: tuple):
+    """Of matrices: one kind of A and B, one kind of result, a tile, a way to store ("tma" or "direct"), an epilogue."""
+    assert epilogue(steps).gated == tile.gated, (steps, tile)
+    staging = STAGING_BYTES if mode == "tma" else 0
+    target = tile_store(out_kind, tile.columns, mode, steps, ROWS_OF_A_MATRIX)
+    return persistent(tile, kind, target, staging, _segment_loader(tile), steps, types.Tuple(()))

@@ -8,6 +8,7 @@ rows TMA cannot address.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -35,17 +36,46 @@ def chunk_columns(kind: str) -> int:
     return CHUNK_BYTES // (4 if kind == "f32" else 2)
 
 
-def tile_store(out_kind: str, tile_columns: int, mode: str, steps: tuple) -> tuple:
+@dataclass(frozen=True)
+class Rows:
+    """Where a tile's rows lie: device functions.
+
+    ``of_epilogue(row, rows, q)`` is the row that the epilogue's operands have, one of theirs in any case;
+    ``send(map, slot, column, row, rows, q)`` stores a slot of 16 rows.
+    """
+
+    of_epilogue: Callable
+    send: Callable
+
+
+_send_matrix = barrier.tma_store(2)
+
+
+@device
+def _matrix_row(row, rows, q):
+    return min(row, rows - _u32(1))
+
+
+@device
+def _send_rows(tensor_map, slot, column, row, rows, q):
+    if row < rows:
+        _send_matrix(tensor_map, slot, column, row)
+
+
+ROWS_OF_A_MATRIX = Rows(_matrix_row, _send_rows)
+
+
+def tile_store(out_kind: str, tile_columns: int, mode: str, steps: tuple, where: Rows) -> tuple:
     """(pointer type of the result, ``store``, ``finish``).
 
-    ``store(sums, staging, row, column, rows, columns, batch, out, p)`` stores a warpgroup's 64 rows; ``out``
+    ``store(sums, staging, row, column, rows, columns, batch, out, p, q)`` stores a warpgroup's 64 rows; ``out``
     is (map, pointer, first element, row stride). ``finish()`` waits until shared memory may be given up.
     """
     element = ELEMENTS[out_kind]
     if mode == "direct":
         return element.pointer, _direct(element, tile_columns, steps), _nothing
     assert mode == "tma", mode
-    return element.pointer, _by_tma(out_kind, tile_columns, steps), _finish
+    return element.pointer, _by_tma(out_kind, tile_columns, steps, where), _finish
 
 
 @device
@@ -61,24 +91,24 @@ def _finish():
     _wait_all()
 
 
-def _pairs(steps: tuple) -> Callable:
+def _pairs(steps: tuple, where: Rows) -> Callable:
     """A device function: two neighbouring results of two sums and, where there is a gate, of the two beside them."""
     last = epilogue(steps)
-    two, plain = last.two, last.plain
+    two, plain, of_epilogue = last.two, last.plain, where.of_epilogue
     if last.gated:
 
         @device
-        def gated_pair(a, b, second_a, second_b, row, column, rows, columns, batch, p):
-            row, column = min(row, rows - _u32(1)), min(column, columns - _u32(2))
+        def gated_pair(a, b, second_a, second_b, row, column, rows, columns, batch, p, q):
+            row, column = of_epilogue(row, rows, q), min(column, columns - _u32(2))
             return two(a, b, second_a, second_b, batch, np.int64(row), np.int64(column), np.int64(columns), p)
 
         return gated_pair
 
     @device
-    def pair(a, b, second_a, second_b, row, column, rows, columns, batch, p):
+    def pair(a, b, second_a, second_b, row, column, rows, columns, batch, p, q):
         if plain:
             return a, b
-        row, column = min(row, rows - _u32(1)), min(column, columns - _u32(2))
+        row, column = of_epilogue(row, rows, q), min(column, columns - _u32(2))
         return two(a, b, batch, np.int64(row), np.int64(column), p)
 
     return pair
@@ -94,7 +124,7 @@ def _in_order(parts: list[Callable]) -> Callable:
     """A device function that calls several, one after the other, with the same arguments."""
 
     @device
-    def nothing(sums, staging, row, column, rows, columns, batch, out, p):
+    def nothing(sums, staging, row, column, rows, columns, batch, out, p, q):
         pass
 
     chain = nothing
@@ -105,20 +135,20 @@ def _in_order(parts: list[Callable]) -> Callable:
 
 def _before(part: Callable, rest: Callable) -> Callable:
     @device
-    def both(sums, staging, row, column, rows, columns, batch, out, p):
-        part(sums, staging, row, column, rows, columns, batch, out, p)
-        rest(sums, staging, row, column, rows, columns, batch, out, p)
+    def both(sums, staging, row, column, rows, columns, batch, out, p, q):
+        part(sums, staging, row, column, rows, columns, batch, out, p, q)
+        rest(sums, staging, row, column, rows, columns, batch, out, p, q)
 
     return both
 
 
-def _by_tma(kind: str, tile_columns: int, steps: tuple) -> Callable:
+def _by_tma(kind: str, tile_columns: int, steps: tuple, where: Rows) -> Callable:
     gated = epilogue(steps).gated
     width = chunk_columns(kind)
     result_columns = tile_columns // 2 if gated else tile_columns
     make = _wide_chunk if kind == "f32" else _packed_chunk
     count = result_columns // width
-    return _in_order([make(kind, tile_columns, steps, i, _slot(i, count)) for i in range(count)])
+    return _in_order([make(kind, tile_columns, steps, i, _slot(i, count), where) for i in range(count)])
 
 
 def _stores_since(number: int, count: int) -> int:
@@ -145,53 +175,58 @@ def _slot(number: int, count: int) -> Callable:
     return slot
 
 
-@device
-def _send(slot, row, column, rows, columns, out):
-    """Have TMA store a slot that all lanes have written; a chunk wholly outside the result is not sent."""
-    barrier.shared_visible_to_tma()
-    sync_warp()
-    if thread_index() & _u32(31) == _u32(0):
-        if row < rows and column < columns:
-            barrier.tma_store(out[0], slot, column, row)
-        barrier.tma_store_commit()
-
-
-def _packed_chunk(kind: str, tile_columns: int, steps: tuple, number: int, slot_of: Callable) -> Callable:
-    """16-bit results: 32 columns, four products' widths, two stmatrix."""
-    first_half, second_half = _values(tile_columns, steps, 16 * number, 16)
-    pair, pack, start = _pairs(steps), _PACK[kind], _u32(32 * number)
+def _sender(where: Rows) -> Callable:
+    """A device function that stores a slot that all lanes have written, unless its columns lie outside the result."""
+    send_rows = where.send
 
     @device
-    def store_quarter(a, b, i, slot, row, column, rows, columns, batch, p):
+    def send(slot, row, column, rows, columns, out, q):
+        barrier.shared_visible_to_tma()
+        sync_warp()
+        if thread_index() & _u32(31) == _u32(0):
+            if column < columns:
+                send_rows(out[0], slot, column, row, rows, q)
+            barrier.tma_store_commit()
+
+    return send
+
+
+def _packed_chunk(kind: str, tile_columns: int, steps: tuple, number: int, slot_of: Callable, where: Rows) -> Callable:
+    """16-bit results: 32 columns, four products' widths, two stmatrix."""
+    first_half, second_half = _values(tile_columns, steps, 16 * number, 16)
+    pair, pack, start, send = _pairs(steps, where), _PACK[kind], _u32(32 * number), _sender(where)
+
+    @device
+    def store_quarter(a, b, i, slot, row, column, rows, columns, batch, p, q):
         """Sums of 16 columns: values i to i + 7."""
         lane = _u32(thread_index() & _u32(31))
         top, left = _u32(row + (lane >> _u32(2))), _u32(column + ((lane & _u32(3)) << _u32(1)))
         below, right = _u32(top + _u32(8)), _u32(left + _u32(8))
-        v0, v1 = pair(a[0], a[1], b[0], b[1], top, left, rows, columns, batch, p)
-        v2, v3 = pair(a[2], a[3], b[2], b[3], below, left, rows, columns, batch, p)
-        v4, v5 = pair(a[4], a[5], b[4], b[5], top, right, rows, columns, batch, p)
-        v6, v7 = pair(a[6], a[7], b[6], b[7], below, right, rows, columns, batch, p)
+        v0, v1 = pair(a[0], a[1], b[0], b[1], top, left, rows, columns, batch, p, q)
+        v2, v3 = pair(a[2], a[3], b[2], b[3], below, left, rows, columns, batch, p, q)
+        v4, v5 = pair(a[4], a[5], b[4], b[5], top, right, rows, columns, batch, p, q)
+        v6, v7 = pair(a[6], a[7], b[6], b[7], below, right, rows, columns, batch, p, q)
         line = _u32(lane & _u32(15))
         unit = _u32((_u32(2) * i + (lane >> _u32(4))) ^ ((line >> _u32(1)) & _u32(3)))
         place = _u32(slot + line * _u32(CHUNK_BYTES) + unit * _u32(16))
         barrier.store_matrix(place, pack(v0, v1), pack(v2, v3), pack(v4, v5), pack(v6, v7))
 
     @device
-    def chunk(sums, staging, row, column, rows, columns, batch, out, p):
+    def chunk(sums, staging, row, column, rows, columns, batch, out, p, q):
         slot, row = slot_of(staging, row)
         column = _u32(column + start)
         a, b = first_half(sums), second_half(sums)
-        store_quarter(a[:8], b[:8], _u32(0), slot, row, column, rows, columns, batch, p)
-        store_quarter(a[8:], b[8:], _u32(1), slot, row, _u32(column + _u32(16)), rows, columns, batch, p)
-        _send(slot, row, column, rows, columns, out)
+        store_quarter(a[:8], b[:8], _u32(0), slot, row, column, rows, columns, batch, p, q)
+        store_quarter(a[8:], b[8:], _u32(1), slot, row, _u32(column + _u32(16)), rows, columns, batch, p, q)
+        send(slot, row, column, rows, columns, out, q)
 
     return chunk
 
 
-def _wide_chunk(kind: str, tile_columns: int, steps: tuple, number: int, slot_of: Callable) -> Callable:
+def _wide_chunk(kind: str, tile_columns: int, steps: tuple, number: int, slot_of: Callable, where: Rows) -> Callable:
     """fp32 results: 16 columns, two products' widths, 8-byte stores."""
     first_half, second_half = _values(tile_columns, steps, 8 * number, 8)
-    pair, start = _pairs(steps), _u32(16 * number)
+    pair, start, send = _pairs(steps, where), _u32(16 * number), _sender(where)
 
     @device
     def put(slot, line, unit, half, first, second):
@@ -199,7 +234,7 @@ def _wide_chunk(kind: str, tile_columns: int, steps: tuple, number: int, slot_of
         barrier.shared_store64(place, bits.f32_bits(first), bits.f32_bits(second))
 
     @device
-    def chunk(sums, staging, row, column, rows, columns, batch, out, p):
+    def chunk(sums, staging, row, column, rows, columns, batch, out, p, q):
         slot, row = slot_of(staging, row)
         column = _u32(column + start)
         a, b = first_half(sums), second_half(sums)
@@ -208,15 +243,15 @@ def _wide_chunk(kind: str, tile_columns: int, steps: tuple, number: int, slot_of
         top, left = _u32(row + line), _u32(column + across)
         below, right = _u32(top + _u32(8)), _u32(left + _u32(8))
         unit, half = _u32(across >> _u32(2)), _u32((across & _u32(2)) << _u32(2))
-        v0, v1 = pair(a[0], a[1], b[0], b[1], top, left, rows, columns, batch, p)
+        v0, v1 = pair(a[0], a[1], b[0], b[1], top, left, rows, columns, batch, p, q)
         put(slot, line, unit, half, v0, v1)
-        v2, v3 = pair(a[2], a[3], b[2], b[3], below, left, rows, columns, batch, p)
+        v2, v3 = pair(a[2], a[3], b[2], b[3], below, left, rows, columns, batch, p, q)
         put(slot, _u32(line + _u32(8)), unit, half, v2, v3)
-        v4, v5 = pair(a[4], a[5], b[4], b[5], top, right, rows, columns, batch, p)
+        v4, v5 = pair(a[4], a[5], b[4], b[5], top, right, rows, columns, batch, p, q)
         put(slot, line, _u32(unit + _u32(2)), half, v4, v5)
-        v6, v7 = pair(a[6], a[7], b[6], b[7], below, right, rows, columns, batch, p)
+        v6, v7 = pair(a[6], a[7], b[6], b[7], below, right, rows, columns, batch, p, q)
         put(slot, _u32(line + _u32(8)), _u32(unit + _u32(2)), half, v6, v7)
-        _send(slot, row, column, rows, columns, out)
+        send(slot, row, column, rows, columns, out, q)
 
     return chunk
 
@@ -235,7 +270,7 @@ def _direct_part(element, tile_columns: int, steps: tuple, number: int) -> Calla
     start = _u32(8 * number)
 
     @device
-    def put(value, second, row, column, rows, columns, batch, out, p):
+    def put(value, second, row, column, rows, columns, batch, out, p, q):
         if row < rows and column < columns:
             if gated:
                 value = one(value, second, batch, np.int64(row), np.int64(column), np.int64(columns), p)
@@ -244,16 +279,16 @@ def _direct_part(element, tile_columns: int, steps: tuple, number: int) -> Calla
             store_one(out[1], out[2] + np.int64(row) * out[3] + np.int64(column), value)
 
     @device
-    def part(sums, staging, row, column, rows, columns, batch, out, p):
+    def part(sums, staging, row, column, rows, columns, batch, out, p, q):
         thread = thread_index()
         lane, warp = _u32(thread & _u32(31)), _u32((thread >> _u32(5)) & _u32(3))
         top = _u32(row + warp * _u32(WARP_ROWS) + (lane >> _u32(2)))
         left = _u32(column + start + ((lane & _u32(3)) << _u32(1)))
         below, right = _u32(top + _u32(8)), _u32(left + _u32(1))
         a, b = first_half(sums), second_half(sums)
-        put(a[0], b[0], top, left, rows, columns, batch, out, p)
-        put(a[1], b[1], top, right, rows, columns, batch, out, p)
-        put(a[2], b[2], below, left, rows, columns, batch, out, p)
-        put(a[3], b[3], below, right, rows, columns, batch, out, p)
+        put(a[0], b[0], top, left, rows, columns, batch, out, p, q)
+        put(a[1], b[1], top, right, rows, columns, batch, out, p, q)
+        put(a[2], b[2], below, left, rows, columns, batch, out, p, q)
+        put(a[3], b[3], below, right, rows, columns, batch, out, p, q)
 
     return part

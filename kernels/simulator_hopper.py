@@ -3,13 +3,14 @@
 Loads happen when they are asked for, products and stores when they are waited for: the orders in which a stage
 that is given back too soon, or a buffer written too soon, shows in the result.
 
-A shared address is the offset in the block's dynamic shared memory plus 1024. A simulated tensor map is eight
-64-bit words: address, rows, columns, bytes between rows, rows and columns of the box, bytes of an element, swizzle.
+A shared address is the offset in the block's dynamic shared memory plus 1024. A simulated tensor map in memory is a
+number of :data:`MAPS`.
 """
 
 from __future__ import annotations
 
 import ctypes
+import math
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -127,81 +128,102 @@ def _swizzled(addresses: np.ndarray, span: int) -> np.ndarray:
 
 
 @dataclass(frozen=True)
-class _Map:
+class TensorMap:
+    """A tensor in memory and the box of it that an operation moves, all axes from the contiguous one on.
+
+    ``strides`` are bytes, of all axes but the first; of an axis with a step, every step-th element of the box is moved.
+    """
+
     address: int
-    rows: int
-    columns: int
-    row_bytes: int
-    box_rows: int
-    box_columns: int
     itemsize: int
+    extents: tuple[int, ...]
+    strides: tuple[int, ...]
+    box: tuple[int, ...]
+    steps: tuple[int, ...]
     swizzle: int
 
-    @classmethod
-    def at(cls, address) -> _Map:
-        return cls(*(ctypes.c_int64 * 8).from_address(int(address)))
+    @property
+    def moved(self) -> tuple[int, ...]:
+        """Elements of each axis that a box brings."""
+        return tuple(-(-extent // step) for extent, step in zip(self.box, self.steps, strict=True))
 
     @property
     def box_bytes(self) -> int:
-        return self.box_rows * self.box_columns * self.itemsize
+        """Bytes that a box brings to shared memory."""
+        return math.prod(self.moved) * self.itemsize
 
     def places(self, address) -> np.ndarray:
-        """Shared addresses of the box's 16-byte units, a row of the box a row."""
-        across = self.box_columns * self.itemsize
+        """Shared addresses of the box's 16-byte units, a line of the box a row."""
+        across = self.moved[0] * self.itemsize
         assert int(address) % 128 == 0, f"TMA wants shared addresses that are multiples of 128, found {int(address)}"
-        units = np.arange(0, self.box_bytes, 16).reshape(self.box_rows, across // 16)
+        units = np.arange(0, self.box_bytes, 16).reshape(-1, across // 16)
         return _swizzled(int(address) + units, self.swizzle)
 
-    def row(self, row: int, column: int, count: int) -> np.ndarray:
-        """Bytes of a part of a row of the matrix."""
-        start = self.address + row * self.row_bytes + column * self.itemsize
-        return np.frombuffer((ctypes.c_uint8 * (count * self.itemsize)).from_address(start), np.uint8)
+    def lines(self, coordinates):
+        """(number of a line of the box, address and bytes of its part inside the tensor), and where that part begins."""
+        first = coordinates[0]
+        assert self.steps[0] == 1, self
+        skipped = max(0, -first)
+        count = min(self.extents[0] - max(0, first), self.moved[0] - skipped)
+        for number, index in enumerate(np.ndindex(*reversed(self.moved[1:]))):
+            places = [c + i * s for c, i, s in zip(coordinates[1:], reversed(index), self.steps[1:], strict=True)]
+            inside = all(0 <= place < extent for place, extent in zip(places, self.extents[1:], strict=True))
+            if inside and count > 0:
+                offset = sum(p * stride for p, stride in zip(places, self.strides, strict=True))
+                start = self.address + offset + max(0, first) * self.itemsize
+                yield number, skipped * self.itemsize, _memory(start, count * self.itemsize)
 
-    def inside(self, column: int, row: int) -> tuple[range, int]:
-        """Rows of the box that lie in the matrix, and how many of its columns."""
-        return range(max(0, min(self.box_rows, self.rows - row))), max(0, min(self.box_columns, self.columns - column))
+
+MAPS: dict[int, TensorMap] = {}
+"""Simulated tensor maps by their number, which is all that their words in memory hold."""
 
 
-def _signed(coordinate) -> int:
-    return int(np.uint32(coordinate).view(np.int32))
+def _memory(address: int, nbytes: int) -> np.ndarray:
+    return np.frombuffer((ctypes.c_uint8 * nbytes).from_address(address), np.uint8)
 
 
-def _load(blocks, address, tensor_map, barrier, column, row) -> None:
-    found, column, row = _Map.at(tensor_map), _signed(column), _signed(row)
-    assert column >= 0 and row >= 0, (column, row)
-    box = np.zeros((found.box_rows, found.box_columns * found.itemsize), np.uint8)
-    rows, count = found.inside(column, row)
-    for i in rows:
-        box[i, : count * found.itemsize] = found.row(row + i, column, count) if count else 0
+def _map_at(address) -> TensorMap:
+    return MAPS[ctypes.c_int64.from_address(int(address)).value]
+
+
+def _signed(coordinates) -> list[int]:
+    return [int(np.uint32(coordinate).view(np.int32)) for coordinate in coordinates]
+
+
+def _load(blocks, address, tensor_map, barrier, coordinates) -> None:
+    found = _map_at(tensor_map)
+    places = found.places(address)
+    box = np.zeros((len(places), found.moved[0] * found.itemsize), np.uint8)
+    for number, start, memory in found.lines(_signed(coordinates)):
+        box[number, start : start + len(memory)] = memory
     for block in blocks:
-        _dynamic(block)[_bytes_at(block, found.places(address), 16)] = box.reshape(found.box_rows, -1, 16)
+        _dynamic(block)[_bytes_at(block, places, 16)] = box.reshape(*places.shape, 16)
         signalled = _barrier(block, barrier)
         signalled.transactions -= found.box_bytes
         signalled.settle()
 
 
-def tma_load(address, tensor_map, barrier, column, row) -> None:
+def tma_load(address, tensor_map, barrier, coordinates) -> None:
     """A box to the block's shared memory."""
-    _load([current_thread().block], address, tensor_map, barrier, column, row)
+    _load([current_thread().block], address, tensor_map, barrier, coordinates)
 
 
-def tma_load_multicast(address, tensor_map, barrier, column, row, mask) -> None:
+def tma_load_multicast(address, tensor_map, barrier, coordinates, mask) -> None:
     """A box to several blocks of the cluster."""
     cluster = current_thread().block.cluster
     blocks = [block for rank, block in enumerate(cluster) if int(mask) >> rank & 1]
-    _load(blocks, address, tensor_map, barrier, column, row)
+    _load(blocks, address, tensor_map, barrier, coordinates)
 
 
-def tma_store(tensor_map, address, column, row) -> None:
+def tma_store(tensor_map, address, coordinates) -> None:
     """A box from the block's shared memory, read when the store is waited for."""
-    thread, found, column, row = current_thread(), _Map.at(tensor_map), _signed(column), _signed(row)
+    thread, found, coordinates = current_thread(), _map_at(tensor_map), _signed(coordinates)
 
     def write() -> None:
-        box = _dynamic(thread.block)[_bytes_at(thread.block, found.places(address), 16)]
-        box = box.reshape(found.box_rows, -1)
-        rows, count = found.inside(column, row)
-        for i in rows if count else ():
-            found.row(row + i, column, count)[:] = box[i, : count * found.itemsize]
+        places = found.places(address)
+        box = _dynamic(thread.block)[_bytes_at(thread.block, places, 16)].reshape(len(places), -1)
+        for number, start, memory in found.lines(coordinates):
+            memory[:] = box[number, start : start + len(memory)]
 
     thread.stores.append(write)
 

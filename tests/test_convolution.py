@@ -146,8 +146,8 @@ def test_empty_convolutions(device, poisoned, rng, problem, backend):
 
 
 def test_the_technique_follows_the_channels(device):
-    for groups, name in ((1, "mma"), (4, "mma"), (32, "portable")):
-        descriptor = Conv2dDescriptor(Convolution(1, (8, 8), 32, 32, (3, 3), groups=groups))
+    for channels, groups, name in ((32, 1, "mma"), (32, 4, "mma"), (32, 32, "portable"), (4, 1, "mma")):
+        descriptor = Conv2dDescriptor(Convolution(1, (8, 8), channels, 32, (3, 3), groups=groups))
         assert Conv2dPlan.choose(descriptor, PlanPreference(), device).name == name
 
 

@@ -87,6 +87,18 @@ def test_low_rank_terms(device, poisoned, rng, m, ks, terms, scales, backend):
     check(device, poisoned, rng, gated, (0.7,) * len(ks), scales, backend)
 
 
+def test_a_term_counts_although_the_segment_whose_a_it_takes_is_left_out(device, poisoned, rng):
+    for backend in (SKINNY, PORTABLE):
+        for ks in ((40,), (40, 24)):
+            terms = (LowRankTerm(8),)
+            descriptor = SegmentedMatmulDescriptor(3, 24, tuple(map(Segment, ks)), F32, low_rank=terms)
+            problem = make(device, descriptor, gaussian(rng), (0.0, 2.0)[: len(ks)], low_rank_scales=(0.5,))
+            nan = make(device, descriptor, lambda shape: np.full(shape, np.nan))
+            (a, _), *others = problem.args.segments
+            problem.args.segments = ((a, nan.args.segments[0][1]), *others)
+            assert_kept(problem, run(problem, poisoned, backend))
+
+
 def test_low_rank_terms_of_batches(device, poisoned, rng):
     for backend in (SKINNY, PORTABLE):
         descriptor = SegmentedMatmulDescriptor(2, 24, (Segment(24),), batch=3, low_rank=(LowRankTerm(8),))

@@ -3,6 +3,7 @@
 from lycoris.nn.adapt import adapt, parameters_of
 from lycoris.nn.adapted import Adapted, Adapter
 from lycoris.nn.conv import AdaptedConv
+from lycoris.nn.hyper_connection import HyperConnection
 from lycoris.nn.layers import (
     MLP,
     Dropout,
@@ -26,6 +27,7 @@ __all__ = [
     "Dropout",
     "Embedding",
     "GroupNorm",
+    "HyperConnection",
     "LayerNorm",
     "Linear",
     "Module",

@@ -10,7 +10,7 @@ from typing import Any
 from lycoris.buffers import stream_of
 from lycoris.errors import RefusedInput
 from lycoris.tensor.tensor import FLOATS, Shape, Storage, Tensor
-from plans.core import Device, ElementKind, TensorRef, Workspace
+from plans.core import Device, ElementKind, Workspace
 from plans.core.plan import Contract
 from plans.expression import Expr, leaf
 from plans.movement import WindowArgs, WindowDescriptor, WindowPlan
@@ -88,21 +88,42 @@ def broadcast_strides(x: Tensor, shape: Shape) -> Shape:
     return (0,) * missing + tuple(0 if extent == 1 and to != 1 else step for step, extent, to in own)
 
 
-def _operand(x: Tensor, shape: Shape) -> tuple[View, TensorRef]:
-    if x.shape == shape:
-        return View(x.kind) if x.contiguous_ else View(x.kind, x.strides), x.ref()
-    strides = broadcast_strides(x, shape)
-    return View(x.kind, strides), Tensor(x.storage, shape, x.kind, strides, x.offset).ref()
+def _layout(x: Tensor) -> tuple:
+    """What a plan's choice depends on of a tensor, cheap to hash."""
+    return (x.shape, None if x.contiguous_ else x.strides, id(x.kind), x.aligned)
+
+
+_pointwise_plans: dict[tuple, tuple[PointwisePlan, list[Shape | None]]] = {}
+
+
+def _pointwise_plan(
+    outputs: tuple[Expr, ...], sources: Sequence[Tensor], scalars: int, targets: Sequence[Tensor]
+) -> tuple[PointwisePlan, list[Shape | None]]:
+    """The plan, and each source's strides where it repeats."""
+    shape = targets[0].shape
+    repeated = [None if x.shape == shape else broadcast_strides(x, shape) for x in sources]
+    views = tuple(
+        View(x.kind, (None if x.contiguous_ else x.strides) if strides is None else strides)
+        for x, strides in zip((*sources, *targets), (*repeated, *(None for _ in targets)), strict=True)
+    )
+    aligned = all(x.aligned for x in (*sources, *targets))
+    count = len(sources)
+    descriptor = PointwiseDescriptor(outputs, shape, views[:count], views[count:], scalars, aligned)
+    return PointwisePlan.select(None, descriptor, device=targets[0].device), repeated
 
 
 def compute(outputs: tuple[Expr, ...], sources: Sequence[Tensor], scalars: Sequence[float], *targets: Tensor) -> None:
     """Write expressions of tensors that broadcast to the targets' shape."""
-    shape, device = targets[0].shape, targets[0].device
-    views, refs = zip(*(_operand(x, shape) for x in sources), strict=True) if sources else ((), ())
-    out_views = tuple(View(x.kind) if x.contiguous_ else View(x.kind, x.strides) for x in targets)
-    aligned = all(x.aligned for x in (*sources, *targets))
-    descriptor = PointwiseDescriptor(outputs, shape, views, out_views, len(scalars), aligned)
-    plan = PointwisePlan.select(None, descriptor, device=device)
+    target = targets[0]
+    key = (outputs, len(scalars), target.device.ordinal, *map(_layout, (*sources, *targets)))
+    found = _pointwise_plans.get(key)
+    if found is None:
+        found = _pointwise_plans[key] = _pointwise_plan(outputs, sources, len(scalars), targets)
+    plan, repeated = found
+    refs = [
+        x.ref() if strides is None else Tensor(x.storage, target.shape, x.kind, strides, x.offset).ref()
+        for x, strides in zip(sources, repeated, strict=True)
+    ]
     run(plan, PointwiseArgs([x.mut() for x in targets], refs, scalars))
 
 

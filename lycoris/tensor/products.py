@@ -13,41 +13,79 @@ from typing import NamedTuple
 from lycoris.errors import RefusedInput
 from lycoris.tensor import autograd, pointwise, views
 from lycoris.tensor.launch import ITSELF, broadcast_shape, compact, converted, empty, reduce, run, same_device, shaped
-from lycoris.tensor.tensor import Shape, Tensor
+from lycoris.tensor.tensor import Shape, Tensor, compact_strides
 from plans.core import ElementKind, TensorRef
-from plans.core.tensor import contiguous_strides
 from plans.matmul import Bias, LowRankTerm, Segment, SegmentedMatmulArgs, SegmentedMatmulDescriptor, SegmentedMatmulPlan
 from plans.reduction import Reduction
 
 
 class _Stored(NamedTuple):
-    """A matrix, or a batch of them, as a product takes it."""
+    """How a product takes a matrix, or a batch of them: its stored shape, strides, and whether that is transposed.
 
-    ref: TensorRef
+    ``stride`` and ``batch_stride`` are 0 where the descriptor's own fit.
+    """
+
+    shape: Shape
+    strides: Shape
     transposed: bool
     stride: int
     batch_stride: int
-    owner: Tensor
+
+    def ref(self, x: Tensor) -> TensorRef:
+        """The tensor as it is stored."""
+        view = x if not self.transposed else Tensor(x.storage, self.shape, x.kind, self.strides, x.offset)
+        return view.ref()
+
+
+def _fits(x: Tensor) -> bool:
+    """Whether a product takes the last two axes as they lie, in either order."""
+    rows, columns = x.shape[-2:]
+    down, across = x.strides[-2:]
+    return x.aligned and (x.contiguous_ or (across == 1 and down >= columns) or (down == 1 and across >= rows))
+
+
+def _ready(x: Tensor, transposed: bool = True) -> Tensor:
+    """The tensor, copied where a product does not take it, or not in the order in which it is written."""
+    if _fits(x) and (transposed or not _stored(x).transposed):
+        return x
+    return converted(x, x.kind)
 
 
 def _stored(x: Tensor) -> _Stored:
-    """The last two axes as they lie, in either order; copied where neither is contiguous, or where misaligned."""
-    rows, columns = x.shape[-2:]
+    columns = x.shape[-1]
     down, across = x.strides[-2:]
-    if not x.aligned or not ((across == 1 and down >= columns) or (down == 1 and across >= rows) or x.contiguous_):
-        x = converted(x, x.kind)
-        down, across = x.strides[-2:]
     transposed = not x.contiguous_ and not (across == 1 and down >= columns)
-    view = views.transpose(x.detach()) if transposed else x.detach()
-    wanted = contiguous_strides(view.shape)
-    odd = [
-        s if s != w and e > 1 else 0 for s, w, e in zip(view.strides, wanted, view.shape, strict=True)
-    ]  # fmt: skip
-    return _Stored(view.ref(), transposed, odd[-2], odd[0] if x.ndim == 3 else 0, x)
+    shape, strides = x.shape, x.strides
+    if transposed:
+        shape, strides = ((*v[:-2], v[-1], v[-2]) for v in (shape, strides))
+    wanted = compact_strides(shape)
+    odd = [s if s != w and e > 1 else 0 for s, w, e in zip(strides, wanted, shape, strict=True)]
+    return _Stored(shape, strides, transposed, odd[-2], odd[0] if x.ndim == 3 else 0)
+
+
+_plans: dict[tuple, tuple] = {}
+
+
+def _layout(x: Tensor) -> tuple:
+    return (x.shape, x.strides, id(x.kind))
 
 
 def product(a: Tensor, b: Tensor, kind: ElementKind, scale: float = 1.0, bias: Tensor | None = None) -> Tensor:
     """The product scale * a @ b (+ bias) for a [m, k] or [batch, m, k], b [k, n] or [batch, k, n]; no gradients."""
+    a, b = _ready(a), _ready(b)
+    key = (_layout(a), _layout(b), id(kind), None if bias is None else id(bias.kind), a.device.ordinal)
+    found = _plans.get(key)
+    if found is None:
+        found = _plans[key] = _product_plan(a, b, kind, bias)
+    plan, left, right, shape = found
+    out = empty(shape, kind, a.device)
+    operands = () if bias is None else (compact(bias).ref(),)
+    run(plan, SegmentedMatmulArgs(out.mut(), ((left.ref(a), right.ref(b)),), (scale,), operands))
+    return out
+
+
+def _product_plan(a: Tensor, b: Tensor, kind: ElementKind, bias: Tensor | None) -> tuple:
+    """The plan, how it takes both operands, and the result's shape."""
     batch = next((x.shape[0] for x in (a, b) if x.ndim == 3), None)
     m, n, k = a.shape[-2], b.shape[-1], a.shape[-1]
     left, right = _stored(a), _stored(b)
@@ -57,17 +95,16 @@ def product(a: Tensor, b: Tensor, kind: ElementKind, scale: float = 1.0, bias: T
         k, layout, a.kind, b.kind, left.stride, right.stride, left.batch_stride, right.batch_stride,
         batch is not None and a.ndim == 2, batch is not None and b.ndim == 2,
     )  # fmt: skip
-    out = empty((m, n) if batch is None else (batch, m, n), kind, a.device)
     steps = () if bias is None else (Bias(bias.kind),)
     descriptor = SegmentedMatmulDescriptor(m, n, (segment,), kind, batch, steps)
     plan = SegmentedMatmulPlan.select(None, descriptor, device=a.device)
-    operands = [] if bias is None else [compact(bias).ref()]
-    run(plan, SegmentedMatmulArgs(out.mut(), [(left.ref, right.ref)], [scale], operands))
-    return out
+    return plan, left, right, (m, n) if batch is None else (batch, m, n)
 
 
 def _t(x: Tensor) -> Tensor:
-    return views.transpose(x)
+    """The last two axes exchanged, without gradients."""
+    shape, strides = ((*v[:-2], v[-1], v[-2]) for v in (x.shape, x.strides))
+    return Tensor(x.storage, shape, x.kind, strides, x.offset)
 
 
 def matmul(a: Tensor, b: Tensor) -> Tensor:
@@ -204,17 +241,34 @@ def _with_low_rank(
     a: Tensor, b: Tensor, down: Tensor, up: Tensor, scale: float, kind: ElementKind, bias: Tensor | None
 ) -> Tensor:
     """The sum a @ b + scale * (a @ down.T) @ up.T (+ bias)."""
-    left, right = _stored(a if not _stored(a).transposed else converted(a, a.kind)), _stored(b)
-    (m, k), n = a.shape, b.shape[1]
-    layout = "NT" if right.transposed else "NN"
-    segment = Segment(k, layout, a.kind, b.kind, left.stride, right.stride)
-    term = LowRankTerm(down.shape[0], 0, down.kind)
-    steps = () if bias is None else (Bias(bias.kind),)
-    out = empty((m, n), kind, a.device)
-    descriptor = SegmentedMatmulDescriptor(m, n, (segment,), kind, None, steps, low_rank=(term,))
-    plan = SegmentedMatmulPlan.select(None, descriptor, device=a.device)
+    a, b = _ready(a, transposed=False), _ready(b)
     factors = [x if x.contiguous_ and x.aligned else converted(x, x.kind) for x in (down, up)]
-    operands = [] if bias is None else [compact(bias.detach()).ref()]
-    pairs = [(factors[0].ref(), factors[1].ref())]
-    run(plan, SegmentedMatmulArgs(out.mut(), [(left.ref, right.ref)], None, operands, pairs, [scale]))
+    key = (
+        _layout(a),
+        _layout(b),
+        down.shape[0],
+        id(down.kind),
+        id(kind),
+        bias is None or id(bias.kind),
+        a.device.ordinal,
+    )
+    found = _plans.get(key)
+    if found is None:
+        found = _plans[key] = _low_rank_plan(a, b, down, kind, bias)
+    plan, left, right, shape = found
+    out = empty(shape, kind, a.device)
+    operands = () if bias is None else (compact(bias.detach()).ref(),)
+    pairs = ((factors[0].ref(), factors[1].ref()),)
+    run(plan, SegmentedMatmulArgs(out.mut(), ((left.ref(a), right.ref(b)),), None, operands, pairs, (scale,)))
     return out
+
+
+def _low_rank_plan(a: Tensor, b: Tensor, down: Tensor, kind: ElementKind, bias: Tensor | None) -> tuple:
+    """The plan, how it takes a and b, and the result's shape."""
+    left, right = _stored(a), _stored(b)
+    (m, k), n = a.shape, b.shape[1]
+    segment = Segment(k, "NT" if right.transposed else "NN", a.kind, b.kind, left.stride, right.stride)
+    steps = () if bias is None else (Bias(bias.kind),)
+    term = LowRankTerm(down.shape[0], 0, down.kind)
+    descriptor = SegmentedMatmulDescriptor(m, n, (segment,), kind, None, steps, low_rank=(term,))
+    return SegmentedMatmulPlan.select(None, descriptor, device=a.device), left, right, (m, n)

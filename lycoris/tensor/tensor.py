@@ -11,6 +11,7 @@ rows are made methods here.
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -22,6 +23,7 @@ from plans.core import Device, DeviceBuffer, ElementKind, TensorMut, TensorRef
 from plans.core.tensor import contiguous_strides
 
 Shape = tuple[int, ...]
+compact_strides = functools.lru_cache(1 << 14)(contiguous_strides)
 FLOATS = (ElementKind.BF16, ElementKind.F16, ElementKind.F32)
 
 
@@ -32,6 +34,11 @@ class Storage:
 
     def __init__(self, buffer: DeviceBuffer) -> None:
         self.buffer, self.version = buffer, 0
+
+
+def _dense(shape: Shape, strides: Shape, compact: Shape) -> bool:
+    """Whether strides are those of a contiguous tensor wherever they matter."""
+    return all(s == c or e == 1 for s, c, e in zip(strides, compact, shape, strict=True))
 
 
 class Tensor:
@@ -57,11 +64,9 @@ class Tensor:
         requires_grad: bool = False,
     ) -> None:
         self.storage, self.shape, self.kind, self.offset = storage, shape, kind, offset
-        compact = contiguous_strides(shape)
+        compact = compact_strides(shape)
         self.strides = compact if strides is None else strides
-        self.contiguous_ = self.strides == compact or all(
-            s == c or e == 1 for s, c, e in zip(self.strides, compact, shape, strict=True)
-        )
+        self.contiguous_ = strides is None or strides == compact or _dense(shape, strides, compact)
         self.requires_grad = False
         self.grad: Tensor | None = None
         self.node: Any = None

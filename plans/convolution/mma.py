@@ -62,9 +62,9 @@ def _refuses(descriptor: Descriptor) -> str:
 
 
 def _suits(descriptor: Descriptor) -> bool:
-    """Whether a group has channels enough to fill fragments; depthwise convolutions are bound by memory anyway."""
+    """Whether groups have channels enough to fill fragments; depthwise convolutions are bound by memory anyway."""
     g = descriptor.geometry
-    return min(g.group_in, g.group_out) >= _FEW_CHANNELS
+    return g.groups == 1 or min(g.group_in, g.group_out) >= _FEW_CHANNELS
 
 
 def _guarantee(descriptor: Descriptor) -> PrecisionGuarantee:

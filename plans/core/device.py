@@ -246,7 +246,7 @@ class Device:
 
         Raises :class:`DeviceError` where there is not so much, naming the bytes asked for.
         """
-        with _reported(f"{self.name}: allocating {nbytes} bytes", _FREE_MEMORY):
+        try:
             if SIMULATOR:
                 raw = np.empty(nbytes + ALIGNMENT, np.uint8)
                 start = -raw.ctypes.data % ALIGNMENT
@@ -261,6 +261,8 @@ class Device:
                 stream.sync()
                 kept.append(buffer)
             return buffer
+        except driver_errors() as error:
+            raise device_error(f"{self.name}: allocating {nbytes} bytes", error, _FREE_MEMORY) from error
 
     def pinned(self, nbytes: int) -> HostBuffer:
         """Page-locked host memory for asynchronous copies.

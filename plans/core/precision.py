@@ -22,6 +22,9 @@ class ElementKind(enum.Enum):
     I32 = "i32"
     I64 = "i64"
 
+    # Members are their own identity; Enum hashes their names in Python, which every plan lookup would pay for.
+    __hash__ = object.__hash__
+
     @property
     def itemsize(self) -> int:
         """Bytes of one element."""

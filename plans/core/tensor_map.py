@@ -1,12 +1,13 @@
 """Tensor maps, and constants in device memory: what kernels read that is too large to be a launch's argument.
 
-A tensor map is what TMA needs to know of a matrix, encoded by the driver: address, shape, stride, and the box that one
+A tensor map is what TMA needs to know of a tensor, encoded by the driver: address, shape, stride, and the box that one
 operation moves. Maps, and the tables of segments that name them, are constants: equal words are kept once a device,
 and for good, since a captured graph may name them long after the arguments that they were made for are gone.
 """
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import threading
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from kernels.simulator_hopper import MAP_WORDS
+from kernels.simulator_hopper import MAP_WORDS, MAPS, TensorMap
 from kernels.target import SIMULATOR
 from plans.core.device import Device, DeviceBuffer, _check
 from plans.core.precision import ElementKind
@@ -25,45 +26,55 @@ _SLAB_BYTES = 1 << 17
 
 @dataclass(frozen=True)
 class Box:
-    """A matrix in row-major order and the box of it that one TMA operation moves.
+    """A tensor and the box of it that one TMA operation moves; all axes from the contiguous one on.
 
-    ``row_stride`` counts elements; ``swizzle`` is 128 or 64 bytes, at least a row of the box.
+    ``strides`` count elements, of all axes but the first. Of an axis whose step is not 1 the box spans that many times
+    the elements that it moves. ``swizzle`` is 128 or 64 bytes, at least a line of the box.
     """
 
     address: int
     element: ElementKind
-    rows: int
-    columns: int
-    row_stride: int
-    box_rows: int
-    box_columns: int
+    extents: tuple[int, ...]
+    strides: tuple[int, ...]
+    box: tuple[int, ...]
+    steps: tuple[int, ...] = ()
     swizzle: int = 128
 
+    @classmethod
+    def of_matrix(
+        cls,
+        address: int,
+        element: ElementKind,
+        shape: tuple[int, int],
+        row_stride: int,
+        box: tuple[int, int],
+        swizzle: int = 128,
+    ) -> Box:
+        """A row-major matrix; ``shape`` and ``box`` are (rows, columns)."""
+        return cls(address, element, shape[::-1], (row_stride,), box[::-1], (), swizzle)
 
-def reason_against(element: ElementKind, row_stride: int, columns: int) -> str:
-    """Why TMA cannot address such a matrix; "" where it can (its address must be a multiple of 16 besides)."""
-    if row_stride * element.itemsize % 16:
-        return f"TMA wants rows a multiple of 16 bytes apart, found {row_stride} elements of {element.itemsize}"
-    return "" if columns else "TMA wants at least one column"
+    @property
+    def all_steps(self) -> tuple[int, ...]:
+        """A step for every axis."""
+        return self.steps or (1,) * len(self.extents)
 
 
 def encode(box: Box) -> np.ndarray:
-    """The map's 16 words of 64 bits; in the simulator, its own."""
+    """The map's 16 words of 64 bits; in the simulator, a number."""
     size = box.element.itemsize
-    assert box.address % 16 == 0 and box.row_stride * size % 16 == 0, box
-    assert 16 <= box.box_columns * size <= box.swizzle and box.box_rows <= 256, box
+    assert box.address % 16 == 0 and all(stride * size % 16 == 0 for stride in box.strides), box
+    assert 16 <= box.box[0] * size <= box.swizzle and max(box.box) <= 256 and 2 <= len(box.extents) <= 5, box
     if SIMULATOR:
+        strides = tuple(stride * size for stride in box.strides)
+        simulated = TensorMap(box.address, size, box.extents, strides, box.box, box.all_steps, box.swizzle)
         words = np.zeros(MAP_WORDS, np.int64)
-        words[:8] = (
-            box.address, box.rows, box.columns, box.row_stride * size, box.box_rows, box.box_columns, size, box.swizzle
-        )  # fmt: skip
+        words[0] = len(MAPS)
+        MAPS[len(MAPS)] = simulated
         return words
     return _encode_for_driver(box)
 
 
 def _encode_for_driver(box: Box) -> np.ndarray:
-    import ctypes
-
     from cuda.bindings import driver
 
     kinds = {
@@ -78,12 +89,12 @@ def _encode_for_driver(box: Box) -> np.ndarray:
     u32, u64 = driver.cuuint32_t, driver.cuuint64_t
     status, encoded = driver.cuTensorMapEncodeTiled(
         kinds[box.element],
-        2,
+        len(box.extents),
         box.address,
-        [u64(box.columns), u64(box.rows)],
-        [u64(box.row_stride * box.element.itemsize)],
-        [u32(box.box_columns), u32(box.box_rows)],
-        [u32(1), u32(1)],
+        [u64(extent) for extent in box.extents],
+        [u64(stride * box.element.itemsize) for stride in box.strides],
+        [u32(extent) for extent in box.box],
+        [u32(step) for step in box.all_steps],
         driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
         swizzles[box.swizzle],
         driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,

@@ -104,7 +104,7 @@ class GroupedMatmulPlan(Contract):
         own = [problems[i] for i in members]
         if sku is mma.MMA:
             tile = mma.tile_of_group(own)
-            programs = [mma.MmaProgram(problem, self.device, tile) for problem in own]
+            programs = [mma.MmaProgram(problem, self.device, tile, member=True) for problem in own]
             kernel, words = mma.group_kernel([program.problem for program in programs], tile)
         else:
             programs = [portable.PortableProgram(problem, self.device) for problem in own]

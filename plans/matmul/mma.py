@@ -18,8 +18,10 @@ from plans.core.operand import Operand
 from plans.core.plan import Launches, Sku
 from plans.core.precision import ElementKind, MathPrecision, PrecisionGuarantee
 from plans.core.sku import ArchSku, BackendKind
+from plans.core.tuning import tuned
 from plans.core.workspace import Workspace
 from plans.matmul.descriptor import SegmentedMatmulArgs, SegmentedMatmulDescriptor
+from plans.matmul.measure import program_seconds
 from plans.matmul.program import (
     MOST_BLOCKS,
     MatmulProgram,
@@ -110,6 +112,22 @@ def _split_tiles(descriptor: SegmentedMatmulDescriptor, tile: MmaTile) -> int:
     return batch * -(-descriptor.m // tile.rows) * -(-descriptor.n // tile.columns)
 
 
+def choose_tile(descriptor: SegmentedMatmulDescriptor, device: Device) -> MmaTile:
+    """The fastest tile, measured once for a class of problems; see ``plans.core.tuning``."""
+    first, batch = descriptor.segments[0], descriptor.batch or 1
+    estimate = tile_of(descriptor)
+    rows = -(-descriptor.m // TILES[-1].rows)
+    kinds = (first.layout, first.a.value, descriptor.out.value, descriptor.gated)
+    problem = (rows, descriptor.n, depth_tiles(descriptor, TILES[-1]), batch, *kinds)
+    return tuned(
+        device,
+        "matmul mma",
+        problem,
+        (estimate, *(tile for tile in TILES if tile != estimate)),
+        lambda tile: program_seconds(descriptor, device, MmaProgram(descriptor, device, tile)),
+    )
+
+
 def tile_of_group(descriptors: Sequence[SegmentedMatmulDescriptor]) -> MmaTile:
     """The largest tile of which all products together have enough."""
     return next((tile for tile in TILES if sum(_tiles(d, tile) for d in descriptors) >= SLOTS // 2), TILES[-1])
@@ -164,14 +182,16 @@ def _guarantee(descriptor: SegmentedMatmulDescriptor) -> PrecisionGuarantee:
 class MmaProgram(MatmulProgram):
     """One launch, a block a tile. Members of a group, which have one tile in common, launch nothing themselves."""
 
-    def __init__(self, descriptor: SegmentedMatmulDescriptor, device: Device, tile: MmaTile | None = None) -> None:
+    def __init__(
+        self, descriptor: SegmentedMatmulDescriptor, device: Device, tile: MmaTile | None = None, member: bool = False
+    ) -> None:
         super().__init__(descriptor, device)
-        self.tile = tile or tile_of(descriptor)
+        self.tile = tile or choose_tile(descriptor, device)
         self.problem = _problem(descriptor, self.tile, False)
         self.batches = 1 if descriptor.batch is None else descriptor.batch
         self.blocks = _tiles(descriptor, self.tile)
         self.part = depth_tiles(descriptor, self.tile)
-        if tile is None and not self.empty:
+        if not member and not self.empty:
             self.launch = matmul_mma(self.problem, self.tile).launcher((self.blocks, 1, 1))
 
     def bind(self, args: SegmentedMatmulArgs, workspace: Workspace) -> Launches:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -13,8 +13,10 @@ from plans.core.device import Device
 from plans.core.plan import Launches, Sku
 from plans.core.precision import ElementKind, MathPrecision, PrecisionGuarantee
 from plans.core.sku import ArchSku, BackendKind
+from plans.core.tuning import tuned
 from plans.core.workspace import Workspace
 from plans.matmul.descriptor import SegmentedMatmulArgs, SegmentedMatmulDescriptor
+from plans.matmul.measure import program_seconds
 from plans.matmul.mma import UNIT, is_wide
 from plans.matmul.program import MOST_BLOCKS, MatmulProgram, element_offset, kernel_steps, matmul_guarantee
 
@@ -22,7 +24,7 @@ WARPS = 2 if SIMULATOR else 8
 BLOCKS = 1 if SIMULATOR else 128
 """Blocks that keep every multiprocessor reading."""
 MOST_ROWS = 16
-WORDS = 64
+WORDS, MOST_WORDS = 64, 180
 SHARED_BYTES = 47 << 10
 _KINDS = (ElementKind.BF16, ElementKind.F16)
 
@@ -55,9 +57,39 @@ def tile_of(descriptor: SegmentedMatmulDescriptor) -> SkinnyTile:
     return SkinnyTile(row_groups, a_groups, WARPS, max(1, min(4, WORDS // slot)))
 
 
-def _blocks(descriptor: SegmentedMatmulDescriptor) -> tuple[int, int]:
+def likely_tiles(descriptor: SegmentedMatmulDescriptor) -> list[SkinnyTile]:
+    """The estimate, and its neighbours: more or fewer rows of B in a block, more loads under way, fewer warps."""
+    estimate, pieces = tile_of(descriptor), len(pieces_of(descriptor))
+    sides = 2 if descriptor.gated else 1
+    found = [
+        estimate,
+        replace(estimate, row_groups=2 * estimate.row_groups, unroll=max(1, estimate.unroll // 2)),
+        replace(estimate, row_groups=estimate.row_groups // 2, unroll=2 * estimate.unroll),
+        replace(estimate, unroll=2 * estimate.unroll),
+        replace(estimate, warps=max(1, estimate.warps // 2)),
+    ]
+    return [
+        tile
+        for tile in dict.fromkeys(found)
+        if tile.row_groups >= sides and tile.words(pieces) <= MOST_WORDS and tile.shared_bytes(pieces) <= SHARED_BYTES
+    ]
+
+
+def choose_tile(descriptor: SegmentedMatmulDescriptor, device: Device) -> SkinnyTile:
+    """The fastest of the likely tiles, measured once for a class of problems; see ``plans.core.tuning``."""
+    ks, ranks = (tuple(s.k for s in descriptor.segments), tuple(term.rank for term in descriptor.low_rank))
+    problem = (descriptor.m, descriptor.n, ks, ranks, descriptor.batch or 1, descriptor.gated)
+    return tuned(
+        device,
+        "matmul skinny",
+        problem,
+        likely_tiles(descriptor),
+        lambda tile: program_seconds(descriptor, device, SkinnyProgram(descriptor, device, tile)),
+    )
+
+
+def _blocks(descriptor: SegmentedMatmulDescriptor, tile: SkinnyTile) -> tuple[int, int]:
     """Tiles of one result, and blocks of the batch."""
-    tile = tile_of(descriptor)
     tiles = -(-descriptor.columns // (tile.rows // 2 if descriptor.gated else tile.rows))
     return tiles, tiles * (1 if descriptor.batch is None else descriptor.batch)
 
@@ -80,7 +112,7 @@ def _refuses(descriptor: SegmentedMatmulDescriptor) -> str:
     needed = tile_of(descriptor).shared_bytes(len(pieces_of(descriptor)))
     if needed > SHARED_BYTES:
         return f"the low-rank terms need {needed} bytes of shared memory, wanted at most {SHARED_BYTES}"
-    blocks = _blocks(descriptor)[1]
+    blocks = _blocks(descriptor, tile_of(descriptor))[1]
     return f"wants fewer than 2**31 blocks, found {blocks}" if blocks > MOST_BLOCKS else ""
 
 
@@ -97,10 +129,13 @@ def _guarantee(descriptor: SegmentedMatmulDescriptor) -> PrecisionGuarantee:
 class SkinnyProgram(MatmulProgram):
     """One launch."""
 
-    def __init__(self, descriptor: SegmentedMatmulDescriptor, device: Device) -> None:
+    def __init__(self, descriptor: SegmentedMatmulDescriptor, device: Device, tile: SkinnyTile | None = None) -> None:
         super().__init__(descriptor, device)
         self.pieces = pieces_of(descriptor)
-        self.tiles, blocks = _blocks(descriptor)
+        if self.empty:
+            return
+        tile = tile or choose_tile(descriptor, device)
+        self.tiles, blocks = _blocks(descriptor, tile)
         problem = SkinnyProblem(
             descriptor.segments[0].a.value,
             len(descriptor.segments),
@@ -109,7 +144,7 @@ class SkinnyProgram(MatmulProgram):
             kernel_steps(descriptor),
             is_wide(descriptor),
         )
-        self.launch = None if self.empty else matmul_skinny(problem, tile_of(descriptor)).launcher((blocks, 1, 1))
+        self.launch = matmul_skinny(problem, tile).launcher((blocks, 1, 1))
 
     def bind(self, args: SegmentedMatmulArgs, workspace: Workspace) -> Launches:
         """The launch; none where Y is empty."""

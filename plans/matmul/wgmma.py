@@ -216,21 +216,22 @@ class WgmmaProgram(MatmulProgram):
             tiles = -(-segment.k // DEPTH)
             last = -(-(segment.k - (tiles - 1) * DEPTH) // 16)
             flags = int(ratio.view(np.uint32)) | (int(i >= self.waits_from) << 32)
-            found.append((*maps, tiles, last, 0, flags, 0, 0))
+            found.append((*maps, tiles, last, 0, flags))
         return found
 
     def _operand_map(self, tensor: TensorRef, operand: Operand, part: int, box: tuple[int, int]) -> int:
         start = part * operand.strides[0] if len(operand.shape) > 2 else 0
         rows, columns = operand.shape[-2:]
         address = tensor.address + start * operand.element.itemsize
-        return map_address(self.device, Box(address, operand.element, rows, columns, operand.strides[-2], *box))
+        matrix = Box.of_matrix(address, operand.element, (rows, columns), operand.strides[-2], box)
+        return map_address(self.device, matrix)
 
     def _result_map(self, tensor: TensorRef, out: Operand, start: int) -> int:
         if self.mode == "direct":
             return 0
         address, columns = tensor.address + start * out.element.itemsize, chunk_columns(out.element.value)
-        box = Box(address, out.element, *out.shape[-2:], out.strides[-2], WARP_ROWS, columns, swizzle=64)
-        return map_address(self.device, box)
+        box = (WARP_ROWS, columns)
+        return map_address(self.device, Box.of_matrix(address, out.element, out.shape[-2:], out.strides[-2], box, 64))
 
 
 WGMMA = Sku(

@@ -1,0 +1,235 @@
+"""Gradients of a low-rank adapter's factors: sums over rows of products with few ranks, sum_t narrow[t, r] wide[t, n].
+
+For y = x W^T + s (x D^T) U^T these are d_up^T = s (x D^T)^T g and d_down = s (g U)^T x, both in one launch: reading g
+and x once each is all the work. A warp takes 16 rows and 64 columns at once: lane (g, t) loads eight neighbours at
+column 8 g of rows 2 t and 2 t + 1, whose pairs are the instruction's operand for eight groups of columns, and holds in
+the end 16 neighbours of each of its ranks; only the narrow operand passes through shared memory. The warps of a block
+share the rows and add up in order; so do blocks, through workspace (``adapter_gradient_sum``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from kernels import bits, memory, tensor_core
+from kernels.elements import ELEMENTS
+from kernels.target import SIMULATOR, cuda, device, f32, f32p, i64, kernel_factory, types
+from kernels.warp import block_barrier, block_x, block_y, block_z, sync_warp, thread_index
+
+WARPS = 2 if SIMULATOR else 8
+THREADS = 32 * WARPS
+SPAN = 64
+"""Columns that a block takes."""
+
+STEP = 16
+UNROLL = 2
+ROWS_OF_TURN = WARPS * STEP * UNROLL
+"""Rows that a block takes at once."""
+
+MOST_TILES = 4
+"""Groups of 16 ranks that registers have room for."""
+
+SUMS, WIDE, NARROW, COLUMNS, WIDE_STRIDE, NARROW_STRIDE, PART_STRIDE = range(7)
+"""Positions of a side's parameters: its parts, both operands, columns, strides, and from one part of a rank on."""
+_PARKED_PITCH = SPAN + 4
+_WORDS = 16 * UNROLL
+_MMA = {"bf16": tensor_core.mma_bf16, "f16": tensor_core.mma_f16}
+_u32 = np.uint32
+
+
+def _stager(tiles: int, parts: int) -> tuple[Callable, int]:
+    """``stage(shared, at, side, row0, end, rank0, rank, lane)``: a warp's rows of the narrow operand; and their pitch.
+
+    Zeros beyond the last row and rank.
+    """
+    units, pitch = 2 * tiles * parts, STEP * tiles * parts + 8
+    copy_some = memory.copy_async_fill(16)
+
+    @device
+    def stage(shared, at, side, row0, end, rank0, rank, lane):
+        for turn in range(UNROLL * STEP * units // 32):
+            place = _u32(lane + _u32(32 * turn))
+            line, unit = _u32(place // _u32(units)), _u32(place % _u32(units))
+            part, own = _u32(unit // _u32(2 * tiles)), _u32(unit % _u32(2 * tiles))
+            first = rank0 + np.int64(_u32(own << _u32(3)))
+            row = row0 + np.int64(line)
+            count = min(max(rank - first, np.int64(0)), np.int64(8))
+            count = count if row < end else np.int64(0)
+            source = row * side[NARROW_STRIDE] + np.int64(part) * side[PART_STRIDE] + first
+            to = _u32(at + _u32(_u32(line * _u32(pitch)) + _u32(unit << _u32(3))))
+            copy_some(shared, np.int64(to), side[NARROW], source, _u32(_u32(count) << _u32(1)))
+
+    return stage, pitch
+
+
+@device
+def _fetch(words, side, row0, end, column, t):
+    """The lane's pairs of rows: word 16 i + 8 h + j is group j of rows 16 i + 8 h + 2 t, + 1; zeros past the last."""
+    last, place = end - np.int64(1), min(column, side[COLUMNS] - np.int64(8))
+    for step in range(2 * UNROLL):
+        row = row0 + np.int64(_u32(_u32(8 * step) + _u32(t << _u32(1))))
+        a = memory.load128(side[WIDE], min(row, last) * side[WIDE_STRIDE] + place)
+        b = memory.load128(side[WIDE], min(row + np.int64(1), last) * side[WIDE_STRIDE] + place)
+        for i in range(4):
+            top = a[i] if row < end else _u32(0)
+            below = b[i] if row < last else _u32(0)
+            words[8 * step + 2 * i] = bits.low_halves(top, below)
+            words[8 * step + 2 * i + 1] = bits.high_halves(top, below)
+
+
+def _multiplier(kind: str, tiles: int, parts: int, pitch: int) -> Callable:
+    """``multiply(sums, shared, at, words, lane)``: the products of all steps, each part of a rank to the same sum."""
+    mma = _MMA[kind]
+
+    @device
+    def multiply(sums, shared, at, words, lane):
+        line = _u32((lane & _u32(7)) + _u32((lane >> _u32(4)) << _u32(3)))
+        column = _u32(_u32(_u32(lane >> _u32(3)) & _u32(1)) << _u32(3))
+        own = _u32(at + _u32(_u32(line * _u32(pitch)) + column))
+        for step in range(UNROLL):
+            for part in range(parts):
+                for tile in range(tiles):
+                    place = _u32(own + _u32(step * STEP * pitch + STEP * (part * tiles + tile)))
+                    a = tensor_core.ldmatrix_transposed(shared, np.int64(place))
+                    for j in range(8):
+                        s = 32 * tile + 4 * j
+                        sums[s], sums[s + 1], sums[s + 2], sums[s + 3] = mma(
+                            a[0], a[1], a[2], a[3], words[16 * step + j], words[16 * step + 8 + j],
+                            sums[s], sums[s + 1], sums[s + 2], sums[s + 3],
+                        )  # fmt: skip
+
+    return multiply
+
+
+@device
+def _park(shared, sums, first, lane, number):
+    """A warp's sums of 16 ranks as [rank, column] in its place of shared memory, fp32."""
+    g, t = _u32(lane >> _u32(2)), _u32(lane & _u32(3))
+    at = _u32(_u32(number * _u32(STEP * _PARKED_PITCH)) + _u32(_u32(g * _u32(_PARKED_PITCH)) + _u32(t << _u32(4))))
+    for half in range(2):
+        for side in range(2):
+            for quarter in range(2):
+                s = first + 2 * half + side + 16 * quarter
+                memory.shared_store128(
+                    shared,
+                    np.int64(_u32(_u32(at + _u32(8 * half * _PARKED_PITCH + 8 * side + 4 * quarter)) << _u32(1))),
+                    bits.f32_bits(sums[s]),
+                    bits.f32_bits(sums[s + 4]),
+                    bits.f32_bits(sums[s + 8]),
+                    bits.f32_bits(sums[s + 12]),
+                )  # fmt: skip
+
+
+@device
+def _add_up(shared, side, start, rank0, rank, column0, thread):
+    """All warps' sums of 16 ranks, in order, to the block's part."""
+    values = cuda.local.array(4, np.float32)
+    for turn in range(STEP * SPAN // 4 // THREADS):
+        place = _u32(thread + _u32(turn * THREADS))
+        row, column = _u32(place // _u32(SPAN // 4)), _u32(_u32(place % _u32(SPAN // 4)) << _u32(2))
+        at = _u32(_u32(_u32(row * _u32(_PARKED_PITCH)) + column) << _u32(1))
+        for i in range(4):
+            values[i] = np.float32(0)
+        for other in range(WARPS):
+            words = memory.shared_load128(shared, np.int64(_u32(at + _u32(2 * other * STEP * _PARKED_PITCH))))
+            for i in range(4):
+                values[i] += bits.bits_f32(words[i])
+        to, across = rank0 + np.int64(row), column0 + np.int64(column)
+        if to < rank and across < side[COLUMNS]:
+            memory.store128_stream(
+                side[SUMS], start + to * side[COLUMNS] + across,
+                bits.f32_bits(values[0]), bits.f32_bits(values[1]), bits.f32_bits(values[2]), bits.f32_bits(values[3]),
+            )  # fmt: skip
+
+
+@kernel_factory(("bf16", 1, 1), ("bf16", 1, 2), ("bf16", 2, 2), ("bf16", 4, 2), ("f16", 4, 1))
+def low_rank_gradient(kind: str, tiles: int, parts: int):
+    """Parameters: both sides', rows, rows of a block (a multiple of ``ROWS_OF_TURN``), rank, blocks of the first side.
+
+    ``tiles`` are groups of 16 ranks of a block, ``parts`` the values that add up to a rank's. Blocks: 64 columns of the
+    first side, then of the second, along x; rows along y; ranks along z. Parts of the sums are [rows' block, rank,
+    column] in fp32. Columns and strides are multiples of eight elements.
+    """
+    stage, pitch = _stager(tiles, parts)
+    multiply = _multiplier(kind, tiles, parts, pitch)
+    staged, sum_count = UNROLL * STEP * pitch, 32 * tiles
+
+    @device
+    def accumulate(sums, shared, side, column0, row0, end, rank0, rank, lane, number):
+        words = cuda.local.array(_WORDS, np.uint32)
+        g, t = _u32(lane >> _u32(2)), _u32(lane & _u32(3))
+        at = _u32(number * _u32(staged))
+        column = column0 + np.int64(_u32(g << _u32(3)))
+        for i in range(sum_count):
+            sums[i] = np.float32(0)
+        first = row0 + np.int64(_u32(number * _u32(STEP * UNROLL)))
+        while first < end:
+            sync_warp()
+            stage(shared, at, side, first, end, rank0, rank, lane)
+            _fetch(words, side, first, end, column, t)
+            memory.copy_async_wait_all()
+            sync_warp()
+            multiply(sums, shared, at, words, lane)
+            first += np.int64(ROWS_OF_TURN)
+
+    @device
+    def work(side, block, rows, rows_of_block, rank):
+        shared = cuda.shared.array(0, np.uint16, alignment=16)
+        sums = cuda.local.array(sum_count, np.float32)
+        thread = thread_index()
+        lane, number = _u32(thread & _u32(31)), _u32(thread >> _u32(5))
+        row0, rank0 = block_y() * rows_of_block, block_z() * np.int64(STEP * tiles)
+        end, column0 = min(row0 + rows_of_block, rows), block * np.int64(SPAN)
+        accumulate(sums, shared, side, column0, row0, end, rank0, rank, lane, number)
+        start = block_y() * rank * side[COLUMNS]
+        for tile in range(tiles):
+            block_barrier()
+            _park(shared, sums, 32 * tile, lane, number)
+            block_barrier()
+            _add_up(shared, side, start, rank0 + np.int64(STEP * tile), rank, column0, thread)
+
+    @device
+    def side_of(first, second, is_first):
+        if is_first:
+            return first
+        return second
+
+    def kernel(first, second, rows, rows_of_block, rank, blocks_of_first):
+        block = block_x()
+        is_first = block < blocks_of_first
+        side = side_of(first, second, is_first)
+        work(side, block if is_first else block - blocks_of_first, rows, rows_of_block, rank)
+
+    pointer = ELEMENTS[kind].pointer
+    side = types.Tuple((f32p, pointer, pointer, i64, i64, i64, i64))
+    shared_bytes = max(2 * WARPS * staged, 4 * WARPS * STEP * _PARKED_PITCH)
+    options = {"threads": THREADS, "shared_bytes": shared_bytes, "min_blocks": 2 if tiles <= 2 else 1}
+    return kernel, (side, side, i64, i64, i64, i64), options
+
+
+@kernel_factory(("f32", "bf16", "bf16", 1, False), ("bf16", "f32", "bf16", 2, True))
+def low_rank_gradient_portable(out: str, wide: str, narrow: str, parts: int, transposed: bool):
+    """One side for any kinds and extents: a thread an element of the result, [rank, column] or ``transposed``.
+
+    Parameters: the result, both operands, columns, strides, from one part of a rank to the next, rows, rank, scale.
+    """
+    store, load_wide, load_narrow = ELEMENTS[out].store, ELEMENTS[wide].load, ELEMENTS[narrow].load
+
+    def kernel(result, a, b, columns, a_stride, b_stride, part_stride, rows, rank, scale):
+        index = _u32(_u32(_u32(block_x()) * _u32(THREADS)) + thread_index())
+        row = np.int64(index // _u32(columns))
+        column = np.int64(_u32(index - _u32(_u32(row) * _u32(columns))))
+        if row < rank:
+            value = np.float32(0)
+            for t in range(rows):
+                at = np.int64(t) * b_stride + row
+                factor = load_narrow(b, at)
+                for part in range(1, parts):
+                    factor += load_narrow(b, at + np.int64(part) * part_stride)
+                value += factor * load_wide(a, np.int64(t) * a_stride + column)
+            store(result, column * rank + row if transposed else row * columns + column, scale * value)
+
+    pointers = (ELEMENTS[out].pointer, ELEMENTS[wide].pointer, ELEMENTS[narrow].pointer)
+    return kernel, (*pointers, i64, i64, i64, i64, i64, i64, f32), {"threads": THREADS}

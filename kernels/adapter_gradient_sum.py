@@ -1,0 +1,95 @@
+"""The second stage of adapters' gradients: parts of a sum added up in order, scaled, rounded once.
+
+A few thousand elements in hundreds of parts, or millions in a few: a warp takes 32 neighbours, and the warps of a block
+share the parts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from kernels.elements import ELEMENTS
+from kernels.target import SIMULATOR, cuda, device, f32, f32p, i64, kernel_factory, types
+from kernels.warp import block_barrier, block_x, thread_index
+
+WARPS = 2 if SIMULATOR else 8
+THREADS = 32 * WARPS
+ELEMENTS_OF_BLOCK = 32
+OUT, PARTS, NUMBER, ROWS, COLUMNS = range(5)
+"""Positions of a result's parameters: it, its parts, how many there are, the extents of each."""
+_u32 = np.uint32
+
+
+@device
+def _blocks_of(count):
+    """Blocks of a result of so many elements."""
+    return _u32(_u32(count + np.int64(ELEMENTS_OF_BLOCK - 1)) // _u32(ELEMENTS_OF_BLOCK))
+
+
+def _emitter(out: str, transposed: tuple[bool, ...], add_up: Callable) -> Callable:
+    """``emit(shared, results, block, scale, thread)``: the block's elements of whichever result it belongs to."""
+
+    @device
+    def nothing(shared, results, block, scale, thread):
+        pass
+
+    emit = nothing
+    for number in reversed(range(len(transposed))):
+        emit = _emit_or(out, number, transposed[number], add_up, emit)
+    return emit
+
+
+def _emit_or(out: str, number: int, turned: bool, add_up: Callable, rest: Callable) -> Callable:
+    store = ELEMENTS[out].store
+
+    @device
+    def emit(shared, results, block, scale, thread):
+        s = results[number]
+        count = s[ROWS] * s[COLUMNS]
+        own = _blocks_of(count)
+        if block < own:
+            at = np.int64(_u32(_u32(block * _u32(ELEMENTS_OF_BLOCK)) + (thread & _u32(31))))
+            value = add_up(shared, s[PARTS], s[NUMBER], count, at, thread)
+            if thread < _u32(32) and at < count:
+                row = _u32(_u32(at) // _u32(s[COLUMNS]))
+                column = np.int64(_u32(_u32(at) - _u32(row * _u32(s[COLUMNS]))))
+                store(s[OUT], column * s[ROWS] + np.int64(row) if turned else at, scale * value)
+        else:
+            rest(shared, results, _u32(block - own), scale, thread)
+
+    return emit
+
+
+@kernel_factory(("f32", (False,)), ("bf16", (True, False)), ("f16", (False, False, False, False)))
+def sum_parts(out: str, transposed: tuple[bool, ...]):
+    """Parameters: a tuple of each result's, and the scale. A block for 32 elements of each result in turn.
+
+    Parts are [number, rows, columns] in fp32; the result is [rows, columns], or [columns, rows] where ``transposed``.
+    """
+
+    @device
+    def add_up(shared, parts, number, count, at, thread):
+        warp = _u32(thread >> _u32(5))
+        value = np.float32(0)
+        if at < count:
+            for turn in range(_u32(_u32(_u32(number) + _u32(WARPS - 1) - warp) // _u32(WARPS))):
+                part = np.int64(_u32(_u32(_u32(turn) * _u32(WARPS)) + warp))
+                value += parts[part * count + at]
+        shared[thread] = value
+        block_barrier()
+        value = np.float32(0)
+        if thread < _u32(32):
+            for other in range(WARPS):
+                value += shared[_u32(thread + _u32(32 * other))]
+        return value
+
+    emit = _emitter(out, transposed, add_up)
+
+    def kernel(results, scale):
+        shared = cuda.shared.array(THREADS, np.float32)
+        emit(shared, results, _u32(block_x()), scale, thread_index())
+
+    result = types.Tuple((ELEMENTS[out].pointer, f32p, i64, i64, i64))
+    return kernel, (types.Tuple((result,) * len(transposed)), f32), {"threads": THREADS}

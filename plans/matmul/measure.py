@@ -1,0 +1,48 @@
+"""The time of a product's program on the device, for choices that are measured: operands rotated past the L2 cache."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import numpy as np
+
+from plans.core.device import Device
+from plans.core.operand import Operand
+from plans.core.tensor import TensorMut
+from plans.core.tuning import device_seconds
+from plans.core.workspace import NO_WORKSPACE
+from plans.matmul.descriptor import SegmentedMatmulArgs, SegmentedMatmulDescriptor
+from plans.matmul.program import MatmulProgram
+
+_ROTATED_BYTES, _MOST_SETS = 180 << 20, 8
+
+
+def program_seconds(descriptor: SegmentedMatmulDescriptor, device: Device, program: MatmulProgram) -> float:
+    """Seconds of one run of a program that needs no workspace, over operands of random bits with small exponents."""
+    nbytes = sum(operand.nbytes for operand in descriptor.operands())
+    count = min(_MOST_SETS, -(-_ROTATED_BYTES // max(1, nbytes)))
+    args = [_random_args(descriptor, device) for _ in range(count)]
+    runs = itertools.cycle([program.bind(own, NO_WORKSPACE) for own in args])
+
+    def launch(stream: Any) -> None:
+        for run, arguments in next(runs):
+            run(stream, arguments)
+
+    return device_seconds(device, launch)
+
+
+def _random_args(descriptor: SegmentedMatmulDescriptor, device: Device) -> SegmentedMatmulArgs:
+    out, *tensors = [_random_operand(device, operand) for operand in descriptor.operands()]
+    pairs = len(descriptor.segments) + len(descriptor.low_rank)
+    both = list(zip(tensors[0 : 2 * pairs : 2], tensors[1 : 2 * pairs : 2], strict=True))
+    first = len(descriptor.segments)
+    return SegmentedMatmulArgs(out, both[:first], epilogue=tensors[2 * pairs :], low_rank=both[first:])
+
+
+def _random_operand(device: Device, operand: Operand) -> TensorMut:
+    """Values of random mantissas: a product of zeros would draw less power and run faster than any real one."""
+    block = np.random.default_rng(0).standard_normal(1 << 16).astype(operand.element.values)
+    buffer = device.upload(np.resize(block, operand.span))
+    data = buffer.pointer(operand.element.storage)
+    return TensorMut(data, operand.shape, operand.strides, operand.element, operand.span, device.ordinal, buffer)
