@@ -8,6 +8,7 @@ from matmul_cases import BF16, F16, F32, assert_exact, assert_kept, gaussian, ma
 
 from kernels.target import SIMULATOR
 from plans.core import BackendKind, InvalidProblem, NoSku, PlanPreference
+from plans.core.workspace import NO_WORKSPACE
 from plans.matmul import (
     Activation,
     Bias,
@@ -20,6 +21,7 @@ from plans.matmul import (
     SegmentedMatmulDescriptor,
     SegmentedMatmulPlan,
 )
+from plans.matmul.skinny import SkinnyProgram, likely_tiles
 
 SKINNY, PORTABLE = BackendKind.SKINNY, BackendKind.PORTABLE
 LARGE = [] if SIMULATOR else [(1, 4096, 4096), (4, 14336, 4096), (16, 4099, 5128), (9, 8192, 1016)]
@@ -112,6 +114,21 @@ def test_a_term_of_scale_zero_is_left_out_whatever_it_holds(device, poisoned, rn
         nan = make(device, descriptor, lambda shape: np.full(shape, np.nan))
         problem.args.low_rank = (nan.args.low_rank[0], problem.args.low_rank[1])
         assert_kept(problem, run(problem, poisoned, backend))
+
+
+def test_every_tile_that_may_be_chosen(device, rng):
+    for m, n, epilogue in ((5, 40, ()), (11, 96, (Gate("silu"),))):
+        terms = (LowRankTerm(16), LowRankTerm(8))
+        descriptor = SegmentedMatmulDescriptor(m, n, (Segment(136),), F32, None, epilogue, low_rank=terms)
+        tiles = likely_tiles(descriptor)
+        assert len(tiles) > 2
+        for tile in tiles:
+            problem = make(device, descriptor, gaussian(rng), low_rank_scales=(1.0, -0.5))
+            ((launch, arguments),) = SkinnyProgram(descriptor, device, tile).bind(problem.args, NO_WORKSPACE)
+            stream = device.stream()
+            launch(stream, arguments)
+            device.synchronize(stream)
+            assert_kept(problem, SegmentedMatmulPlan.select(None, descriptor, device=device))
 
 
 @pytest.mark.parametrize(

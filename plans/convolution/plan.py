@@ -7,6 +7,7 @@ import numpy as np
 from plans.convolution.descriptor import Conv2dArgs
 from plans.convolution.mma import MMA, WEIGHT_GRADIENT_MMA
 from plans.convolution.portable import PORTABLE, WEIGHT_GRADIENT_PORTABLE
+from plans.convolution.wgmma import WGMMA
 from plans.core.errors import InvalidProblem
 from plans.core.plan import Plan
 
@@ -28,14 +29,14 @@ class Conv2dPlan(_ConvolutionPlan):
     """Y = epilogue(X * W) in one to three axes; see :class:`plans.convolution.Conv2dDescriptor`."""
 
     name = "convolution"
-    skus = (MMA, PORTABLE)
+    skus = (WGMMA, MMA, PORTABLE)
 
 
 class Conv2dInputGradientPlan(_ConvolutionPlan):
     """The gradient of X; see :class:`plans.convolution.Conv2dInputGradientDescriptor`."""
 
     name = "convolution, gradient of the input"
-    skus = (MMA, PORTABLE)
+    skus = (WGMMA, MMA, PORTABLE)
 
 
 class Conv2dWeightGradientPlan(_ConvolutionPlan):

@@ -68,11 +68,12 @@ def likely_tiles(descriptor: SegmentedMatmulDescriptor) -> list[SkinnyTile]:
         replace(estimate, unroll=2 * estimate.unroll),
         replace(estimate, warps=max(1, estimate.warps // 2)),
     ]
-    return [
-        tile
-        for tile in dict.fromkeys(found)
-        if tile.row_groups >= sides and tile.words(pieces) <= MOST_WORDS and tile.shared_bytes(pieces) <= SHARED_BYTES
-    ]
+
+    def fits(tile: SkinnyTile) -> bool:
+        in_reach = tile.words(pieces) <= MOST_WORDS and tile.shared_bytes(pieces) <= SHARED_BYTES
+        return tile == estimate or (tile.row_groups >= sides and in_reach)
+
+    return [tile for tile in dict.fromkeys(found) if fits(tile)]
 
 
 def choose_tile(descriptor: SegmentedMatmulDescriptor, device: Device) -> SkinnyTile:

@@ -35,7 +35,7 @@ _SHARED_BYTES = 227 * 1024
 _LARGEST = 1 << 31
 # What the choice of a tile reckons with, in cycles: a stage's products, its bytes from L2, and a tile's beginning and
 # end, when its products do not run.
-_CYCLES_A_COLUMN, _BYTES_A_CYCLE, _TILE_CYCLES = 4.0, 40.0, 1500.0
+_CYCLES_A_COLUMN, _BYTES_A_CYCLE, TILE_CYCLES = 4.0, 40.0, 1500.0
 
 
 def _row_strides(descriptor: SegmentedMatmulDescriptor) -> list[Operand]:
@@ -86,24 +86,33 @@ def stages_of(tile: WgmmaTile, staging: int) -> int:
     return min(8, (_SHARED_BYTES - staging) // (tile.stage_bytes + 16))
 
 
+def stage_cycles(tile: WgmmaTile) -> float:
+    """Cycles of a stage: its products', or its bytes' from L2."""
+    from_l2 = tile.a_bytes + tile.columns * DEPTH * 2 / tile.cluster
+    return max(_CYCLES_A_COLUMN * tile.columns, from_l2 / _BYTES_A_CYCLE)
+
+
 def _cycles(descriptor: SegmentedMatmulDescriptor, tile: WgmmaTile, multiprocessors: int) -> float:
     """Cycles that the product would take on so many multiprocessors, for comparing tiles."""
     batch = descriptor.batch or 1
     tiles = -(-descriptor.m // (ROWS * tile.cluster)) * -(-descriptor.columns // tile.result_columns) * batch
     waves = -(-tiles // max(1, multiprocessors // tile.cluster))
-    from_l2 = tile.a_bytes + tile.columns * DEPTH * 2 / tile.cluster
-    stage = max(_CYCLES_A_COLUMN * tile.columns, from_l2 / _BYTES_A_CYCLE)
     stages = sum(segment.k / DEPTH for segment in descriptor.segments)
-    return waves * (stages * stage + _TILE_CYCLES)
+    return waves * (stages * stage_cycles(tile) + TILE_CYCLES)
 
 
 def candidate_tiles(descriptor: SegmentedMatmulDescriptor) -> list[WgmmaTile]:
     """Tiles that can compute the product."""
     a_k_major, b_k_major = (descriptor.segments[0].layout in pair for pair in (("NT", "NN"), ("NT", "TT")))
+    return tile_widths(a_k_major, b_k_major, descriptor.gated)
+
+
+def tile_widths(a_k_major: bool, b_k_major: bool, gated: bool) -> list[WgmmaTile]:
+    """Tiles of one stage, of all widths and clusters that fit the majors and a gate."""
     found = []
     for columns in _COLUMNS:
         for cluster in (2, 1):
-            tile = WgmmaTile(columns, 1, cluster, a_k_major, b_k_major, descriptor.gated)
+            tile = WgmmaTile(columns, 1, cluster, a_k_major, b_k_major, gated)
             piece = columns // tile.pieces
             if piece % (8 if b_k_major else 64) == 0 and tile.result_columns % 32 == 0:
                 found.append(tile)

@@ -1,0 +1,105 @@
+"""Convolutions on Hopper: by the twins of TMA and wgmma in the simulator, by the real ones on a GPU of sm_90."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import numpy as np
+import pytest
+from matmul_cases import BF16, F16, F32, gaussian
+from test_convolution import FORWARD, INPUT, check, solve
+
+from kernels.matmul_wgmma import WgmmaTile
+from kernels.target import SIMULATOR
+from plans.convolution import Conv2dDescriptor, Conv2dInputGradientDescriptor, Convolution
+from plans.convolution.wgmma import WGMMA, WgmmaProgram, box_width_of
+from plans.core import BackendKind, Device, NoSku
+from plans.matmul import Activation, Bias, ColumnScale, Residual, RowScale
+
+BACKEND = BackendKind.WGMMA
+pytestmark = pytest.mark.skipif(Device.open().arch < (9, 0), reason="wgmma is an instruction of sm_90a")
+EVERY_PROBLEM = pytest.mark.parametrize("problem", [FORWARD, INPUT], ids=["forward", "input"])
+GEOMETRIES = {
+    "3x3": Convolution(2, (9, 17), 8, 40, (3, 3), padding=(1, 1)),
+    "1x1 of many channels": Convolution(1, (3, 7), 136, 16, (1, 1)),
+    "dilation, uneven": Convolution(1, (7, 20), 16, 8, (3, 2), (1, 1), (2, 0), (2, 3)),
+    "one axis": Convolution(3, (150,), 8, 24, (5,), padding=(2,)),
+    "filter larger than the image": Convolution(1, (2, 2), 8, 8, (5, 5), padding=(2, 2)),
+}
+STRIDED = {
+    "stride 2": Convolution(1, (19, 34), 8, 16, (3, 3), (2, 2), (1, 1)),
+    "stride 2 along x": Convolution(2, (5, 18), 72, 8, (2, 3), (1, 2), (0, 1)),
+}
+LARGE = (
+    {}
+    if SIMULATOR
+    else {
+        "320 at 128x128": Convolution(2, (128, 128), 320, 320, (3, 3), padding=(1, 1)),
+        "640 at 63x65": Convolution(1, (63, 65), 640, 328, (3, 3), padding=(1, 1)),
+    }
+)
+
+
+@EVERY_PROBLEM
+@pytest.mark.parametrize("geometry", (GEOMETRIES | LARGE).values(), ids=(GEOMETRIES | LARGE).keys())
+def test_geometries(device, poisoned, rng, problem, geometry):
+    plan = check(device, poisoned, rng, problem, problem[1](geometry), BACKEND, both=True)
+    assert plan.chosen is WGMMA
+
+
+@pytest.mark.parametrize("geometry", STRIDED.values(), ids=STRIDED.keys())
+def test_strides(device, poisoned, rng, geometry):
+    check(device, poisoned, rng, FORWARD, Conv2dDescriptor(geometry), BACKEND, both=True)
+    with pytest.raises(NoSku, match="and 1 for the gradient of the input"):
+        solve(device, poisoned, INPUT, Conv2dInputGradientDescriptor(geometry), gaussian(rng), BACKEND)
+
+
+@EVERY_PROBLEM
+@pytest.mark.parametrize("kinds", [(BF16, BF16, F32), (F16, F16, F16), (F16, F16, BF16)], ids=str)
+def test_kinds_and_epilogues(device, poisoned, rng, problem, kinds):
+    geometry = Convolution(2, (6, 11), 16, 24, (3, 3), padding=(1, 1))
+    for steps in ((Bias(F32), Residual(), Activation("silu")), (RowScale(F32), ColumnScale(F16), Residual(F32))):
+        check(device, poisoned, rng, problem, problem[1](geometry, *kinds, steps), BACKEND)
+
+
+@EVERY_PROBLEM
+def test_tiles(device, poisoned, rng, problem):
+    """Several tiles a block, a tile beyond the last image in a cluster, boxes of every width."""
+    family, descriptor = problem[0], problem[1](Convolution(3, (9, 18), 72, 136, (1, 2), padding=(0, 1)))
+    for columns, cluster in ((128, 2), (64, 1), (256, 2)) if SIMULATOR else ((256, 1), (128, 2), (128, 1), (64, 1)):
+        tile = WgmmaTile(columns, 2, cluster, True, problem is FORWARD)
+        sku = dataclasses.replace(WGMMA, build=functools.partial(WgmmaProgram, tile=tile))
+        patched = type(family.__name__, (family,), {"skus": (sku,), "name": f"{family.name} {tile}"})
+        plan, found, (exact, magnitude) = solve(
+            device, poisoned, (patched, problem[1]), descriptor, gaussian(rng), BACKEND
+        )
+        assert plan.precision_guarantee.accepts(found, exact, magnitude, BF16).all(), tile
+
+
+def test_boxes_cover_images_with_few_of_them():
+    images = ((128, 128), (32, 32), (1, 500), (9, 100), (100, 7))
+    assert [box_width_of(*image) for image in images] == [16, 16, 128, 128, 8]
+
+
+@pytest.mark.parametrize(
+    ("reason", "geometry"),
+    [
+        ("channels in multiples of 8, found 12 and 8", Convolution(1, (4, 4), 12, 8, (1, 1))),
+        ("one or two axes, one group", Convolution(1, (4, 4, 4), 8, 8, (1, 1, 1))),
+        ("one or two axes, one group", Convolution(1, (4, 4), 16, 16, (1, 1), groups=2)),
+        ("strides up to 2", Convolution(1, (9, 9), 8, 8, (1, 1), (3, 3))),
+        ("the weight as OHWI", Convolution(1, (4, 4), 8, 8, (1, 1), weight_layout="OIHW")),
+    ],
+    ids=str,
+)
+def test_refusals(device, poisoned, rng, reason, geometry):
+    with pytest.raises(NoSku, match=reason):
+        solve(device, poisoned, FORWARD, Conv2dDescriptor(geometry), gaussian(rng), BACKEND)
+
+
+def test_empty(device, poisoned, rng):
+    _, found, (exact, _) = solve(
+        device, poisoned, FORWARD, Conv2dDescriptor(Convolution(0, (4, 4), 8, 8, (1, 1))), gaussian(rng), BACKEND
+    )
+    np.testing.assert_array_equal(found.astype(np.float64), exact)
