@@ -205,7 +205,7 @@ def low_rank_gradient(kind: str, tiles: int, parts: int):
     pointer = ELEMENTS[kind].pointer
     side = types.Tuple((f32p, pointer, pointer, i64, i64, i64, i64))
     shared_bytes = max(2 * WARPS * staged, 4 * WARPS * STEP * _PARKED_PITCH)
-    options = {"threads": THREADS, "shared_bytes": shared_bytes, "min_blocks": 2 if tiles <= 2 else 1}
+    options = {"threads": THREADS, "shared_bytes": shared_bytes, "min_blocks": 2 if tiles == 1 else 1}
     return kernel, (side, side, i64, i64, i64, i64), options
 
 

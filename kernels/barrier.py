@@ -60,7 +60,7 @@ shared_load_remote = instruction(
 
 @functools.cache
 def tma_load(axes: int) -> Callable:
-    """A primitive (shared address, map, barrier, coordinates): a box to shared memory, its bytes counted at the barrier.
+    """A primitive (shared address, map, barrier, coordinates): a box to shared memory, counted at the barrier.
 
     Coordinates are signed 32-bit numbers, the contiguous axis first; what lies outside of the tensor arrives as zeros.
     """

@@ -68,18 +68,24 @@ def _column_sum(groups: int) -> Callable:
 
 @kernel_factory(())
 def sum_parts():
-    """out[k] = sum_r parts[r, k], 32 columns a block. Parameters: parts, out, width, rows."""
+    """The sums over r of parts[r, k]: the first ``split`` columns to out, the others to ``more``; 32 columns a block.
+
+    Parameters: parts, out, more, split, width, rows.
+    """
     total_of = _column_sum(GROUPS)
 
-    def kernel(parts, out, width, rows):
+    def kernel(parts, out, more, split, width, rows):
         partial = cuda.shared.array(THREADS, np.float32)
         thread = np.int64(warp.thread_index())
         column = warp.block_x() * np.int64(WARP) + thread % np.int64(WARP)
         total = total_of(parts, column, width, rows, partial)
         if thread < np.int64(WARP) and column < width:
-            out[column] = total
+            if column < split:
+                out[column] = total
+            else:
+                more[column - split] = total
 
-    return kernel, (f32p, f32p, i64, i64), {"threads": THREADS}
+    return kernel, (f32p, f32p, f32p, i64, i64, i64), {"threads": THREADS}
 
 
 @kernel_factory(("exp", 2, False), ("exp", 4, False), ("softmax", 4, True))

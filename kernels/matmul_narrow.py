@@ -35,7 +35,7 @@ _MMA = {"bf16": tensor_core.mma_bf16, "f16": tensor_core.mma_f16}
 _u32 = np.uint32
 
 
-def _fetcher(tiles: int, rows_of_tile: int) -> Callable:
+def row_fetcher(tiles: int, rows_of_tile: int) -> Callable:
     """A device function: each lane's eight values of its row in every tile of rows; zeros past the end of K."""
 
     @device
@@ -53,13 +53,13 @@ def _fetcher(tiles: int, rows_of_tile: int) -> Callable:
     return fetch
 
 
-def _multiplier(kind: str, column_tiles: int) -> Callable:
-    """A device function: two products of 16 for every pair of tiles."""
+def row_multiplier(kind: str, row_tiles: int, column_tiles: int) -> Callable:
+    """A device function: two products of 16 for every pair of tiles, of what `row_fetcher` fetched."""
     mma = _MMA[kind]
 
     @device
     def multiply(sums, a, a_at, b, b_at):
-        for row_tile in range(ROW_TILES):
+        for row_tile in range(row_tiles):
             for column_tile in range(column_tiles):
                 for half in range(2):
                     top, below = a_at + 8 * row_tile + 2 * half, a_at + 8 * row_tile + 4 + 2 * half
@@ -93,7 +93,7 @@ def _terms(tiles: tuple[int, ...]) -> tuple[Callable, Callable]:
 
 
 def _fetch_term(number: int, position: int, count: int, rest: Callable) -> Callable:
-    fetch_rows = _fetcher(count, 8)
+    fetch_rows = row_fetcher(count, 8)
 
     @device
     def fetch(words, at, terms, batch, g, k, depth):
@@ -152,7 +152,7 @@ def matmul_narrow(kind: str, out: str, tiles: tuple[int, ...], steps: tuple, par
     fetch_b, scale_of = _terms(tiles)
     a_words, b_words, sum_count = 8 * ROW_TILES, 4 * column_tiles, 4 * ROW_TILES * column_tiles
     all_a, all_b = UNROLL * a_words, UNROLL * b_words
-    fetch_a, multiply = _fetcher(2 * ROW_TILES, 8), _multiplier(kind, column_tiles)
+    fetch_a, multiply = row_fetcher(2 * ROW_TILES, 8), row_multiplier(kind, ROW_TILES, column_tiles)
     width, height = 8 * column_tiles, 16 * ROW_TILES
     threads, partial = 32 * WARPS, 16 * ROW_TILES * 8 * column_tiles
     store = _storer(out, steps, parts, width)

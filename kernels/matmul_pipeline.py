@@ -25,6 +25,18 @@ from kernels.matmul_mma_tile import MmaTile
 from kernels.target import cuda, device
 
 
+def _scaler(count: int) -> Callable:
+    """``multiply_by(sums, factor)``: all sums times a factor."""
+
+    @device
+    def multiply_by(sums, factor):
+        if factor != np.float32(1):
+            for i in range(count):
+                sums[i] = sums[i] * factor
+
+    return multiply_by
+
+
 def pipeline(source: SimpleNamespace, multiply: Callable, tile: MmaTile) -> Callable:
     """``walk(shared, sums, q, first, count)``: tiles of depth [first, first + count), counted over all segments.
 
@@ -36,18 +48,12 @@ def pipeline(source: SimpleNamespace, multiply: Callable, tile: MmaTile) -> Call
     several, a_words, b_words, depth = source.several, source.a_words, source.b_words, tile.depth
     stages, stage_elements, b_offset = tile.stages, tile.stage_elements, tile.rows * tile.depth
     sums_count, warp_columns = tile.rows_of_warp * tile.columns_of_warp // 32, tile.warp_columns
-    arrived = memory.copy_async_wait(stages - 2)
+    arrived, multiply_by = memory.copy_async_wait(stages - 2), _scaler(sums_count)
 
     @device
     def following_stage(at):
         at += np.int64(stage_elements)
         return np.int64(0) if at == np.int64(stages * stage_elements) else at
-
-    @device
-    def multiply_by(sums, factor):
-        if factor != np.float32(1):
-            for i in range(sums_count):
-                sums[i] = sums[i] * factor
 
     @device
     def walk(shared, sums, q, first, count):

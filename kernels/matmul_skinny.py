@@ -132,20 +132,15 @@ def _multiplier(kind: str, first: int, last: int, groups: int, a_groups: int) ->
     return multiply
 
 
-def _segment(rest: Callable, position: int, problem: SkinnyProblem, tile: SkinnyTile, gated: bool) -> Callable:
-    """``rest``, then one segment's products in the warp's sums, and A D^T of the low-rank segments that take its A."""
-    row_groups, a_groups, unroll, warps = tile.row_groups, tile.a_groups, tile.unroll, tile.warps
-    groups = row_groups + len(problem.low_rank_of)
-    fetch_low, find_low = _fetch_nothing, _find_nothing
-    own = [number for number, of in enumerate(problem.low_rank_of) if of == position]
+def _finder(problem: SkinnyProblem, tile: SkinnyTile, gated: bool, own: list[int]) -> Callable:
+    """``find(s, low, a_at, b_at, result, row0, batch, lane_row)``: where a lane's rows begin.
+
+    Rows beyond the last read the last: what they come to is not used.
+    """
+    row_groups, a_groups, half_groups = tile.row_groups, tile.a_groups, tile.row_groups // 2
+    find_low = _find_nothing
     for number in own:
-        fetch_low = _fetch_low_rank(fetch_low, number, row_groups + number, 8 * groups)
         find_low = _find_low_rank(find_low, number, row_groups + number)
-    first_low, last_low = (row_groups + own[0], row_groups + own[-1] + 1) if own else (0, 0)
-    multiply = _multiplier(problem.kind, 0, row_groups, groups, a_groups)
-    multiply_low = _multiplier(problem.kind, first_low, last_low, groups, a_groups)
-    right_words, left_words, b_rows = unroll * 8 * groups, unroll * 4 * a_groups, 2 * groups
-    row_sums, half_groups, turn_depth = 4 * row_groups * a_groups, row_groups // 2, unroll * warps * CHUNK
 
     @device
     def b_row(group, lane_row, row0, columns):
@@ -155,26 +150,52 @@ def _segment(rest: Callable, position: int, problem: SkinnyProblem, tile: Skinny
         return min(row0 + np.int64(16 * group) + lane_row, columns - np.int64(1))
 
     @device
-    def fetch(s, low, a_at, b_at, a_inside, depth, depths, whole, right, left, slot):
-        inside = whole or depth < depths
-        for i in range(2 * row_groups):
-            _load(s[B], b_at[i] + depth, inside, right, slot * 8 * groups + 4 * i, True)
-        fetch_low(low, b_at, depth, inside, right, slot)
-        for i in range(a_groups):
-            to = slot * 4 * a_groups + 4 * i
-            _load(s[A], a_at[i] + depth, inside and a_inside[i] != np.uint32(0), left, to, False)
-
-    @device
-    def find(s, low, a_at, b_at, a_inside, result, row0, batch, lane_row):
+    def find(s, low, a_at, b_at, result, row0, batch, lane_row):
         for i in range(row_groups):
             for half in range(2):
                 row = b_row(i, lane_row + np.int64(8 * half), row0, result[COLUMNS])
                 b_at[2 * i + half] = batch * s[B_BATCH] + row * s[B_STRIDE]
         find_low(low, b_at, batch, lane_row)
         for i in range(a_groups):
-            row = lane_row + np.int64(8 * i)
-            a_inside[i] = np.uint32(1) if row < result[ROWS] else np.uint32(0)
-            a_at[i] = batch * s[A_BATCH] + min(row, result[ROWS] - np.int64(1)) * s[A_STRIDE]
+            row = min(lane_row + np.int64(8 * i), result[ROWS] - np.int64(1))
+            a_at[i] = batch * s[A_BATCH] + row * s[A_STRIDE]
+
+    return find
+
+
+def _fetcher(problem: SkinnyProblem, tile: SkinnyTile, own: list[int]) -> Callable:
+    """``fetch(s, low, a_at, b_at, depth, depths, whole, right, left, slot)``: a step's words of B, D and A.
+
+    Zeros from ``depths`` on, where not ``whole``.
+    """
+    row_groups, a_groups = tile.row_groups, tile.a_groups
+    groups, fetch_low = row_groups + len(problem.low_rank_of), _fetch_nothing
+    for number in own:
+        fetch_low = _fetch_low_rank(fetch_low, number, row_groups + number, 8 * groups)
+
+    @device
+    def fetch(s, low, a_at, b_at, depth, depths, whole, right, left, slot):
+        inside = whole or depth < depths
+        for i in range(2 * row_groups):
+            _load(s[B], b_at[i] + depth, inside, right, slot * 8 * groups + 4 * i, True)
+        fetch_low(low, b_at, depth, inside, right, slot)
+        for i in range(a_groups):
+            _load(s[A], a_at[i] + depth, inside, left, slot * 4 * a_groups + 4 * i, False)
+
+    return fetch
+
+
+def _segment(rest: Callable, position: int, problem: SkinnyProblem, tile: SkinnyTile, gated: bool) -> Callable:
+    """``rest``, then one segment's products in the warp's sums, and A D^T of the low-rank segments that take its A."""
+    row_groups, a_groups, unroll, warps = tile.row_groups, tile.a_groups, tile.unroll, tile.warps
+    groups = row_groups + len(problem.low_rank_of)
+    own = [number for number, of in enumerate(problem.low_rank_of) if of == position]
+    find, fetch = _finder(problem, tile, gated, own), _fetcher(problem, tile, own)
+    first_low, last_low = (row_groups + own[0], row_groups + own[-1] + 1) if own else (0, 0)
+    multiply = _multiplier(problem.kind, 0, row_groups, groups, a_groups)
+    multiply_low = _multiplier(problem.kind, first_low, last_low, groups, a_groups)
+    right_words, left_words, b_rows = unroll * 8 * groups, unroll * 4 * a_groups, 2 * groups
+    row_sums, turn_depth = 4 * row_groups * a_groups, unroll * warps * CHUNK
 
     @device
     def segment(sums, result, p, low, row0, batch, number, lane):
@@ -185,8 +206,7 @@ def _segment(rest: Callable, position: int, problem: SkinnyProblem, tile: Skinny
                 sums[i] = sums[i] * s[RATIO]
         b_at = cuda.local.array(b_rows, np.int64)
         a_at = cuda.local.array(a_groups, np.int64)
-        a_inside = cuda.local.array(a_groups, np.uint32)
-        find(s, low, a_at, b_at, a_inside, result, row0, batch, np.int64(lane >> np.uint32(2)))
+        find(s, low, a_at, b_at, result, row0, batch, np.int64(lane >> np.uint32(2)))
         right = cuda.local.array(right_words, np.uint32)
         left = cuda.local.array(left_words, np.uint32)
         first = np.int64(number) * np.int64(CHUNK)
@@ -195,7 +215,7 @@ def _segment(rest: Callable, position: int, problem: SkinnyProblem, tile: Skinny
         while done + np.int64(turn_depth) <= depths:
             for u in range(unroll):
                 at = depth + np.int64(u * warps * CHUNK)
-                fetch(s, low, a_at, b_at, a_inside, at, depths, True, right, left, u)
+                fetch(s, low, a_at, b_at, at, depths, True, right, left, u)
             for u in range(unroll):
                 if counts:
                     multiply(right, left, u, sums)
@@ -203,7 +223,7 @@ def _segment(rest: Callable, position: int, problem: SkinnyProblem, tile: Skinny
             depth += np.int64(turn_depth)
             done += np.int64(turn_depth)
         while done + first < depths:
-            fetch(s, low, a_at, b_at, a_inside, depth, depths, False, right, left, 0)
+            fetch(s, low, a_at, b_at, depth, depths, False, right, left, 0)
             if counts:
                 multiply(right, left, 0, sums)
             multiply_low(right, left, 0, sums)

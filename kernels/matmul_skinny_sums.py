@@ -115,23 +115,9 @@ def _low_rank_term(rest: Callable, position: int, kind: str, tile: SkinnyTile, p
     return term
 
 
-@functools.cache
-def sums_of_block(kind: str, low_ranks: int, tile: SkinnyTile, gated: bool) -> SimpleNamespace:
-    """Device functions that add up a block.
-
-    ``request(up, low, row0, columns, batch, thread)`` starts the copies of U's rows;
-    ``combine(shared, up, sums, scale, low, number, lane, thread)`` leaves all sums, scaled, with their low-rank terms;
-    ``take(shared, row, unit, values)`` gives eight neighbours of a row, and their partners before a gate.
-    """
-    row_groups, a_groups, warps, rows = tile.row_groups, tile.a_groups, tile.warps, tile.rows
-    groups = row_groups + low_ranks
-    pitch, sides = GROUP * groups + 4, 2 if gated else 1
-    half_rows, threads = rows // sides, tile.threads
-    plane = 8 * a_groups * pitch
-    request, term = _request_nothing, _no_term
-    for position in range(low_ranks):
-        request = _request_up(request, position, tile, half_rows if gated else rows)
-        term = _low_rank_term(term, position, kind, tile, pitch)
+def _parker(tile: SkinnyTile, groups: int, pitch: int) -> Callable:
+    """``park(shared, sums, number, lane)``: a warp's sums to its place in shared memory."""
+    a_groups, plane = tile.a_groups, 8 * tile.a_groups * pitch
 
     @device
     def park(shared, sums, number, lane):
@@ -143,6 +129,27 @@ def sums_of_block(kind: str, low_ranks: int, tile: SkinnyTile, gated: bool) -> S
                     column = np.uint32(np.uint32(GROUP * i + 8 * (value >> 1)) + np.uint32(lane >> np.uint32(2)))
                     at = np.uint32(base + np.uint32(np.uint32(row * np.uint32(pitch)) + column))
                     shared[at] = sums[4 * (i * a_groups + j) + value]
+
+    return park
+
+
+@functools.cache
+def sums_of_block(kind: str, low_ranks: int, tile: SkinnyTile, gated: bool) -> SimpleNamespace:
+    """Device functions that add up a block.
+
+    ``request(up, low, row0, columns, batch, thread)`` starts the copies of U's rows;
+    ``combine(shared, up, sums, scale, low, number, lane, thread)`` leaves all sums, scaled, with their low-rank terms;
+    ``take(shared, row, unit, values)`` gives eight neighbours of a row, and their partners before a gate.
+    """
+    a_groups, warps, rows = tile.a_groups, tile.warps, tile.rows
+    groups = tile.row_groups + low_ranks
+    pitch, sides = GROUP * groups + 4, 2 if gated else 1
+    half_rows, threads = rows // sides, tile.threads
+    plane = 8 * a_groups * pitch
+    request, term, park = _request_nothing, _no_term, _parker(tile, groups, pitch)
+    for position in range(low_ranks):
+        request = _request_up(request, position, tile, half_rows if gated else rows)
+        term = _low_rank_term(term, position, kind, tile, pitch)
 
     @device
     def add_warps(shared, at):

@@ -332,8 +332,9 @@ def persistent(
     """A kernel of specialised warpgroups, as a factory returns it.
 
     ``target`` is what `tile_store` makes, ``load_segment`` asks for a segment's stages; both are given a tuple of type
-    ``shape``. Parameters: the table, how many parts; rows and columns of a result, block rows a panel; the first result's
-    pointer and row stride (read by direct stores only); the factor for the finished sum; the epilogue's; the shape's.
+    ``shape``. Parameters: the table, how many parts; rows and columns of a result, block rows a panel; the first
+    result's pointer and row stride (read by direct stores only); the factor for the finished sum; the epilogue's; the
+    shape's.
     """
     pointer, store, finish = target
     produce, consume = _producer(tile, load_segment), _consumer(tile, kind, staging, store)

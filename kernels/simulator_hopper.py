@@ -160,7 +160,7 @@ class TensorMap:
         return _swizzled(int(address) + units, self.swizzle)
 
     def lines(self, coordinates):
-        """(number of a line of the box, address and bytes of its part inside the tensor), and where that part begins."""
+        """Of every line of the box that meets the tensor: its number, where that part begins, and its memory."""
         first = coordinates[0]
         assert self.steps[0] == 1, self
         skipped = max(0, -first)

@@ -157,11 +157,30 @@ def on_stream(stream: Any) -> Iterator[None]:
         _chosen.stream = before
 
 
+_scratch: dict[tuple[int, int], DeviceBuffer] = {}
+
+
+def scratch(device: Device, nbytes: int) -> DeviceBuffer:
+    """Memory for the next launches on this thread's stream alone: the same every time, grown where it is too small.
+
+    Within a captured graph it is the graph's own.
+    """
+    stream = stream_of(device)
+    if device.capturing:
+        return device.allocate(nbytes, stream)
+    key = (device.ordinal, 0 if device.is_simulator else int(stream.handle))
+    found = _scratch.get(key)
+    if found is None or found.nbytes < nbytes:
+        size = max(nbytes, 2 * found.nbytes if found is not None else 0)
+        found = _scratch[key] = device.allocate(size, stream)
+    return found
+
+
 def run(plan: Plan, args: Any) -> None:
     """Run a plan on its device's stream, with workspace taken for the run.
 
     Raises plans.core.PlanError where the arguments do not fit the plan, naming the operand.
     """
     stream, size = stream_of(plan.device), plan.workspace_size()
-    workspace = Workspace(plan.device.allocate(size, stream)) if size else None
+    workspace = Workspace(scratch(plan.device, size)) if size else None
     plan.run(stream, workspace, args)

@@ -15,9 +15,7 @@ from kernels import hyper_connection_project_backward as project_kernel
 from kernels import hyper_connection_spread_tile as spread_kernel
 from kernels import hyper_connection_stream as stream_kernel
 from kernels import hyper_connection_stream_shares as shares_kernel
-from kernels.hyper_connection import THREADS as PORTABLE_THREADS
-from kernels.hyper_connection_dynamic_backward import alpha_gradient, column_sums
-from kernels.hyper_connection_sums import sum_parts
+from kernels.hyper_connection_sums import GROUPS, sum_parts
 from kernels.hyper_connection_weights import sample_weights_by_thread_backward
 from kernels.simulator import WARP
 from kernels.sinkhorn_thread import THREADS
@@ -71,6 +69,11 @@ def _project_grid(d: Any) -> tuple[int, int, int]:
     return across, *_split(d.batch, project_kernel.STEP, across)
 
 
+def _weight_blocks(d: Any) -> int:
+    """Blocks of the kernel that goes back through the mixing weights, a warp of samples each."""
+    return -(-d.batch // THREADS)
+
+
 def _scratch(d: Any) -> dict[str, int]:
     m, flat = weights_count(d.n_streams), d.n_streams * d.hidden_dim
     return {
@@ -82,6 +85,7 @@ def _scratch(d: Any) -> dict[str, int]:
         "kept": 2 * d.sinkhorn_iters * d.n_streams * d.batch,
         "gamma_sums": _spread_grid(d)[1] * d.hidden_dim,
         "parts": _project_grid(d)[1] * m * flat,
+        "of_weights": _weight_blocks(d) * (m + 3),
     }
 
 
@@ -98,7 +102,7 @@ def units(role: str, d: Any, counted: float) -> float:
     through = 2.0 * 6 * 32
     of_gamma = 2 * spread_steps + 3 + spreads
     of_projection = 2.0 * 3 * project_kernel.STEP * project_steps + projects
-    of_bias = -(-d.batch // PORTABLE_THREADS) + 16 + weights_count(d.n_streams)
+    of_bias = -(-_weight_blocks(d) // GROUPS) + GROUPS + 16 + weights_count(d.n_streams)
     own = 4 * (d.n_streams + 8) + 3 * of_sample + 48 + max(through, of_gamma, of_projection, of_bias)
     return max(own, counted * gradient_units_by_thread(d.sinkhorn) / gradient_units(d.sinkhorn))
 
@@ -111,7 +115,7 @@ DERIVATION = (
 
 
 class DynamicStreamBackwardProgram:
-    """Eight launches: shares, lifts, d_x, the projection's gradient in parts, and the sums over parts and samples.
+    """Seven launches: shares, lifts, d_x, the projection's gradient in parts, and the sums over parts.
 
     Of the whole connection, role "full", or of what comes before a sublayer, role "pre".
     """
@@ -123,22 +127,22 @@ class DynamicStreamBackwardProgram:
         made = shares_kernel.stream_shares(role, d.element.value, gamma, n, shape_of(role, d))
         self.blocks = min(d.batch, device.multiprocessors * made.min_blocks)
         self.shares = made.launcher((self.blocks, 1, 1))
-        self.unwind = sample_weights_by_thread_backward(d.mode.value, n).launcher((-(-d.batch // THREADS), 1, 1))
+        self.unwind = sample_weights_by_thread_backward(d.mode.value, n).launcher((_weight_blocks(d), 1, 1))
         spread = spread_kernel.spread_tile(role, d.projection.value, gamma, n)
         self.spread = spread.launcher((*_spread_grid(d)[:2], 1))
         self.project = project_kernel.project_back_tile(n).launcher((*_project_grid(d)[:2], 1))
         self.sum_gamma = sum_parts().launcher((-(-channels // WARP), 1, 1))
         self.sum_projection = sum_parts().launcher((-(-m * n * channels // WARP), 1, 1))
-        self.bias = column_sums().launcher((m, 1, 1))
-        self.alpha = alpha_gradient().launcher((3, 1, 1))
+        self.sum_weights = sum_parts().launcher((-(-(m + 3) // WARP), 1, 1))
 
     def bind(self, args: NamedArguments, workspace: Workspace) -> list[Launch]:
         """All launches."""
         d, n, eps = self.descriptor, self.descriptor.n_streams, np.float32(self.descriptor.eps)
         m, flat, channels, batch = weights_count(n), n * d.hidden_dim, d.hidden_dim, d.batch
-        shares, roots, d_logits, lifts, logits, kept, gamma_sums, parts = scratch_pointers(workspace, _scratch(d))
+        shares, roots, *weighing, gamma_sums, parts, of_weights = scratch_pointers(workspace, _scratch(d))
+        lifts, blocks = weighing[1], _weight_blocks(d)
         (_, spreads, spread_steps), (_, projects, project_steps) = _spread_grid(d), _project_grid(d)
-        x, mixing, projected = args["x_expanded"], args["mixing"], args["projected"]
+        x, mixing = args["x_expanded"], args["mixing"]
         # Without a gamma the kernels do not read its pointer, and in role "full" neither a line of d nor more.
         gamma = args["rmsnorm_weight"] if d.gamma is not None else mixing
         if self.role == "full":
@@ -150,17 +154,17 @@ class DynamicStreamBackwardProgram:
                 args["d_aggregate"],
                 args["d_mixing"],
             )
-        weighing = (projected, args["alpha"], args["bias"], shares, d_logits, lifts, logits, kept)
+        weights = (args["projected"], args["alpha"], args["bias"], shares, *weighing, of_weights)
         spreading = (x, gamma, streams, line, mixing, roots, args["projection"], lifts, args["d_x"], gamma_sums)
         launches = [
             (self.shares, (x, gamma, of_shares, mixing, more, shares, roots, channels, batch, self.blocks, eps)),
-            (self.unwind, (*weighing, batch, d.sinkhorn_iters, eps, flat)),
+            (self.unwind, (*weights, batch, d.sinkhorn_iters, eps, flat)),
             (self.spread, (*spreading, channels, batch, spread_steps)),
             (self.project, (x, lifts, parts, flat, batch, project_steps)),
-            (self.sum_projection, (parts, args["d_projection"], m * flat, projects)),
-            (self.bias, (d_logits, args["d_bias"], m, batch)),
-            (self.alpha, (d_logits, projected, args["d_alpha"], n, batch)),
+            (self.sum_projection, (parts, args["d_projection"], args["d_projection"], m * flat, m * flat, projects)),
+            (self.sum_weights, (of_weights, args["d_bias"], args["d_alpha"], m, m + 3, blocks)),
         ]
         if d.gamma is not None:
-            launches.append((self.sum_gamma, (gamma_sums, args["d_gamma"], channels, spreads)))
+            d_gamma = args["d_gamma"]
+            launches.append((self.sum_gamma, (gamma_sums, d_gamma, d_gamma, channels, channels, spreads)))
         return launches

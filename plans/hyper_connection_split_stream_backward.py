@@ -114,7 +114,7 @@ class PostStreamProgram:
         read = (x, mixing, args["d_out"], args["update"], mixing, mixing, mixing, mixing)
         sizes = (d.hidden_dim, d.batch, self.blocks, 0, np.float32(0))
         launch = (self.stream, (*read, args["d_streams"], args["d_update"], sums, sums, *sizes))
-        return [launch] if d.per_sample else [launch, (self.sum, (sums, d_mixing, m, self.blocks))]
+        return [launch] if d.per_sample else [launch, (self.sum, (sums, d_mixing, d_mixing, m, m, self.blocks))]
 
 
 def _pre_scratch(d: Any, most_bytes: int) -> dict[str, int]:

@@ -177,6 +177,8 @@ OTHERS = [
     _case("linear", tensor.linear, lambda x, w, b: x @ w.T + b, (2, 3, 5), (4, 5), (4,)),
     _case("low_rank_linear", lambda x, w, d, u, b: tensor.low_rank_linear(x, w, d, u, 0.5, b),
           lambda x, w, d, u, b: x @ (w + 0.5 * u @ d).T + b, (2, 3, 5), (4, 5), (2, 5), (4, 2), (4,)),
+    _case("low_rank_linear, eight ranks", lambda x, w, d, u: tensor.low_rank_linear(x, w, d, u, 0.5),
+          lambda x, w, d, u: x @ (w + 0.5 * u @ d).T, (3, 5), (4, 5), (8, 5), (4, 8)),
     _case("cross_entropy", lambda x: tensor.cross_entropy(x, _index(_TARGET)), _cross_entropy, (4, 5)),
     _case("cross_entropy_loss", lambda x: tensor.cross_entropy_loss(x, _index(_TARGET)),
           lambda x: _cross_entropy(x).mean(), (4, 5)),

@@ -127,9 +127,7 @@ class Optimizer:
         if not parameter.requires_grad or not parameter.is_leaf:
             raise RefusedInput("optimizer: a tensor that is no leaf with requires_grad; pass the parameters themselves")
         if not parameter.is_contiguous or not parameter.aligned:
-            raise RefusedInput(
-                f"optimizer: a parameter of strides {parameter.strides}, wanted it contiguous, aligned"
-            )
+            raise RefusedInput(f"optimizer: a parameter of strides {parameter.strides}, wanted it contiguous, aligned")
         shape, device = parameter.shape, parameter.device
         second = zeros(shape, F32, device) if self.rule.moments == 2 else None
         narrow = parameter.kind is not F32 and not (self.stochastic and parameter.kind is ElementKind.BF16)

@@ -12,7 +12,8 @@
 | `tensor` | memory, shape, strides, kind |
 | `launch` | plans on tensors, without gradients |
 | `autograd` | the graph, `backward`, `grad`, `no_grad`, `checkpoint` |
-| `pointwise`, `reductions`, `views`, `indexing`, `rows`, `products`, `losses` | operations, each with its gradient |
+| `pointwise`, `reductions`, `views`, `indexing`, `rows` | operations, each with its gradient |
+| `products`, `low_rank`, `mixing`, `convolution`, `losses` | likewise |
 | `creation`, `exchange` | constants, random numbers; NumPy, DLPack, CUDA array interface |
 | `methods` | which of them are methods and operators |
 
@@ -47,8 +48,9 @@ from lycoris.tensor.losses import (
     linear_cross_entropy,
     mse_loss,
 )
+from lycoris.tensor.low_rank import low_rank_linear
 from lycoris.tensor.pointwise import clamp, fma, fuse, leaky_relu, where
-from lycoris.tensor.products import bmm, linear, low_rank_linear, matmul
+from lycoris.tensor.products import bmm, linear, matmul
 from lycoris.tensor.rows import cross_entropy, group_norm, layer_norm, log_softmax, rms_norm, softmax
 from lycoris.tensor.tensor import Tensor
 from lycoris.tensor.views import cat, expand, flip, pad, permute, reshape, split, stack, transpose, triu

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
+import math
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -114,8 +115,21 @@ def backward(
     _walk(_seeds("backward", tensors, gradients), retain_graph, None)
 
 
-def backward_of(tensor: Tensor, gradient: Tensor | None = None, *, retain_graph: bool = False) -> None:
-    """Add d(tensor) / d(leaf), weighted by ``gradient`` (1 for a single number), to the leaves' ``grad``."""
+def backward_of(
+    tensor: Tensor,
+    gradient: Tensor | None = None,
+    *,
+    retain_graph: bool = False,
+    check_finite: bool = False,
+) -> None:
+    """Add d(tensor) / d(leaf), weighted by ``gradient`` (1 for a single number), to the leaves' ``grad``.
+
+    ``check_finite`` waits for the device and refuses a loss that is NaN or infinite. Raises RefusedInput as `backward`.
+    """
+    if check_finite and not math.isfinite(value := tensor.item()):
+        raise RefusedInput(
+            f"backward: the tensor is {value}; nothing was computed, look at the inputs or lower the rate"
+        )
     backward([tensor], None if gradient is None else [gradient], retain_graph=retain_graph)
 
 

@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from lycoris.buffers import stream_of
+from lycoris.buffers import scratch, stream_of
 from lycoris.errors import RefusedInput
 from lycoris.tensor.tensor import FLOATS, Shape, Storage, Tensor
 from plans.core import Device, ElementKind, Workspace
@@ -45,7 +45,7 @@ def run(plan: Contract, args: Any) -> None:
     """
     device = plan.device
     stream, size = stream_of(device), plan.workspace_size()
-    workspace = Workspace(device.allocate(size, stream)) if size else Workspace()
+    workspace = Workspace(scratch(device, size)) if size else Workspace()
     if device.is_simulator:
         plan.can_implement(args)
     for launch, arguments in plan.launches(args, workspace):

@@ -1,4 +1,4 @@
-"""Matrix products with gradients: matmul, bmm, linear, and a linear layer with a low-rank adapter in the same launch.
+"""Matrix products with gradients: matmul, bmm, linear.
 
 Transposed operands are no copies: a product takes either order of storage. Sums are fp32; results have the operands'
 kind, or f32 where they differ.
@@ -15,7 +15,7 @@ from lycoris.tensor import autograd, pointwise, views
 from lycoris.tensor.launch import ITSELF, broadcast_shape, compact, converted, empty, reduce, run, same_device, shaped
 from lycoris.tensor.tensor import Shape, Tensor, compact_strides
 from plans.core import ElementKind, TensorRef
-from plans.matmul import Bias, LowRankTerm, Segment, SegmentedMatmulArgs, SegmentedMatmulDescriptor, SegmentedMatmulPlan
+from plans.matmul import Bias, Segment, SegmentedMatmulArgs, SegmentedMatmulDescriptor, SegmentedMatmulPlan
 from plans.reduction import Reduction
 
 
@@ -31,6 +31,11 @@ class _Stored(NamedTuple):
     stride: int
     batch_stride: int
 
+    @property
+    def letter(self) -> str:
+        """BLAS's letter. B's is T where it is stored [n, k], which is the transpose of what is passed here."""
+        return "T" if self.transposed else "N"
+
     def ref(self, x: Tensor) -> TensorRef:
         """The tensor as it is stored."""
         view = x if not self.transposed else Tensor(x.storage, self.shape, x.kind, self.strides, x.offset)
@@ -44,14 +49,15 @@ def _fits(x: Tensor) -> bool:
     return x.aligned and (x.contiguous_ or (across == 1 and down >= columns) or (down == 1 and across >= rows))
 
 
-def _ready(x: Tensor, transposed: bool = True) -> Tensor:
+def ready(x: Tensor, transposed: bool = True) -> Tensor:
     """The tensor, copied where a product does not take it, or not in the order in which it is written."""
-    if _fits(x) and (transposed or not _stored(x).transposed):
+    if _fits(x) and (transposed or not stored(x).transposed):
         return x
     return converted(x, x.kind)
 
 
-def _stored(x: Tensor) -> _Stored:
+def stored(x: Tensor) -> _Stored:
+    """How a product takes a tensor's last two axes."""
     columns = x.shape[-1]
     down, across = x.strides[-2:]
     transposed = not x.contiguous_ and not (across == 1 and down >= columns)
@@ -63,45 +69,60 @@ def _stored(x: Tensor) -> _Stored:
     return _Stored(shape, strides, transposed, odd[-2], odd[0] if x.ndim == 3 else 0)
 
 
-_plans: dict[tuple, tuple] = {}
+plans: dict[tuple, tuple] = {}
+"""Layouts and kinds -> a plan and how it takes its operands."""
 
 
-def _layout(x: Tensor) -> tuple:
-    return (x.shape, x.strides, id(x.kind))
+def layout(x: Tensor) -> tuple:
+    """What a plan's choice depends on of a tensor, cheap to hash."""
+    return (x.shape, x.strides, id(x.kind), x.device.ordinal)
 
 
 def product(a: Tensor, b: Tensor, kind: ElementKind, scale: float = 1.0, bias: Tensor | None = None) -> Tensor:
     """The product scale * a @ b (+ bias) for a [m, k] or [batch, m, k], b [k, n] or [batch, k, n]; no gradients."""
-    a, b = _ready(a), _ready(b)
-    key = (_layout(a), _layout(b), id(kind), None if bias is None else id(bias.kind), a.device.ordinal)
-    found = _plans.get(key)
+    return sum_of_products(((a, b),), (scale,), kind, bias)
+
+
+def sum_of_products(
+    pairs: Sequence[tuple[Tensor, Tensor]], scales: Sequence[float], kind: ElementKind, bias: Tensor | None = None
+) -> Tensor:
+    """The sum of scale * a @ b over pairs of matrices (+ bias), one launch, one rounding; no gradients.
+
+    One pair may be of batches. Each a is [m, k] and each b [k, n], with a k of its own.
+    """
+    operands = [(ready(a), ready(b)) for a, b in pairs]
+    key = (*(layout(x) for pair in operands for x in pair), id(kind), bias is None or id(bias.kind))
+    found = plans.get(key)
     if found is None:
-        found = _plans[key] = _product_plan(a, b, kind, bias)
-    plan, left, right, shape = found
-    out = empty(shape, kind, a.device)
-    operands = () if bias is None else (compact(bias).ref(),)
-    run(plan, SegmentedMatmulArgs(out.mut(), ((left.ref(a), right.ref(b)),), (scale,), operands))
+        found = plans[key] = _sum_plan(operands, kind, bias)
+    plan, taken, shape = found
+    out = empty(shape, kind, operands[0][0].device)
+    steps = () if bias is None else (compact(bias).ref(),)
+    refs = [(left.ref(a), right.ref(b)) for (left, right), (a, b) in zip(taken, operands, strict=True)]
+    run(plan, SegmentedMatmulArgs(out.mut(), refs, scales, steps))
     return out
 
 
-def _product_plan(a: Tensor, b: Tensor, kind: ElementKind, bias: Tensor | None) -> tuple:
-    """The plan, how it takes both operands, and the result's shape."""
-    batch = next((x.shape[0] for x in (a, b) if x.ndim == 3), None)
-    m, n, k = a.shape[-2], b.shape[-1], a.shape[-1]
-    left, right = _stored(a), _stored(b)
-    # B's letter is T where it is stored [n, k], which is the transpose of what is passed here.
-    layout = ("T" if left.transposed else "N") + ("T" if right.transposed else "N")
-    segment = Segment(
-        k, layout, a.kind, b.kind, left.stride, right.stride, left.batch_stride, right.batch_stride,
-        batch is not None and a.ndim == 2, batch is not None and b.ndim == 2,
+def _sum_plan(pairs: Sequence[tuple[Tensor, Tensor]], kind: ElementKind, bias: Tensor | None) -> tuple:
+    """The plan, how it takes every operand, and the result's shape."""
+    first, second = pairs[0]
+    batch = next((x.shape[0] for x in (first, second) if x.ndim == 3), None)
+    m, n = first.shape[-2], second.shape[-1]
+    taken = [(stored(a), stored(b)) for a, b in pairs]
+    segments = tuple(
+        Segment(
+            a.shape[-1], left.letter + right.letter, a.kind, b.kind, left.stride, right.stride,
+            left.batch_stride, right.batch_stride, batch is not None and a.ndim == 2, batch is not None and b.ndim == 2,
+        )
+        for (a, b), (left, right) in zip(pairs, taken, strict=True)
     )  # fmt: skip
     steps = () if bias is None else (Bias(bias.kind),)
-    descriptor = SegmentedMatmulDescriptor(m, n, (segment,), kind, batch, steps)
-    plan = SegmentedMatmulPlan.select(None, descriptor, device=a.device)
-    return plan, left, right, (m, n) if batch is None else (batch, m, n)
+    descriptor = SegmentedMatmulDescriptor(m, n, segments, kind, batch, steps)
+    plan = SegmentedMatmulPlan.select(None, descriptor, device=first.device)
+    return plan, taken, (m, n) if batch is None else (batch, m, n)
 
 
-def _t(x: Tensor) -> Tensor:
+def flipped(x: Tensor) -> Tensor:
     """The last two axes exchanged, without gradients."""
     shape, strides = ((*v[:-2], v[-1], v[-2]) for v in (x.shape, x.strides))
     return Tensor(x.storage, shape, x.kind, strides, x.offset)
@@ -154,8 +175,8 @@ def _product_op(name: str, a: Tensor, b: Tensor) -> Tensor:
         return out
 
     def pull(g: Tensor, edges: Sequence[autograd.Node | None]) -> list[Tensor | None]:
-        d_a = product(g, _t(right), edges[0].kind) if edges[0] else None
-        d_b = product(_t(left), g, edges[1].kind) if edges[1] else None
+        d_a = product(g, flipped(right), edges[0].kind) if edges[0] else None
+        d_b = product(flipped(left), g, edges[1].kind) if edges[1] else None
         return [d_a, d_b]
 
     return autograd.record(name, out, (a, b), (left, right), pull)
@@ -175,7 +196,8 @@ def check_linear(name: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> S
     return (*x.shape[:-1], weight.shape[0])
 
 
-def _bias_gradient(g: Tensor, kind: ElementKind) -> Tensor:
+def bias_gradient(g: Tensor, kind: ElementKind) -> Tensor:
+    """The sum over rows."""
     return reduce(Reduction.SUM, ITSELF, (compact(g),), (0,), g.shape[1:], kind)
 
 
@@ -186,89 +208,15 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     same_device("linear", inputs)
     rows, matrix = matrix_of(x, weight.shape[1]), weight.detach()
     kind = pointwise.result_kind("linear", (x, weight))
-    out = shaped(product(rows, _t(matrix), kind, bias=None if bias is None else bias.detach()), shape)
+    out = shaped(product(rows, flipped(matrix), kind, bias=None if bias is None else bias.detach()), shape)
     if not autograd.wanted(inputs):
         return out
 
     def pull(g: Tensor, edges: Sequence[autograd.Node | None]) -> list[Tensor | None]:
         g = matrix_of(g, matrix.shape[0])
         d_x = shaped(product(g, matrix, edges[0].kind), x_shape) if edges[0] else None
-        d_weight = product(_t(g), rows, edges[1].kind) if edges[1] else None
-        return [d_x, d_weight, *(_bias_gradient(g, edge.kind) if edge else None for edge in edges[2:])]
+        d_weight = product(flipped(g), rows, edges[1].kind) if edges[1] else None
+        return [d_x, d_weight, *(bias_gradient(g, edge.kind) if edge else None for edge in edges[2:])]
 
     x_shape = x.shape
     return autograd.record("linear", out, inputs, (rows, matrix), pull)
-
-
-def low_rank_linear(
-    x: Tensor, weight: Tensor, down: Tensor, up: Tensor, scale: float = 1.0, bias: Tensor | None = None
-) -> Tensor:
-    """The sum x @ weight.T + scale * (x @ down.T) @ up.T + bias, one launch: a base layer with LoCon beside it.
-
-    x [..., in], weight [out, in], down [rank, in], up [out, rank] of one kind. The gradient of x is one launch too, and
-    those of the factors are products with ``rank`` rows. Raises RefusedInput where shapes do not fit.
-    """
-    shape = check_linear("low_rank_linear", x, weight, bias)
-    rank = down.shape[0] if down.ndim == 2 else -1
-    if down.shape != (rank, weight.shape[1]) or up.shape != (weight.shape[0], rank):
-        raise RefusedInput(
-            f"low_rank_linear: down {down.shape} and up {up.shape}, wanted [rank, {weight.shape[1]}] and "
-            f"[{weight.shape[0]}, rank]"
-        )
-    inputs = (x, weight, down, up) if bias is None else (x, weight, down, up, bias)
-    same_device("low_rank_linear", inputs)
-    rows, matrix, low, high = matrix_of(x, weight.shape[1]), weight.detach(), down.detach(), up.detach()
-    kind = pointwise.result_kind("low_rank_linear", (x, weight))
-    out = shaped(_with_low_rank(rows, _t(matrix), low, high, scale, kind, bias), shape)
-    if not autograd.wanted(inputs):
-        return out
-    x_shape = x.shape
-
-    def pull(g: Tensor, edges: Sequence[autograd.Node | None]) -> list[Tensor | None]:
-        g = matrix_of(g, matrix.shape[0])
-        d_x = None
-        if edges[0]:
-            d_x = shaped(_with_low_rank(g, matrix, _t(high), _t(low), scale, edges[0].kind, None), x_shape)
-        d_weight = product(_t(g), rows, edges[1].kind) if edges[1] else None
-        d_down = product(_t(product(g, high, g.kind)), rows, edges[2].kind, scale) if edges[2] else None
-        d_up = product(_t(g), product(rows, _t(low), rows.kind), edges[3].kind, scale) if edges[3] else None
-        return [d_x, d_weight, d_down, d_up, *(_bias_gradient(g, edge.kind) if edge else None for edge in edges[4:])]
-
-    return autograd.record("low_rank_linear", out, inputs, (rows, matrix, low, high), pull)
-
-
-def _with_low_rank(
-    a: Tensor, b: Tensor, down: Tensor, up: Tensor, scale: float, kind: ElementKind, bias: Tensor | None
-) -> Tensor:
-    """The sum a @ b + scale * (a @ down.T) @ up.T (+ bias)."""
-    a, b = _ready(a, transposed=False), _ready(b)
-    factors = [x if x.contiguous_ and x.aligned else converted(x, x.kind) for x in (down, up)]
-    key = (
-        _layout(a),
-        _layout(b),
-        down.shape[0],
-        id(down.kind),
-        id(kind),
-        bias is None or id(bias.kind),
-        a.device.ordinal,
-    )
-    found = _plans.get(key)
-    if found is None:
-        found = _plans[key] = _low_rank_plan(a, b, down, kind, bias)
-    plan, left, right, shape = found
-    out = empty(shape, kind, a.device)
-    operands = () if bias is None else (compact(bias.detach()).ref(),)
-    pairs = ((factors[0].ref(), factors[1].ref()),)
-    run(plan, SegmentedMatmulArgs(out.mut(), ((left.ref(a), right.ref(b)),), None, operands, pairs, (scale,)))
-    return out
-
-
-def _low_rank_plan(a: Tensor, b: Tensor, down: Tensor, kind: ElementKind, bias: Tensor | None) -> tuple:
-    """The plan, how it takes a and b, and the result's shape."""
-    left, right = _stored(a), _stored(b)
-    (m, k), n = a.shape, b.shape[1]
-    segment = Segment(k, "NT" if right.transposed else "NN", a.kind, b.kind, left.stride, right.stride)
-    steps = () if bias is None else (Bias(bias.kind),)
-    term = LowRankTerm(down.shape[0], 0, down.kind)
-    descriptor = SegmentedMatmulDescriptor(m, n, (segment,), kind, None, steps, low_rank=(term,))
-    return SegmentedMatmulPlan.select(None, descriptor, device=a.device), left, right, (m, n)

@@ -181,6 +181,11 @@ class Device:
         return _open(which)
 
     @property
+    def capturing(self) -> bool:
+        """Whether this thread is recording a graph, whose memory has to be its own."""
+        return _keeping.buffers is not None
+
+    @property
     def multiprocessors(self) -> int:
         """How many streaming multiprocessors the device has."""
         return 4 if SIMULATOR else self._core.properties.multiprocessor_count

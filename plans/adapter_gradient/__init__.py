@@ -1,0 +1,5 @@
+"""Gradients of adapters' factors, without the gradient of the weight that they make up."""
+
+from plans.adapter_gradient.low_rank import LowRankGradientArgs, LowRankGradientDescriptor, LowRankGradientPlan
+
+__all__ = ["LowRankGradientArgs", "LowRankGradientDescriptor", "LowRankGradientPlan"]

@@ -1,0 +1,66 @@
+"""The second launch of adapters' gradients: every result from its parts in workspace, in one launch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from kernels import adapter_gradient_sum as kernel
+from plans.core.device import ALIGNMENT
+from plans.core.precision import ElementKind
+from plans.core.tensor import TensorRef
+from plans.core.workspace import Workspace
+
+SLOTS = 2 * 132
+"""Blocks that run at once. The workspace must not depend on the device, so one chip stands for all."""
+
+
+@dataclass(frozen=True)
+class Partial:
+    """A result [rows, columns], or stored the other way round, as ``number`` parts of its sum."""
+
+    number: int
+    rows: int
+    columns: int
+    transposed: bool = False
+
+    @property
+    def count(self) -> int:
+        """Elements of the result."""
+        return self.rows * self.columns
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the parts in workspace, up to the next result's."""
+        return -(-4 * self.number * self.count // ALIGNMENT) * ALIGNMENT
+
+
+def partial_bytes(partials: tuple[Partial, ...]) -> int:
+    """Bytes of workspace of all parts."""
+    return sum(partial.nbytes for partial in partials)
+
+
+class Sums:
+    """The launch that adds up the parts of some results of one kind."""
+
+    def __init__(self, partials: tuple[Partial, ...], out: ElementKind) -> None:
+        self.partials = partials
+        made = kernel.sum_parts(out.value, tuple(partial.transposed for partial in partials))
+        blocks = sum(-(-partial.count // kernel.ELEMENTS_OF_BLOCK) for partial in partials)
+        self.launch = made.launcher((blocks, 1, 1)) if blocks else None
+
+    def pointers(self, workspace: Workspace) -> list[object]:
+        """Where each result's parts lie."""
+        found, at = [], 0
+        for partial in self.partials:
+            found.append(workspace.buffer.pointer(np.float32, at))
+            at += partial.nbytes
+        return found
+
+    def arguments(self, results: list[TensorRef], workspace: Workspace, scale: float) -> tuple:
+        """The launch's arguments."""
+        flat: list[object] = []
+        for partial, result, parts in zip(self.partials, results, self.pointers(workspace), strict=True):
+            flat += [result.data, parts, partial.number, partial.rows, partial.columns]
+        return (*flat, np.float32(scale))

@@ -1,0 +1,75 @@
+"""Gradients of adapters' factors against float64, over poisoned results and workspace, twice bit for bit."""
+
+from __future__ import annotations
+
+import pytest
+from adapter_gradient_cases import check
+
+from kernels.target import SIMULATOR
+from plans.adapter_gradient import LowRankGradientArgs, LowRankGradientDescriptor, LowRankGradientPlan
+from plans.core import BackendKind, ElementKind, InvalidProblem, NoSku, PlanPreference
+
+BF16, F16, F32 = ElementKind.BF16, ElementKind.F16, ElementKind.F32
+MMA, PORTABLE = BackendKind.MMA, BackendKind.PORTABLE
+
+LOW_RANK = [
+    (1, 8, 8, 8, {}),
+    (67, 72, 136, 16, {}),
+    (131, 64, 8, 5, {"parts": 2, "inner_stride": 24, "part_stride": 8}),
+    (33, 8, 72, 33, {"inner_stride": 40, "out": BF16}),
+    (17, 16, 8, 72, {"parts": 2, "g_stride": 24, "x_stride": 16}),
+    (40, 24, 0, 4, {"inner_stride": 8, "out": F16, "element": F16}),
+    (40, 0, 24, 12, {"inner_stride": 16, "element": F16}),
+]
+LARGE = (
+    []
+    if SIMULATOR
+    else [
+        (4096, 3072, 3072, 16, {"parts": 2}),
+        (4099, 1288, 5128, 64, {"parts": 2, "out": BF16}),
+        (1024, 12288, 3072, 20, {"inner_stride": 24}),
+        (10000, 1280, 1280, 128, {}),
+    ]
+)
+
+
+def low_rank_arguments(tensors, scale):
+    return LowRankGradientArgs([tuple(tensors[i : i + 3]) for i in range(0, len(tensors), 3)], scale)
+
+
+@pytest.mark.parametrize("backend", [PORTABLE, MMA], ids=lambda backend: backend.value)
+@pytest.mark.parametrize("case", LOW_RANK + LARGE, ids=str)
+def test_low_rank_factors(device, poisoned, rng, case, backend):
+    *extents, options = case
+    descriptor = LowRankGradientDescriptor(*extents, **options)
+    check(device, poisoned, LowRankGradientPlan, descriptor, low_rank_arguments, rng.standard_normal, backend)
+
+
+def test_low_rank_factors_of_any_extent_and_kind(device, poisoned, rng):
+    descriptor = LowRankGradientDescriptor(13, 7, 5, 3, F32, BF16)
+    plan = check(device, poisoned, LowRankGradientPlan, descriptor, low_rank_arguments, rng.standard_normal)
+    assert plan.chosen.backend is PORTABLE
+    with pytest.raises(NoSku, match="bf16 or fp16, found f32"):
+        LowRankGradientPlan.select(None, descriptor, PlanPreference(prefer_backend=MMA), device)
+
+
+@pytest.mark.parametrize("backend", [PORTABLE, MMA], ids=lambda backend: backend.value)
+@pytest.mark.parametrize("extents", [(0, 8, 16, 8), (16, 8, 8, 0), (8, 0, 0, 8)], ids=str)
+def test_no_low_rank_rows_ranks_or_sides(device, poisoned, rng, extents, backend):
+    descriptor = LowRankGradientDescriptor(*extents)
+    check(device, poisoned, LowRankGradientPlan, descriptor, low_rank_arguments, rng.standard_normal, backend)
+
+
+@pytest.mark.parametrize(
+    ("reason", "options"),
+    [
+        ("1 or 2 parts", {"parts": 3}),
+        ("none negative", {"rank": -1}),
+        ("g has stride 7, wanted at least 8", {"g_stride": 7}),
+        ("t has stride 15, wanted at least 16", {"inner_stride": 15, "parts": 2}),
+        ("gradients of i32", {"out": ElementKind.I32}),
+    ],
+)
+def test_bad_low_rank_problems(reason, options):
+    with pytest.raises(InvalidProblem, match=reason):
+        LowRankGradientDescriptor(**({"rows": 8, "out_features": 8, "in_features": 8, "rank": 8} | options))
