@@ -4,7 +4,7 @@ For y = x W^T + s (x D^T) U^T these are d_up^T = s (x D^T)^T g and d_down = s (g
 and x once each is all the work. A warp takes 16 rows and 64 columns at once: lane (g, t) loads eight neighbours at
 column 8 g of rows 2 t and 2 t + 1, whose pairs are the instruction's operand for eight groups of columns, and holds in
 the end 16 neighbours of each of its ranks; only the narrow operand passes through shared memory. The warps of a block
-share the rows and add up in order; so do blocks, through workspace (``adapter_gradient_sum``).
+share the rows and add up in order; so do blocks, through workspace (``partial_sums``).
 """
 
 from __future__ import annotations

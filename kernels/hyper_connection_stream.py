@@ -109,9 +109,9 @@ def block_sum(warps: int) -> Callable:
 def parking(element: str, lines: int, shape: Shape) -> SimpleNamespace:
     """Device functions that park a sample's ``lines`` [lines, C] in a stage, and give runs of them back as fp32.
 
-    ``park(shared, stage, pointer, at, first, count, channels)`` starts the copies of ``count`` lines, the first of them
-    at ``at`` and in the place ``first``; ``unpark(shared, stage, run, line, values, to)`` gives eight channels.
-    ``channel(run)`` is the thread's first channel of a run.
+    ``park(shared, stage, pointer, at, first, count, stride, channels)`` starts the copies of ``channels`` channels of
+    ``count`` lines ``stride`` apart, the first of them at ``at`` and in the place ``first``; ``unpark(shared, stage, run,
+    line, values, to)`` gives eight channels. ``channel(run)`` is the thread's first channel of a run.
     """
     threads, runs = shape.threads, shape.runs
     park_run, unpark_run = parked8(element, threads)
@@ -125,12 +125,12 @@ def parking(element: str, lines: int, shape: Shape) -> SimpleNamespace:
         return np.uint32(np.uint32(stage * np.uint32(lines * runs)) + np.uint32(run * lines + line))
 
     @device
-    def park(shared, stage, pointer, at, first, count, channels):
+    def park(shared, stage, pointer, at, first, count, stride, channels):
         for run in range(runs):
             c = channel(run)
             if c < channels:
                 for line in range(count):
-                    source = at + np.int64(line) * channels + c
+                    source = at + np.int64(line) * stride + c
                     park_run(shared, 0, slot(stage, run, first + line), warp.thread_index(), pointer, source)
 
     @device
@@ -233,9 +233,9 @@ def stream(role, element, gamma_element, n, shape, static):
         """Start the copies of the block's number-th sample b, if there is one; always one group."""
         if b < batch:
             stage = np.uint32(number % np.uint32(stages))
-            park(shared, stage, x, b * np.int64(n) * channels, 0, n, channels)
+            park(shared, stage, x, b * np.int64(n) * channels, 0, n, channels, channels)
             if given:
-                park(shared, stage, y, b * channels, n, 1, channels)
+                park(shared, stage, y, b * channels, n, 1, channels, channels)
             if per_sample:
                 fetch_line(ring, weights, b * np.int64(count), number)
         memory.copy_async_commit()

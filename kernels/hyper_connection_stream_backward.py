@@ -146,10 +146,10 @@ def _ahead(element: str, n: int, shape: Shape, more: bool, slots: int) -> Callab
     def ahead(shared, line, x, d, extra, weights, b, number, channels, batch):
         if b < batch:
             stage, at = np.uint32(number % np.uint32(stages)), b * np.int64(n) * channels
-            park(shared, stage, x, at, 0, n, channels)
-            park(shared, stage, d, at, n, n, channels)
+            park(shared, stage, x, at, 0, n, channels, channels)
+            park(shared, stage, d, at, n, n, channels, channels)
             if more:
-                park(shared, stage, extra, b * channels, 2 * n, 1, channels)
+                park(shared, stage, extra, b * channels, 2 * n, 1, channels, channels)
             if per_sample:
                 fetch_line(line, weights, b * np.int64(count), number)
         memory.copy_async_commit()

@@ -154,71 +154,85 @@ def _add_run(role: str, element: str, gamma_element: str | None, n: int, shape: 
 
 @kernel_factory(
     ("full", "bf16", "bf16", 4, Shape(512, 1, 2)), ("full", "bf16", "f32", 4, Shape(160, 1, 3)),
-    ("full", "bf16", "bf16", 2, Shape(448, 2, 2)), ("full", "f32", "f32", 1, Shape(256, 1, 2)),
+    ("full", "bf16", "bf16", 2, Shape(448, 1, 3)), ("full", "f32", "f32", 1, Shape(256, 1, 2)),
     ("pre", "bf16", "bf16", 4, Shape(512, 1, 2)), ("pre", "bf16", None, 4, Shape(160, 1, 4)),
 )  # fmt: skip
 def stream_shares(role, element, gamma_element, n, shape):
     """A walk over samples: the gradient [B, n (n + 2)] of s_pre, s_post and M, and ``roots`` [B, 2], r and the pull.
 
     Roles: "full", d [B, n, C] is the gradient of out; "pre", d [B, C] is that of the aggregate, and ``more`` [B, n (n +
-    2)] is added, which is not read in role "full". Parameters: x, gamma, d, weights, more, shares, roots, C, B, blocks,
-    eps; ``weights`` have a line a sample. The sums are, in the order of a warp's lanes: gamma dy x_i; a x_i; gamma a
-    d_i; d_i x_j; a**2; gamma dy a.
+    2)] is added, which is not read in role "full". A sample comes in ``chunks`` pieces of its channels, one run of every
+    thread each. Parameters: x, gamma, d, weights, more, shares, roots, pitch, C, chunks, B, blocks, eps; ``pitch`` is n
+    (n + 2), or 0 where all samples have the same line of weights. The sums are, in the order of a warp's lanes: gamma dy
+    x_i; a x_i; gamma a d_i; d_i x_j; a**2; gamma dy a.
     """
-    count, runs, stages, threads, full = n * (n + 2), shape.runs, shape.stages, shape.threads, role == "full"
-    lines, of_d = (2 * n, n) if full else (n + 1, 1)
+    count, stages, threads, full = n * (n + 2), shape.stages, shape.threads, role == "full"
+    lines, of_d, chunk_channels = (2 * n, n, RUN * threads) if full else (n + 1, 1, RUN * threads)
     parked, ring_of, warps = parking(element, lines, shape), weight_ring(count, threads, stages + 1), threads // WARP
     park, channel, fetch_line, place = parked.park, parked.channel, ring_of.fetch, ring_of.place
-    fetch_gamma, unpack_gamma, gamma_pointer = gamma_runs(gamma_element, runs)
+    fetch_gamma, unpack_gamma, gamma_pointer = gamma_runs(gamma_element, 1)
     add_run, scatter = _add_run(role, element, gamma_element, n, shape), _scatter_sums()
     finish, arrived = _finish(role, n, warps, gamma_element is not None), memory.copy_async_wait(stages - 1)
-    gamma_words = runs * ELEMENTS[gamma_element or "f32"].words
+    gamma_words = ELEMENTS[gamma_element or "f32"].words
     ring_length, sums_length = (stages + 1) * count, 2 * warps * WARP
 
     @device
-    def ahead(shared, ring, x, d, weights, b, number, channels, batch):
+    def ahead(shared, ring, x, d, weights, pitch, b, chunk, number, sample, channels, batch):
+        """Start the copies of a piece, the block's number-th, of its sample-th sample; always one group."""
         if b < batch:
-            stage = np.uint32(number % np.uint32(stages))
-            park(shared, stage, x, b * np.int64(n) * channels, 0, n, channels)
-            park(shared, stage, d, b * np.int64(of_d) * channels, n, of_d, channels)
-            fetch_line(ring, weights, b * np.int64(count), number)
+            stage, first = np.uint32(number % np.uint32(stages)), chunk * np.int64(chunk_channels)
+            left = channels - first
+            park(shared, stage, x, b * np.int64(n) * channels + first, 0, n, channels, left)
+            park(shared, stage, d, b * np.int64(of_d) * channels + first, n, of_d, channels, left)
+            if chunk == np.int64(0):
+                fetch_line(ring, weights, b * pitch, sample)
         memory.copy_async_commit()
 
-    def kernel(x, gamma, d, weights, more, shares, roots, channels, batch, blocks, eps):
+    def kernel(x, gamma, d, weights, more, shares, roots, pitch, channels, chunks, batch, blocks, eps):
         shared = cuda.shared.array(0, np.uint16, alignment=128)
         ring = cuda.shared.array(ring_length, np.float32)
         sums = cuda.shared.array(sums_length, np.float32)
         words = cuda.local.array(gamma_words, np.uint32)
         scale = cuda.local.array(RUN, np.float32)
         totals = cuda.local.array(WARP, np.float32)
-        b, number = warp.block_x(), np.uint32(0)
         lane, own = warp.thread_index() % np.uint32(WARP), np.int64(warp.thread_index() // np.uint32(WARP))
-        for s in range(stages - 1):
-            ahead(shared, ring, x, d, weights, b + np.int64(s) * blocks, np.uint32(s), channels, batch)
-        for run in range(runs):
-            if channel(run) < channels:
-                fetch_gamma(gamma, words, run, channel(run))
+        b, chunk, number, sample = warp.block_x(), np.int64(0), np.uint32(0), np.uint32(0)
+        next_b, next_chunk, next_number, next_sample = b, chunk, number, sample
+        for e in range(WARP):
+            totals[e] = np.float32(0)
         while b < batch:
-            coming = np.uint32(number + np.uint32(stages - 1))
-            ahead(shared, ring, x, d, weights, b + np.int64(stages - 1) * blocks, coming, channels, batch)
+            # The first time as many pieces are sent for as there are stages, then one for each that is used up.
+            while next_number - number < np.uint32(stages):
+                ahead(shared, ring, x, d, weights, pitch, next_b, next_chunk, next_number, next_sample, channels, batch)
+                next_number = np.uint32(next_number + np.uint32(1))
+                next_chunk += np.int64(1)
+                if next_chunk == chunks:
+                    next_chunk, next_b = np.int64(0), next_b + blocks
+                    next_sample = np.uint32(next_sample + np.uint32(1))
+            c = channel(0) + chunk * np.int64(chunk_channels)
+            if c < channels:
+                fetch_gamma(gamma, words, 0, c)
             arrived()
-            warp.block_barrier()
-            stage, line = np.uint32(number % np.uint32(stages)), place(number)
-            for e in range(WARP):
-                totals[e] = np.float32(0)
-            for run in range(runs):
-                if channel(run) < channels:
-                    unpack_gamma(words, run, scale)
-                    add_run(shared, stage, ring, line, run, scale, totals)
-            half = np.int64(np.uint32(np.uint32(number % np.uint32(2)) * np.uint32(warps * WARP)))
-            sums[half + own * np.int64(WARP) + np.int64(lane)] = scatter(totals, lane)
-            warp.block_barrier()
-            if own == np.int64(0):
-                finish(sums, half, np.int64(lane), more, shares, roots, b, channels, eps)
-            b += blocks
+            if chunk == np.int64(0):
+                warp.block_barrier()
+            if c < channels:
+                unpack_gamma(words, 0, scale)
+                stage = np.uint32(number % np.uint32(stages))
+                add_run(shared, stage, ring, place(sample), 0, scale, totals)
             number = np.uint32(number + np.uint32(1))
+            chunk += np.int64(1)
+            if chunk == chunks:
+                half = np.int64(np.uint32(np.uint32(sample % np.uint32(2)) * np.uint32(warps * WARP)))
+                sums[half + own * np.int64(WARP) + np.int64(lane)] = scatter(totals, lane)
+                warp.block_barrier()
+                if own == np.int64(0):
+                    finish(sums, half, np.int64(lane), more, shares, roots, b, channels, eps)
+                for e in range(WARP):
+                    totals[e] = np.float32(0)
+                chunk, b = np.int64(0), b + blocks
+                sample = np.uint32(sample + np.uint32(1))
         memory.copy_async_wait_all()
 
     pointer = ELEMENTS[element].pointer
-    parameters = (pointer, gamma_pointer, pointer, f32p, f32p, f32p, f32p, i64, i64, i64, f32)
+    parameters = (pointer, gamma_pointer, pointer, f32p, f32p, f32p, f32p, i64, i64, i64, i64, i64, f32)
     return kernel, parameters, launch_options(element, lines, shape, most_threads=512)

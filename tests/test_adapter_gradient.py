@@ -6,7 +6,14 @@ import pytest
 from adapter_gradient_cases import check
 
 from kernels.target import SIMULATOR
-from plans.adapter_gradient import LowRankGradientArgs, LowRankGradientDescriptor, LowRankGradientPlan
+from plans.adapter_gradient import (
+    BlockMixGradientArgs,
+    BlockMixGradientDescriptor,
+    BlockMixGradientPlan,
+    LowRankGradientArgs,
+    LowRankGradientDescriptor,
+    LowRankGradientPlan,
+)
 from plans.core import BackendKind, ElementKind, InvalidProblem, NoSku, PlanPreference
 
 BF16, F16, F32 = ElementKind.BF16, ElementKind.F16, ElementKind.F32
@@ -73,3 +80,51 @@ def test_no_low_rank_rows_ranks_or_sides(device, poisoned, rng, extents, backend
 def test_bad_low_rank_problems(reason, options):
     with pytest.raises(InvalidProblem, match=reason):
         LowRankGradientDescriptor(**({"rows": 8, "out_features": 8, "in_features": 8, "rank": 8} | options))
+
+
+BLOCKS = [
+    (1, 1, 1, 8, {}),
+    (3, 8, 8, 72, {}),
+    (5, 17, 3, 40, {"out": BF16}),
+    (7, 33, 20, 8, {"element": F16, "out": F16, "g_stride": 272, "x_stride": 168}),
+    (2, 5, 70, 24, {}),
+    (0, 3, 4, 8, {}),
+    (3, 3, 4, 0, {}),
+    (3, 0, 4, 8, {}),
+]
+LARGE_BLOCKS = (
+    []
+    if SIMULATOR
+    else [(4096, 8, 8, 384, {}), (4099, 48, 48, 64, {}), (4096, 112, 64, 64, {"out": BF16}), (33, 8, 8, 1792, {})]
+)
+
+
+def block_arguments(tensors, scale):
+    return BlockMixGradientArgs(*tensors, scale)
+
+
+@pytest.mark.parametrize("backend", [PORTABLE, MMA], ids=lambda backend: backend.value)
+@pytest.mark.parametrize("case", BLOCKS + LARGE_BLOCKS, ids=str)
+def test_mixing_matrices(device, poisoned, rng, case, backend):
+    *extents, options = case
+    descriptor = BlockMixGradientDescriptor(*extents, **options)
+    check(device, poisoned, BlockMixGradientPlan, descriptor, block_arguments, rng.standard_normal, backend)
+
+
+def test_mixing_matrices_of_any_extent_and_kind(device, poisoned, rng):
+    descriptor = BlockMixGradientDescriptor(5, 3, 2, 37, F32, BF16)
+    plan = check(device, poisoned, BlockMixGradientPlan, descriptor, block_arguments, rng.standard_normal)
+    assert plan.chosen.backend is PORTABLE
+
+
+@pytest.mark.parametrize(
+    ("reason", "options"),
+    [
+        ("none negative", {"rows": -1}),
+        ("x has row stride 15, wanted at least its 16 elements", {"x_stride": 15}),
+        ("d_w of i32", {"out": ElementKind.I32}),
+    ],
+)
+def test_bad_mixing_problems(reason, options):
+    with pytest.raises(InvalidProblem, match=reason):
+        BlockMixGradientDescriptor(**({"rows": 2, "out_blocks": 2, "in_blocks": 2, "width": 8} | options))

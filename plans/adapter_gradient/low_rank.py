@@ -19,7 +19,6 @@ import numpy as np
 
 from kernels import adapter_gradient_low_rank as kernel
 from kernels.target import SIMULATOR
-from plans.adapter_gradient.sums import SLOTS, Partial, Sums, partial_bytes
 from plans.core.device import Device
 from plans.core.errors import InvalidProblem
 from plans.core.operand import Operand
@@ -28,6 +27,7 @@ from plans.core.precision import ElementKind, MathPrecision, PrecisionGuarantee
 from plans.core.sku import ArchSku, BackendKind, OpCategory
 from plans.core.tensor import TensorMut, TensorRef
 from plans.core.workspace import Workspace
+from plans.partial_sums import SLOTS, Partial, Sums, partial_bytes
 
 _FLOATS = (ElementKind.BF16, ElementKind.F16, ElementKind.F32)
 _UNIT = 8

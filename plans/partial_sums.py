@@ -1,4 +1,4 @@
-"""The second launch of adapters' gradients: every result from its parts in workspace, in one launch."""
+"""The second launch of long sums: every result from its parts in workspace, in one launch."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from kernels import adapter_gradient_sum as kernel
+from kernels import partial_sums as kernel
 from plans.core.device import ALIGNMENT
 from plans.core.precision import ElementKind
 from plans.core.tensor import TensorRef

@@ -1,4 +1,4 @@
-"""The second stage of adapters' gradients: parts of a sum added up in order, scaled, rounded once.
+"""The second stage of long sums: their parts added up in order, scaled, rounded once.
 
 A few thousand elements in hundreds of parts, or millions in a few: a warp takes 32 neighbours, and the warps of a block
 share the parts.
