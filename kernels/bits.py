@@ -77,9 +77,16 @@ def _high_f16(pair):
     return np.uint16(int(pair) >> 16).view(np.float16).astype(np.float32)
 
 
+def _again(x):
+    return np.uint32(x)
+
+
 multiply_high = instruction("mul.hi.u32 $0, $1, $2;", "rr", "r", twin=_multiply_high, pure=True)
 low_halves = instruction("prmt.b32 $0, $1, $2, 0x5410;", "rr", "r", twin=_low_halves, pure=True)
 high_halves = instruction("prmt.b32 $0, $1, $2, 0x7632;", "rr", "r", twin=_high_halves, pure=True)
+# The same number, of which the compiler does not know that it is: addresses made of it anew are not kept in registers
+# from an earlier use.
+again = instruction("mov.b32 $0, $1;", "r", "r", twin=_again)
 f32_to_bf16 = instruction("cvt.rn.bf16.f32 $0, $1;", "f", "h", twin=_f32_to_bf16, pure=True)
 pack_bf16 = instruction("cvt.rn.bf16x2.f32 $0, $2, $1;", "ff", "r", twin=_pack_bf16, pure=True)
 f16_to_f32 = instruction("cvt.f32.f16 $0, $1;", "h", "f", twin=_f16_to_f32, pure=True)

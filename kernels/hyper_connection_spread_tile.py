@@ -126,7 +126,7 @@ def _lift_fragment(n: int) -> Callable:
 
 _EXAMPLES = (
     ("full", "bf16", "bf16", 4), ("full", "f32", "f32", 4), ("full", "bf16", "bf16", 2), ("full", "bf16", "f32", 3),
-    ("pre", "bf16", "bf16", 4), ("pre", "f32", None, 4), ("pre", "f32", "bf16", 1),
+    ("pre", "bf16", "bf16", 4), ("pre", "f32", None, 4), ("pre", "f32", "bf16", 1), ("full", None, "bf16", 4),
 )  # fmt: skip
 
 
@@ -203,12 +203,14 @@ def spread_tile(role, projection, gamma_element, n):
     """d_x[b, j] = carried[b, j] + s_pre[j] da[b] + rows_j^T lifts[b] + lift x[b, j], and the sums for gamma.
 
     Carried is sum_i M[i, j] d[b, i] in role "full", and d[b, j] in role "pre", where ``d_line`` [B, C] is the gradient
-    of the aggregate; that is not read in role "full". Parameters: x, gamma, d, d_line, weights, roots, rows, lifts,
-    d_x, gamma_sums, C, B, steps; ``lifts`` as ``spread`` takes them, ``roots`` [B, 2] r and the pull, ``gamma_sums``
-    [splits, C], written where there is a gamma. The grid is (blocks of channels, splits), a split ``steps`` of STEP
-    samples.
+    of the aggregate; that is not read in role "full", nor are rows and lifts where ``projection`` is None. Parameters:
+    x, gamma, d, d_line, weights, roots, rows, lifts, d_x, gamma_sums, pitch, C, B, steps; ``lifts`` as ``spread`` takes
+    them, ``roots`` [B, 2] r and the pull, ``gamma_sums`` [splits, C], written where there is a gamma; ``pitch`` is n (n
+    + 2), or 0 where all samples have the same line of weights. The grid is (blocks of channels, splits), a split
+    ``steps`` of STEP samples.
     """
-    fill, through, fetch_lifts = _fill(projection, n), _through(projection, n), _lift_fragment(n)
+    projected, rows_kind = projection is not None, projection or "bf16"
+    fill, through, fetch_lifts = _fill(rows_kind, n), _through(rows_kind, n), _lift_fragment(n)
     aggregate_back, store_stream = _aggregate_back(role, gamma_element, n), _store_stream(role, n)
     fetch_gamma, _, gamma_pointer = gamma_runs(gamma_element, 1)
     gamma_words, count, words_of_half = ELEMENTS[gamma_element or "f32"].words, n * (n + 2), 4 * n
@@ -225,7 +227,7 @@ def spread_tile(role, projection, gamma_element, n):
         for i in range(n):
             fetch8(source, (sample * np.int64(n) + np.int64(i)) * channels + c, words, at + 4 * i)
 
-    def kernel(x, gamma, d, d_line, weights, roots, rows, lifts, d_x, gamma_sums, channels, batch, steps):
+    def kernel(x, gamma, d, d_line, weights, roots, rows, lifts, d_x, gamma_sums, pitch, channels, batch, steps):
         shared = cuda.shared.array(0, np.uint16, alignment=128)
         x_words = cuda.local.array(words_held, np.uint32)
         d_words = cuda.local.array(words_held, np.uint32)
@@ -240,13 +242,16 @@ def spread_tile(role, projection, gamma_element, n):
         lane, own = np.uint32(thread % np.uint32(WARP)), np.uint32(thread // np.uint32(WARP))
         g, t = np.int64(np.uint32(lane >> np.uint32(2))), np.int64(np.uint32(lane & np.uint32(3)))
         first = warp.block_x() * np.int64(WARPS * CHANNELS)
-        fill(shared, rows, first, channels)
+        if projected:
+            fill(shared, rows, first, channels)
         c = first + np.int64(np.uint32(own * np.uint32(CHANNELS))) + np.int64(8) * t
         inside = c < channels
         c = min(c, channels - np.int64(_RUN))
         fetch_gamma(gamma, scale, 0, c)
         for e in range(_RUN):
             of_gamma[e] = np.float32(0)
+        for i in range(16):
+            acc[i] = np.float32(0)
         warp.block_barrier()
         b = warp.block_y() * steps * np.int64(STEP)
         last = min(batch, b + steps * np.int64(STEP))
@@ -260,11 +265,12 @@ def spread_tile(role, projection, gamma_element, n):
                 fetch8(d_line, upper * channels + c, line_words, 0)
                 fetch8(d_line, lower * channels + c, line_words, 4)
             upper_line, lower_line = upper * np.int64(count + 1), lower * np.int64(count + 1)
-            fetch_lifts(lifts, upper_line, lower_line, t, a)
+            if projected:
+                fetch_lifts(lifts, upper_line, lower_line, t, a)
             for half in range(2):
                 sample = lower if half else upper
                 there = b + g + np.int64(8 * half) < batch
-                line = sample * np.int64(count)
+                line = sample * pitch
                 if not full:
                     unpack8(line_words, 4 * half, dy, 0)
                 aggregate_back(
@@ -272,13 +278,16 @@ def spread_tile(role, projection, gamma_element, n):
                     of_gamma, there,
                 )  # fmt: skip
             for j in range(n):
-                through(acc, a, shared, own, j, lane)
+                if projected:
+                    through(acc, a, shared, own, j, lane)
                 for half in range(2):
                     sample = lower if half else upper
-                    lifted = lifts[(lower_line if half else upper_line) + np.int64(count)]
+                    lifted = np.float32(0)
+                    if projected:
+                        lifted = lifts[(lower_line if half else upper_line) + np.int64(count)]
                     if inside and b + g + np.int64(8 * half) < batch:
                         to = (sample * np.int64(n) + np.int64(j)) * channels + c
-                        line = sample * np.int64(count)
+                        line = sample * pitch
                         at = half * words_of_half
                         store_stream(x_words, d_words, at, weights, line, lifted, j, half, acc, da, d_x, to)
             b += np.int64(STEP)
@@ -291,9 +300,9 @@ def spread_tile(role, projection, gamma_element, n):
 
     pointer = ELEMENTS["bf16"].pointer
     parameters = (
-        pointer, gamma_pointer, pointer, pointer, f32p, f32p, ELEMENTS[projection].pointer, f32p, pointer, f32p, i64,
-        i64, i64,
+        pointer, gamma_pointer, pointer, pointer, f32p, f32p, ELEMENTS[rows_kind].pointer, f32p, pointer, f32p, i64,
+        i64, i64, i64,
     )  # fmt: skip
-    shared_bytes = 2 * _ROWS * _pitch(n) * (1 if projection == "bf16" else 3)
+    shared_bytes = 2 * _ROWS * _pitch(n) * {None: 0, "bf16": 1, "f32": 3}[projection]
     options = {"threads": WARP * WARPS, "shared_bytes": shared_bytes}
     return kernel, parameters, options | {"min_blocks": min(2, blocks_by_shared(shared_bytes))}

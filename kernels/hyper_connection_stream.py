@@ -110,8 +110,8 @@ def parking(element: str, lines: int, shape: Shape) -> SimpleNamespace:
     """Device functions that park a sample's ``lines`` [lines, C] in a stage, and give runs of them back as fp32.
 
     ``park(shared, stage, pointer, at, first, count, stride, channels)`` starts the copies of ``channels`` channels of
-    ``count`` lines ``stride`` apart, the first of them at ``at`` and in the place ``first``; ``unpark(shared, stage, run,
-    line, values, to)`` gives eight channels. ``channel(run)`` is the thread's first channel of a run.
+    ``count`` lines ``stride`` apart, the first of them at ``at`` and in the place ``first``; ``unpark(shared, stage,
+    run, line, values, to)`` gives eight channels. ``channel(run)`` is the thread's first channel of a run.
     """
     threads, runs = shape.threads, shape.runs
     park_run, unpark_run = parked8(element, threads)

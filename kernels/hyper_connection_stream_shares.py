@@ -161,10 +161,10 @@ def stream_shares(role, element, gamma_element, n, shape):
     """A walk over samples: the gradient [B, n (n + 2)] of s_pre, s_post and M, and ``roots`` [B, 2], r and the pull.
 
     Roles: "full", d [B, n, C] is the gradient of out; "pre", d [B, C] is that of the aggregate, and ``more`` [B, n (n +
-    2)] is added, which is not read in role "full". A sample comes in ``chunks`` pieces of its channels, one run of every
-    thread each. Parameters: x, gamma, d, weights, more, shares, roots, pitch, C, chunks, B, blocks, eps; ``pitch`` is n
-    (n + 2), or 0 where all samples have the same line of weights. The sums are, in the order of a warp's lanes: gamma dy
-    x_i; a x_i; gamma a d_i; d_i x_j; a**2; gamma dy a.
+    2)] is added, which is not read in role "full". A sample comes in ``chunks`` pieces of its channels, one run of
+    every thread each. Parameters: x, gamma, d, weights, more, shares, roots, pitch, C, chunks, B, blocks, eps;
+    ``pitch`` is n (n + 2), or 0 where all samples have the same line of weights. The sums are, in the order of a warp's
+    lanes: gamma dy x_i; a x_i; gamma a d_i; d_i x_j; a**2; gamma dy a.
     """
     count, stages, threads, full = n * (n + 2), shape.stages, shape.threads, role == "full"
     lines, of_d, chunk_channels = (2 * n, n, RUN * threads) if full else (n + 1, 1, RUN * threads)

@@ -94,22 +94,22 @@ def finish_static(mode, n, added):
 
     Where they are ``added`` to the gradient of the weights by another way, ``more`` [n (n + 2)], it is read.
     Parameters: sums, gamma_sums, more, h_pre, h_post, h_res, d_gamma, d_h_pre, d_h_post, d_h_res, d_mixing, kept, rows,
-    C, iterations, eps. Blocks from the second on take 32 channels of gamma each; the first takes the mixing weights.
-    ``d_mixing`` [n, n] and ``kept`` [2 iterations, n] are scratch.
+    gamma_rows, C, iterations, eps. Blocks from the second on take 32 channels of gamma each; the first takes the mixing
+    weights. ``d_mixing`` [n, n] and ``kept`` [2 iterations, n] are scratch.
     """
     back, count, total_of = logit_gradient(mode, n), n * (n + 2), _column_sum(GROUPS)
     tiles = -(-count // WARP)
 
     def kernel(
         sums, gamma_sums, more, h_pre, h_post, h_res, d_gamma, d_h_pre, d_h_post, d_h_res, d_mixing, kept, rows,
-        channels, iterations, eps,
+        gamma_rows, channels, iterations, eps,
     ):  # fmt: skip
         partial = cuda.shared.array(THREADS, np.float32)
         thread = np.int64(warp.thread_index())
         lane = thread % np.int64(WARP)
         if warp.block_x() > np.int64(0):
             c = (warp.block_x() - np.int64(1)) * np.int64(WARP) + lane
-            total = total_of(gamma_sums, c, channels, rows, partial)
+            total = total_of(gamma_sums, c, channels, gamma_rows, partial)
             if thread < np.int64(WARP) and c < channels:
                 d_gamma[c] = total
         else:
@@ -132,4 +132,4 @@ def finish_static(mode, n, added):
                 zero = np.int64(0)
                 back(h_res, zero, d_mixing, zero, d_h_res, zero, kept, zero, np.int64(1), iterations, eps)
 
-    return kernel, (f32p,) * 12 + (i64, i64, i64, f32), {"threads": THREADS}
+    return kernel, (f32p,) * 12 + (i64, i64, i64, i64, f32), {"threads": THREADS}

@@ -20,6 +20,7 @@ from kernels.target import device, f32, i64, types
 
 GROUP = 16
 """Rows of B, or of D, in one fragment: the largest rank of a low-rank segment."""
+_REGISTERS, _OTHER_REGISTERS = 1 << 16, 60
 D, U, RANK, D_STRIDE, U_STRIDE, D_BATCH, U_BATCH, FACTOR = range(8)
 """Positions of a low-rank segment's parameters."""
 
@@ -50,14 +51,15 @@ class SkinnyTile:
         return 32 * self.warps
 
     def words(self, low_ranks: int) -> int:
-        """Registers for fragments, sums and addresses."""
+        """Registers of a thread for fragments, sums and addresses."""
         groups = self.row_groups + low_ranks
         fragments = self.unroll * (8 * groups + 4 * self.a_groups)
         return fragments + 4 * groups * self.a_groups + 2 * (2 * groups + self.a_groups)
 
     def blocks(self, low_ranks: int) -> int:
-        """Blocks on a multiprocessor that registers allow."""
-        return max(1, (2 if self.words(low_ranks) <= 88 else 1) * 8 // self.warps)
+        """Blocks on a multiprocessor that leave a thread these registers and as many as the rest was found to take."""
+        registers = -(-(self.words(low_ranks) + _OTHER_REGISTERS) // 8) * 8
+        return max(1, _REGISTERS // (registers * self.threads))
 
     def shared_bytes(self, low_ranks: int) -> int:
         """Shared memory of a block with so many low-rank segments."""

@@ -19,6 +19,7 @@ from kernels.hyper_connection_stream import SM80_BYTES, SM90_BYTES
 from kernels.simulator import WARP
 from kernels.sinkhorn import extent_for, sinkhorn_backward
 from plans import hyper_connection_stream_backward as stream
+from plans import hyper_connection_tile_backward as tile
 from plans.core import (
     ArchSku,
     BackendKind,
@@ -227,6 +228,20 @@ class HyperConnectionBackwardPlan(Plan):
     skus = (
         _stream_sku("stream", ArchSku.SM80, SM80_BYTES),
         _stream_sku("stream, large", ArchSku.SM90A, SM90_BYTES),
+        Sku(
+            name="tile",
+            backend=BackendKind.VECTOR,
+            arch=ArchSku.SM80,
+            refuses=tile.refuses,
+            guarantee=lambda d: fp32_guarantee(
+                tile.units(d, _own_units(d)),
+                "sums over streams; a thread's channels and a block's; the samples' lines in parts; or Sinkhorn's, by "
+                "reciprocals",
+            ),
+            build=tile.TileBackwardProgram,
+            workspace=tile.workspace,
+            alignment=ALIGNMENT,
+        ),
         Sku(
             name="portable",
             backend=BackendKind.PORTABLE,

@@ -28,13 +28,15 @@ _BLOCKS = 4 * 132
 """Blocks that fill an H200; splits, and with them the order of sums, are the same on every device."""
 
 
-def shape_of(role: str, d: Any) -> stream_kernel.Shape | None:
-    """How a block holds what a sample's shares are made of, None where it cannot: x and d, or x and one line of d."""
-    n = d.n_streams
+def shape_of(role: str, d: Any) -> tuple[stream_kernel.Shape | None, int]:
+    """How a block holds a piece of what a sample's shares are made of, x and d or x and one line of d, and how many
+    pieces there are; no shape where it cannot.
+    """
+    n, chunks = d.n_streams, -(-d.hidden_dim // (stream_kernel.RUN * stream_kernel.MOST_THREADS))
     if n > shares_kernel.MOST_STREAMS:
-        return None
-    lines = 2 * n if role == "full" else n + 1
-    return stream_kernel.shape_for(d.element.value, lines, d.hidden_dim, stream_kernel.SM80_BYTES, 2 if n <= 2 else 1)
+        return None, chunks
+    lines, channels = 2 * n if role == "full" else n + 1, -(-d.hidden_dim // chunks)
+    return stream_kernel.shape_for(d.element.value, lines, channels, stream_kernel.SM80_BYTES, 1), chunks
 
 
 def refuses(role: str, descriptor: Any) -> str:
@@ -46,7 +48,7 @@ def refuses(role: str, descriptor: Any) -> str:
         return f"takes projection {' or '.join(k.value for k in KINDS)}, not {d.projection.value}"
     if d.n_streams > shares_kernel.MOST_STREAMS:
         return f"holds the sums of up to {shares_kernel.MOST_STREAMS} streams in registers, not of {d.n_streams}"
-    shape = shape_of(role, d)
+    shape, _ = shape_of(role, d)
     return refuses_stream(d.sinkhorn, d.n_streams, d.hidden_dim, d.batch, shape, element=d.element, gamma=d.gamma)
 
 
@@ -57,7 +59,7 @@ def _split(batch: int, step: int, across: int) -> tuple[int, int]:
     return -(-steps // each), each
 
 
-def _spread_grid(d: Any) -> tuple[int, int, int]:
+def spread_grid(d: Any) -> tuple[int, int, int]:
     """Blocks of channels, splits of the samples, and a split's steps."""
     across = -(-d.hidden_dim // (spread_kernel.WARPS * spread_kernel.CHANNELS))
     return across, *_split(d.batch, spread_kernel.STEP, across)
@@ -83,7 +85,7 @@ def _scratch(d: Any) -> dict[str, int]:
         "lifts": d.batch * (m + 1),
         "logits": d.batch * m,
         "kept": 2 * d.sinkhorn_iters * d.n_streams * d.batch,
-        "gamma_sums": _spread_grid(d)[1] * d.hidden_dim,
+        "gamma_sums": spread_grid(d)[1] * d.hidden_dim,
         "parts": _project_grid(d)[1] * m * flat,
         "of_weights": _weight_blocks(d) * (m + 3),
     }
@@ -96,9 +98,9 @@ def workspace(d: Any) -> int:
 
 def units(role: str, d: Any, counted: float) -> float:
     """The guarantee's units, where the magnitude counts Sinkhorn's own as so many times less than ``counted``."""
-    shape = shape_of(role, d)
-    of_sample = stream_kernel.RUN * shape.runs + 6 + shape.threads // WARP
-    (_, spreads, spread_steps), (_, projects, project_steps) = _spread_grid(d), _project_grid(d)
+    shape, chunks = shape_of(role, d)
+    of_sample = stream_kernel.RUN * chunks + 6 + shape.threads // WARP
+    (_, spreads, spread_steps), (_, projects, project_steps) = spread_grid(d), _project_grid(d)
     through = 2.0 * 6 * 32
     of_gamma = 2 * spread_steps + 3 + spreads
     of_projection = 2.0 * 3 * project_kernel.STEP * project_steps + projects
@@ -124,12 +126,13 @@ class DynamicStreamBackwardProgram:
         self.role, self.descriptor = role, descriptor
         d, n, m, channels = descriptor, descriptor.n_streams, weights_count(descriptor.n_streams), descriptor.hidden_dim
         gamma = None if d.gamma is None else d.gamma.value
-        made = shares_kernel.stream_shares(role, d.element.value, gamma, n, shape_of(role, d))
+        shape, self.chunks = shape_of(role, d)
+        made = shares_kernel.stream_shares(role, d.element.value, gamma, n, shape)
         self.blocks = min(d.batch, device.multiprocessors * made.min_blocks)
         self.shares = made.launcher((self.blocks, 1, 1))
         self.unwind = sample_weights_by_thread_backward(d.mode.value, n).launcher((_weight_blocks(d), 1, 1))
         spread = spread_kernel.spread_tile(role, d.projection.value, gamma, n)
-        self.spread = spread.launcher((*_spread_grid(d)[:2], 1))
+        self.spread = spread.launcher((*spread_grid(d)[:2], 1))
         self.project = project_kernel.project_back_tile(n).launcher((*_project_grid(d)[:2], 1))
         self.sum_gamma = sum_parts().launcher((-(-channels // WARP), 1, 1))
         self.sum_projection = sum_parts().launcher((-(-m * n * channels // WARP), 1, 1))
@@ -140,8 +143,8 @@ class DynamicStreamBackwardProgram:
         d, n, eps = self.descriptor, self.descriptor.n_streams, np.float32(self.descriptor.eps)
         m, flat, channels, batch = weights_count(n), n * d.hidden_dim, d.hidden_dim, d.batch
         shares, roots, *weighing, gamma_sums, parts, of_weights = scratch_pointers(workspace, _scratch(d))
-        lifts, blocks = weighing[1], _weight_blocks(d)
-        (_, spreads, spread_steps), (_, projects, project_steps) = _spread_grid(d), _project_grid(d)
+        lifts, blocks, pieces = weighing[1], _weight_blocks(d), (channels, self.chunks)
+        (_, spreads, spread_steps), (_, projects, project_steps) = spread_grid(d), _project_grid(d)
         x, mixing = args["x_expanded"], args["mixing"]
         # Without a gamma the kernels do not read its pointer, and in role "full" neither a line of d nor more.
         gamma = args["rmsnorm_weight"] if d.gamma is not None else mixing
@@ -157,9 +160,9 @@ class DynamicStreamBackwardProgram:
         weights = (args["projected"], args["alpha"], args["bias"], shares, *weighing, of_weights)
         spreading = (x, gamma, streams, line, mixing, roots, args["projection"], lifts, args["d_x"], gamma_sums)
         launches = [
-            (self.shares, (x, gamma, of_shares, mixing, more, shares, roots, channels, batch, self.blocks, eps)),
+            (self.shares, (x, gamma, of_shares, mixing, more, shares, roots, m, *pieces, batch, self.blocks, eps)),
             (self.unwind, (*weights, batch, d.sinkhorn_iters, eps, flat)),
-            (self.spread, (*spreading, channels, batch, spread_steps)),
+            (self.spread, (*spreading, m, channels, batch, spread_steps)),
             (self.project, (x, lifts, parts, flat, batch, project_steps)),
             (self.sum_projection, (parts, args["d_projection"], args["d_projection"], m * flat, m * flat, projects)),
             (self.sum_weights, (of_weights, args["d_bias"], args["d_alpha"], m, m + 3, blocks)),

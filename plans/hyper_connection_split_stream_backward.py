@@ -156,7 +156,18 @@ class PreStreamProgram:
         read = (x, gamma, args["d_streams"], args["d_aggregate"], mixing, *logits)
         sizes = (d.hidden_dim, d.batch, self.blocks, 0, eps)
         gradients = (d_gamma, *(args[f"d_{operand.name}"] for operand in d.parameters))
-        finishing = (sums, gamma_sums, args["d_mixing"], *logits, *gradients, d_res, kept, self.blocks, d.hidden_dim)
+        finishing = (
+            sums,
+            gamma_sums,
+            args["d_mixing"],
+            *logits,
+            *gradients,
+            d_res,
+            kept,
+            self.blocks,
+            self.blocks,
+            d.hidden_dim,
+        )
         return [
             (self.stream, (*read, d_x, d_x, sums, gamma_sums, *sizes)),
             (self.finish, (*finishing, d.sinkhorn_iters, eps)),

@@ -119,7 +119,18 @@ class StreamBackwardProgram:
         streams = (x, args.rmsnorm_weight.data, d_out, x, logits[0], *logits, d_x, d_x)
         sizes = (d.hidden_dim, d.batch, self.blocks, d.sinkhorn_iters, eps)
         gradients = (args.d_gamma.data, args.d_h_pre.data, args.d_h_post.data, args.d_h_res.data)
-        finishing = (sums, gamma_sums, sums, *logits, *gradients, d_mixing, kept, self.blocks, d.hidden_dim)
+        finishing = (
+            sums,
+            gamma_sums,
+            sums,
+            *logits,
+            *gradients,
+            d_mixing,
+            kept,
+            self.blocks,
+            self.blocks,
+            d.hidden_dim,
+        )
         return [
             (self.stream, (*streams, sums, gamma_sums, *sizes)),
             (self.finish, (*finishing, d.sinkhorn_iters, eps)),

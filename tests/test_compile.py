@@ -37,6 +37,7 @@ def compile_in_a_process(*arguments: str) -> tuple[int, str]:
     return done.returncode, done.stdout
 
 
+@pytest.mark.machine_code
 @pytest.mark.parametrize("factory", list(factories()))
 def test_machine_code(factory):
     status, output = compile_in_a_process(factory)

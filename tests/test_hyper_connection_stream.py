@@ -26,6 +26,7 @@ from plans.hyper_connection_dynamic_backward import (
     DynamicHyperConnectionBackwardDescriptor,
     DynamicHyperConnectionBackwardPlan,
 )
+from plans.hyper_connection_dynamic_stream_backward import shape_of
 from plans.hyper_connection_split import (
     HyperConnectionPostDescriptor,
     HyperConnectionPostPlan,
@@ -122,6 +123,49 @@ def test_the_gradients_of_a_walk(device, poisoned, rng, few_threads, shape, bloc
     assert_kept(plan, found, descriptor.reference(**arrays))
 
 
+@pytest.mark.parametrize("shape", [(5, 16, 4), (64, 8, 2), (3, 40, 3)], ids=str)
+def test_the_gradients_of_samples_in_tiles(device, poisoned, rng, few_threads, shape):
+    """What is chosen where two samples do not fit in shared memory, at shapes where they do."""
+    (tile,) = (sku for sku in HyperConnectionBackwardPlan.skus if sku.name == "tile")
+    descriptor = HyperConnectionBackwardDescriptor(*shape, 5, EPS, BF16)
+    plan = HyperConnectionBackwardPlan(descriptor, tile, device)
+    arrays = problem(rng, descriptor)
+    found = run_backward(device, poisoned, descriptor, plan.program, arrays, plan.workspace_size())
+    assert_kept(plan, found, descriptor.reference(**arrays))
+
+
+def test_large_samples_get_tiles(device):
+    for cls, plan, shape, name in (
+        (HyperConnectionBackwardDescriptor, HyperConnectionBackwardPlan, (8, 7168, 4), "tile"),
+        (DynamicHyperConnectionBackwardDescriptor, DynamicHyperConnectionBackwardPlan, (8, 7168, 4), "mma and stream"),
+        (HyperConnectionDescriptor, HyperConnectionPlan, (8, 7168, 4), "stream"),
+        (DynamicHyperConnectionDescriptor, DynamicHyperConnectionPlan, (8, 8192, 4), "mma and stream"),
+    ):
+        descriptor = cls(*shape, 20, EPS, BF16)
+        assert plan.choose(descriptor, PlanPreference(), device).name == name
+
+
+@pytest.mark.parametrize("shape", [(2, 264, 3), (2, 520, 1)], ids=str)
+def test_a_sample_in_pieces(device, poisoned, rng, few_threads, shape):
+    """Shares of a sample whose channels come one run of a block's threads after the other."""
+    descriptor = DynamicHyperConnectionBackwardDescriptor(*shape, 3, EPS, BF16)
+    assert shape_of("full", descriptor)[1] > 1
+    arrays = problem(rng, descriptor)
+    forward = DynamicHyperConnectionDescriptor(*shape, 3, EPS, BF16)
+    exact = forward.reference(**{k: v for k, v in arrays.items() if k not in ("d_out", "projected", "mixing")})
+    arrays |= {name: exact[name][0].astype(np.float32) for name in ("projected", "mixing")}
+    plan = DynamicHyperConnectionBackwardPlan.make(descriptor, PlanPreference(), device)
+    tensors, stream = tensors_of(device, poisoned, descriptor, arrays), device.stream()
+    plan.run(stream, Workspace(poisoned(plan.workspace_size())), NamedArguments(descriptor, **tensors))
+    device.synchronize(stream)
+    found = {}
+    for operand in descriptor.operands():
+        if operand.writes:
+            raw = device.download(tensors[operand.name].owner, operand.element.storage, operand.shape, stream)
+            found[operand.name] = raw.view(operand.element.values)
+    assert_kept(plan, found, descriptor.reference(**arrays))
+
+
 STATIC = (3, 16, 4, 5, EPS, BF16)
 CASES = {
     "static": (HyperConnectionPlan, HyperConnectionDescriptor(*STATIC), "stream"),
@@ -149,6 +193,10 @@ CASES = {
 }
 
 
+UNBOUNDED = ("static backward", "dynamic backward", "pre dynamic backward")
+"""Whose samples come in pieces."""
+
+
 @pytest.mark.parametrize("which", CASES)
 def test_which_sku_is_chosen_and_what_it_refuses(device, which):
     plan_class, descriptor, name = CASES[which]
@@ -158,7 +206,7 @@ def test_which_sku_is_chosen_and_what_it_refuses(device, which):
     for changed, reason in (
         ({"hidden_dim": 20}, "takes a multiple of 8 channels, not 20"),
         ({"n_streams": large, "hidden_dim": 64}, "streams"),
-        ({"hidden_dim": 1 << 16}, "holds two samples in a block, and .* are too large"),
+        *([] if which in UNBOUNDED else [({"hidden_dim": 1 << 16}, "holds two samples in a block, and .*")]),
         ({"batch": 2**31}, r"takes fewer than 2\*\*31 samples"),
     ):
         other = dataclasses.replace(descriptor, **changed)

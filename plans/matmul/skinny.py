@@ -20,7 +20,7 @@ from plans.matmul.measure import program_seconds
 from plans.matmul.mma import UNIT, is_wide
 from plans.matmul.program import MOST_BLOCKS, MatmulProgram, element_offset, kernel_steps, matmul_guarantee
 
-WARPS = 2 if SIMULATOR else 8
+WARPS = 2 if SIMULATOR else 4
 BLOCKS = 1 if SIMULATOR else 128
 """Blocks that keep every multiprocessor reading."""
 MOST_ROWS = 16
@@ -58,7 +58,7 @@ def tile_of(descriptor: SegmentedMatmulDescriptor) -> SkinnyTile:
 
 
 def likely_tiles(descriptor: SegmentedMatmulDescriptor) -> list[SkinnyTile]:
-    """The estimate, and its neighbours: more or fewer rows of B in a block, more loads under way, fewer warps."""
+    """The estimate, and its neighbours: more or fewer rows of B in a block, more loads under way, more warps."""
     estimate, pieces = tile_of(descriptor), len(pieces_of(descriptor))
     sides = 2 if descriptor.gated else 1
     found = [
@@ -66,7 +66,7 @@ def likely_tiles(descriptor: SegmentedMatmulDescriptor) -> list[SkinnyTile]:
         replace(estimate, row_groups=2 * estimate.row_groups, unroll=max(1, estimate.unroll // 2)),
         replace(estimate, row_groups=estimate.row_groups // 2, unroll=2 * estimate.unroll),
         replace(estimate, unroll=2 * estimate.unroll),
-        replace(estimate, warps=max(1, estimate.warps // 2)),
+        replace(estimate, warps=2 * estimate.warps),
     ]
 
     def fits(tile: SkinnyTile) -> bool:
