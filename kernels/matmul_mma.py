@@ -252,8 +252,8 @@ def _parameters(problem: Problem) -> tuple:
 def launch_bounds(tile: MmaTile) -> dict:
     """Launch bounds: as many blocks as sums, fragments and addresses leave registers for."""
     sums = tile.rows_of_warp * tile.columns_of_warp // 32
-    warps = 16 if sums <= 32 else 12 if sums <= 48 else 8
-    by_registers = max(1, (2 * warps if sums <= 32 else 16 if sums <= 64 else 8) // (tile.threads // 32))
+    warps_on_multiprocessor = 32 if sums <= 32 else 16 if sums <= 64 else 8
+    by_registers = max(1, warps_on_multiprocessor * 32 // tile.threads)
     return {
         "threads": tile.threads,
         "min_blocks": min(by_registers, blocks_by_shared(tile.shared_bytes)),

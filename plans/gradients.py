@@ -34,7 +34,7 @@ class StatisticsDescriptor:
     category = OpCategory.OPTIMIZER
 
     def operands(self) -> tuple[Operand, ...]:
-        """``out``, each ``tensor``, ``table`` (address, count), ``blocks`` and ``ends`` (blocks up to each end)."""
+        """``out``, each ``tensor``, ``table`` ([address, count]), ``blocks`` and ``ends`` (blocks up to each end)."""
         return (
             Operand("out", F32, (len(self.counts) + 1, kernel.STATISTICS), writes=True),
             *(Operand(f"tensor {i}", self.kind, (c,), alignment=_VECTOR_BYTES) for i, c in enumerate(self.counts)),
@@ -120,11 +120,6 @@ class AdjustArgs(Arguments):
 
 def _tables(counts: Sequence[int]) -> tuple[Operand, Operand]:
     return Operand("table", I64, (len(counts), 2)), Operand("blocks", I32, (block_count(counts), 2))
-
-
-def address_table(members: Sequence[TensorRef]) -> np.ndarray:
-    """[tensors, 2]: address and count; int64."""
-    return np.array([(tensor.address, tensor.count) for tensor in members], np.int64).reshape(-1, 2)
 
 
 class _StatisticsProgram:

@@ -43,6 +43,8 @@ F32, I32, I64 = ElementKind.F32, ElementKind.I32, ElementKind.I64
 _FLOATS = (ElementKind.BF16, ElementKind.F16, F32)
 _VECTOR_BYTES = 16
 _MOST_TENSORS = 1 << 20
+GRADIENT_COLUMN = 1
+"""Where a row of `UpdateDescriptor.table` has the gradient's address: all that changes from step to step."""
 
 
 class Numbers(NamedTuple):

@@ -32,8 +32,8 @@ class Partial:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the parts in workspace, up to the next result's."""
-        return -(-4 * self.number * self.count // ALIGNMENT) * ALIGNMENT
+        """Bytes of the parts in workspace, up to the next result's; never 0."""
+        return max(1, -(-4 * self.number * self.count // ALIGNMENT)) * ALIGNMENT
 
 
 def partial_bytes(partials: tuple[Partial, ...]) -> int:

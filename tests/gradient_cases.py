@@ -169,6 +169,7 @@ OTHERS = [
     _case("dropout", lambda x: x.dropout(0.4, seed=5), _dropped, (5, 7)),
     _case("matmul", lambda a, b: a @ b, np.matmul, (3, 5), (5, 4)),
     _case("matmul, transposed", lambda a, b: a.t() @ b.t(), lambda a, b: a.T @ b.T, (5, 3), (4, 5)),
+    _case("matmul, scaled", lambda a, b: a.matmul(b, 0.3), lambda a, b: 0.3 * a @ b, (2, 3, 5), (2, 5, 4)),
     _case("matmul, batch", lambda a, b: a @ b, np.matmul, (2, 3, 5), (5, 4)),
     _case("matmul, batches", lambda a, b: a @ b, np.matmul, (2, 1, 3, 5), (3, 5, 4)),
     _case("matmul, vectors", lambda a, b: a @ b, np.matmul, (5,), (5, 4)),

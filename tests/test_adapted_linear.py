@@ -138,11 +138,12 @@ def test_ia3_scales_rows_or_columns(device, rng):
         module.factors["weight"] = DeviceArray.from_numpy(vector, BF16, device)
         layer.add("ia3", module)
         stored = module.factors["weight"].numpy().astype(np.float64)
-        weight = layer.weight.numpy().astype(np.float64)
-        weight = weight * (1 + (stored if on_input else stored[:, None]))
+        base = layer.weight.numpy().astype(np.float64)
+        change = base * (stored if on_input else stored[:, None])
         x = tensor.from_numpy(rng.standard_normal((5, IN)), device, BF16)
         values = x.numpy().astype(np.float64)
-        assert_close(layer(x), (values @ weight.T, np.abs(values) @ np.abs(weight).T), 3)
+        size = np.abs(values) @ (np.abs(base) + np.abs(change)).T
+        assert_close(layer(x), (values @ (base + change).T, size), 3)
 
 
 def test_merge_and_unmerge_restore_every_bit(device, rng):

@@ -257,3 +257,49 @@ def test_max_shares_its_gradient_among_equals():
 def test_what_is_refused(act, message):
     with pytest.raises(RefusedInput, match=message):
         act(leaf(np.ones(2)))
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda x: [x[:2], x[2:] * 2],
+        lambda x: [x[:3], x[1:] * 2],
+        lambda x: [x[:2], x * 3],
+        lambda x: [x * 3, x[:2], x[::2]],
+        lambda x: [x[:, 1:2], x[0], x[3:]],
+        lambda x: [x[::2], x[1::2] * 2],
+        lambda x: [part * i for i, part in enumerate(x.t().split(2, 1))],
+    ],
+    ids=["apart", "overlapping", "part and whole", "whole and parts", "two axes", "interleaved", "transposed"],
+)
+@pytest.mark.parametrize(
+    "through", [lambda x: x, lambda x: x * 1, lambda x: x.t().contiguous().t()], ids=["leaf", "node", "turned"]
+)
+def test_gradients_of_slices_are_put_together(rng, use, through):
+    array = rng.standard_normal((4, 3))
+    x = leaf(array)
+    total = tensor.zeros(())
+    for part in use(through(x)):
+        total = total + (part * part).sum()
+    total.backward()
+
+    def loss(values):
+        y = tensor.from_numpy(values, kind=F32)
+        return sum(float((numbers(part) ** 2).sum()) for part in use(y))
+
+    for at in np.ndindex(array.shape):
+        step = np.zeros(array.shape)
+        step[at] = 0.25  # of a quadratic, so that differences are exact but for rounding
+        slope = (loss(array + step) - loss(array - step)) / 0.5
+        assert x.grad.numpy()[at] == pytest.approx(slope, rel=1e-4, abs=1e-4)
+
+
+def test_slices_that_do_not_overlap_keep_their_kind():
+    x = tensor.ones((4, 6), BF16, requires_grad=True)
+    h = x * 1
+    seen = []
+    h.register_hook(lambda g: seen.append((g.kind, g.shape)))
+    a, b = h.split(3, 1)
+    (a * 2 + b).sum().backward()
+    assert seen == [(BF16, (4, 6))]
+    np.testing.assert_array_equal(x.grad.numpy(), [[2, 2, 2, 1, 1, 1]] * 4)

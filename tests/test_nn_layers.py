@@ -13,6 +13,7 @@ from rich.progress import Progress
 from lycoris import nn, optim, tensor
 from lycoris.algorithms import LoConModule, LoHaModule, LoKrModule, load, save
 from lycoris.errors import RefusedInput
+from lycoris.graph import capture
 from lycoris.tensor import Generator
 from plans.core import ElementKind
 
@@ -188,3 +189,34 @@ def test_the_digits_example(tmp_path, monkeypatch):
     losses = train_digits.fit(again, parameters, digits, digits.classes, small, 2, 2e-3, lambda: None)
     assert losses == report["base"]["losses"]
     assert train_digits.digest(again.state_dict()) == report["base"]["digest"]
+
+
+def test_a_captured_training_step_is_the_eager_one():
+    x, wanted = tensor.randn((1, 3, 4), seed=3), tensor.randn((1, 3, 4), seed=4)
+
+    def made():
+        block = nn.TransformerBlock(4, 2, 2, generator=Generator(0))
+        parameters = nn.parameters_of(nn.adapt(block, LoConModule, 2, seed=1))
+        optimizer = optim.AdamW(parameters, 0.01)
+
+        def gradients():
+            with tensor.enable_grad():
+                optimizer.zero_grad()
+                loss = tensor.mse_loss(block.train()(x), wanted)
+                loss.backward()
+                return loss.detach()
+
+        return parameters, optimizer, gradients
+
+    eager, eager_optimizer, eager_gradients = made()
+    captured, optimizer, gradients = made()
+    graph = capture(gradients)
+    losses = []
+    for _ in range(2):
+        losses.append(eager_gradients().item())
+        eager_optimizer.step()
+        graph.replay()
+        optimizer.step()
+        assert graph.result.item() == losses[-1]
+    assert losses[1] < losses[0]
+    assert [p.numpy().tobytes() for p in captured] == [p.numpy().tobytes() for p in eager]

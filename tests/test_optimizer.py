@@ -161,6 +161,21 @@ def test_resuming_continues_bit_for_bit(rng, tmp_path):
     assert resumed.state_dict()["0.second"].tobytes() == whole.state_dict()["0.second"].tobytes()
 
 
+def test_generators_continue_where_they_were(tmp_path):
+    x = tensor.ones((4,), requires_grad=True)
+    optimizer, generator = optim.SGD([x], 0.1), tensor.Generator(5)
+    tensor.rand((3,), generator=generator)
+    optim.save_state(tmp_path / "s.safetensors", optimizer, {"dropout": generator})
+    wanted = tensor.rand((3,), generator=generator).numpy()
+    again = tensor.Generator(0)
+    optim.load_state(tmp_path / "s.safetensors", optimizer, {"dropout": again})
+    np.testing.assert_array_equal(tensor.rand((3,), generator=again).numpy(), wanted)
+    with pytest.raises(RefusedInput, match=r"generator\.dropout is of no generator given"):
+        optim.load_state(tmp_path / "s.safetensors", optimizer)
+    with pytest.raises(RefusedInput, match=r"generator\.other is missing"):
+        optim.load_state(tmp_path / "s.safetensors", optimizer, {"dropout": again, "other": generator})
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -137,7 +137,7 @@ class SelfAttention(Module):
         batch, length, width = x.shape
         size = width // self.heads
         q, k, v = self.qkv(x).reshape(batch, length, 3, self.heads, size).permute(2, 0, 3, 1, 4).split(1)
-        scores = (q[0] * (1 / math.sqrt(size))) @ k[0].transpose()
+        scores = q[0].matmul(k[0].transpose(), 1 / math.sqrt(size))
         mixed = scores.softmax() @ v[0]
         return self.out(mixed.permute(0, 2, 1, 3).reshape(batch, length, width))
 

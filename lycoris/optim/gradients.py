@@ -5,9 +5,12 @@ All work on the fp32 gradients of parameters, in place, without waiting for the 
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+import numpy as np
 
 from lycoris.errors import RefusedInput
 from lycoris.optim.tables import Uploaded, flat
@@ -15,6 +18,7 @@ from lycoris.tensor import autograd, pointwise
 from lycoris.tensor.launch import F32, empty, filled, run, same_device
 from lycoris.tensor.tensor import Tensor
 from plans import expression
+from plans.core import Device, TensorRef
 from plans.expression import leaf
 from plans.gradients import (
     AdjustArgs,
@@ -23,7 +27,6 @@ from plans.gradients import (
     StatisticsArgs,
     StatisticsDescriptor,
     StatisticsPlan,
-    address_table,
 )
 from plans.optimizer import block_table
 
@@ -54,6 +57,32 @@ def _gradients(operation: str, parameters: Sequence[Tensor]) -> list[Tensor]:
     return found
 
 
+class _Tables:
+    """What a launch over tensors of given counts reads, kept from call to call: addresses, blocks, ends."""
+
+    def __init__(self, device: Device, counts: tuple[int, ...]) -> None:
+        self.device, self.counts = device, counts
+        self._addresses, self._blocks, self._ends = Uploaded(device), Uploaded(device), Uploaded(device)
+
+    def refs(self, tensors: Sequence[Tensor]) -> tuple[TensorRef, TensorRef]:
+        """The tables of addresses and of blocks."""
+        rows = np.array([[x.address for x in tensors], self.counts], np.int64).T
+        return self._addresses.set(rows).ref(), self._blocks.set(block_table(self.counts)).ref()
+
+    def ends(self, descriptor: StatisticsDescriptor) -> TensorRef:
+        """The blocks up to each tensor's end."""
+        return self._ends.set(descriptor.ends()).ref()
+
+    def members(self, tensors: Sequence[Tensor]) -> list[TensorRef]:
+        """The tensors, which are reached by the tables; for the simulator's checks."""
+        return [flat(tensor).mut() for tensor in tensors] if self.device.is_simulator else []
+
+
+@functools.lru_cache(32)
+def _tables(device: Device, counts: tuple[int, ...]) -> _Tables:
+    return _Tables(device, counts)
+
+
 def raw_statistics(tensors: Sequence[Tensor]) -> Tensor:
     """[tensors + 1, 4]: sum of squares, largest magnitude, NaN and infinite elements; of all in the last row."""
     device = same_device("statistics", tensors)
@@ -61,11 +90,10 @@ def raw_statistics(tensors: Sequence[Tensor]) -> Tensor:
     if len(kinds) != 1:
         raise RefusedInput(f"statistics: tensors of {', '.join(k.value for k in kinds)}, wanted one kind")
     descriptor = StatisticsDescriptor(kinds.pop(), tuple(tensor.size for tensor in tensors))
-    members = [flat(tensor).ref() for tensor in tensors]
-    arrays = (address_table(members), block_table(descriptor.counts), descriptor.ends())
-    tables = [Uploaded(device).set(array).ref() for array in arrays]
+    tables = _tables(device, descriptor.counts)
     out = empty((len(tensors) + 1, 4), F32, device)
-    run(StatisticsPlan.select(None, descriptor, device=device), StatisticsArgs(out.mut(), members, *tables))
+    args = StatisticsArgs(out.mut(), tables.members(tensors), *tables.refs(tensors), tables.ends(descriptor))
+    run(StatisticsPlan.select(None, descriptor, device=device), args)
     return out
 
 
@@ -117,11 +145,11 @@ def _adjust(
     gradients = _gradients(operation, parameters)
     device = same_device(operation, gradients)
     descriptor = AdjustDescriptor(tuple(g.size for g in gradients), deviation > 0)
-    members = [flat(g).mut() for g in gradients]
-    tables = [Uploaded(device).set(a).ref() for a in (address_table(members), block_table(descriptor.counts))]
+    tables = _tables(device, descriptor.counts)
     factors = filled((len(gradients),), 1.0, F32, device) if factors is None else factors
     plan = AdjustPlan.select(None, descriptor, device=device)
-    run(plan, AdjustArgs(members, *tables, factors.ref(), limit, deviation, seed, step))
+    members = tables.members(gradients)
+    run(plan, AdjustArgs(members, *tables.refs(gradients), factors.ref(), limit, deviation, seed, step))
     for gradient in gradients:
         gradient.storage.version += 1
 

@@ -21,11 +21,20 @@ from lycoris.algorithms.files import write_safetensors
 from lycoris.errors import RefusedInput
 from lycoris.optim.schedules import Schedule, constant
 from lycoris.optim.tables import Uploaded, flat
-from lycoris.tensor.creation import from_numpy
+from lycoris.tensor.creation import Generator, from_numpy
 from lycoris.tensor.launch import F32, converted, filled, run, same_device, zeros
 from lycoris.tensor.tensor import Tensor
 from plans.core import ElementKind
-from plans.optimizer import Member, Numbers, Rule, UpdateArgs, UpdateDescriptor, UpdatePlan, block_table
+from plans.optimizer import (
+    GRADIENT_COLUMN,
+    Member,
+    Numbers,
+    Rule,
+    UpdateArgs,
+    UpdateDescriptor,
+    UpdatePlan,
+    block_table,
+)
 
 
 @dataclass(frozen=True)
@@ -73,10 +82,11 @@ class _State:
         named = {"first": self.first, "second": self.second, "master": self.master}
         return {name: tensor for name, tensor in named.items() if tensor is not None}
 
-    def member(self, gradient: Tensor) -> Member:
+    def member(self) -> Member:
         """The tensors as the plan takes them."""
         second, master = (None if x is None else flat(x).mut() for x in (self.second, self.master))
-        return Member(flat(self.parameter).mut(), flat(gradient).ref(), flat(self.first).mut(), second, master)
+        gradient = flat(self.parameter.grad).ref()
+        return Member(flat(self.parameter).mut(), gradient, flat(self.first).mut(), second, master)
 
 
 class Optimizer:
@@ -116,7 +126,8 @@ class Optimizer:
             raise RefusedInput("optimizer: a parameter is given twice; put it into one group")
         self.device = same_device("optimizer", self.parameters)
         self._one = filled((), 1.0, F32, self.device)
-        self._tables: dict[tuple, Uploaded] = {}
+        self._tables: dict[Any, Uploaded] = {}
+        self._prepared: dict[tuple, tuple[UpdatePlan, np.ndarray, int]] = {}
 
     @property
     def parameters(self) -> list[Tensor]:
@@ -148,32 +159,41 @@ class Optimizer:
         ``scale``, a number on the device, multiplies gradients; where it is not finite, parameters and moments stay as
         they are (`lycoris.optim.clip_by_norm` makes one). Raises RefusedInput for a gradient of another shape or kind.
         """
+        found: dict[tuple[ElementKind, bool], list[int]] = {}
+        for number, state in enumerate(self._states):
+            if state.parameter.grad is not None:
+                _check_gradient(state.parameter)
+                found.setdefault((state.parameter.kind, state.master is not None), []).append(number)
         self.steps += 1
         factor = self.schedule(self.steps - 1)
         numbers = np.array([group.numbers(self.rule, factor, self.steps) for group in self.groups], np.float32)
         on_device = self._upload("numbers", numbers)
-        found: dict[tuple, list[_State]] = {}
-        for state in self._states:
-            if state.parameter.grad is not None:
-                found.setdefault((state.parameter.kind, state.master is not None), []).append(state)
-        for key, states in found.items():
-            self._launch(key, states, on_device, self._one if scale is None else scale)
+        for key, chosen in found.items():
+            self._launch(key, tuple(chosen), on_device, self._one if scale is None else flat_number(scale))
 
-    def _launch(self, key: tuple[ElementKind, bool], states: Sequence[_State], numbers: Tensor, scale: Tensor) -> None:
-        kind, master = key
-        counts = tuple(state.parameter.size for state in states)
-        stochastic = self.stochastic and kind is ElementKind.BF16
-        groups = tuple(state.group for state in states)
-        descriptor = UpdateDescriptor(self.rule, kind, master, stochastic, counts, groups)
-        members = [state.member(_gradient(state.parameter)) for state in states]
-        table = self._upload(("table", key), descriptor.table(members))
-        blocks = self._upload(("blocks", key), block_table(counts))
-        used = numbers.narrow(0, 0, max(groups) + 1)
-        plan = UpdatePlan.select(None, descriptor, device=self.device)
-        refs = (table.ref(), blocks.ref(), used.ref(), flat_number(scale).ref())
+    def _launch(self, key: tuple[ElementKind, bool], chosen: tuple[int, ...], numbers: Tensor, scale: Tensor) -> None:
+        states = [self._states[number] for number in chosen]
+        prepared = self._prepared.get((key, chosen))
+        if prepared is None:
+            prepared = self._prepared[key, chosen] = self._prepare(*key, states)
+        plan, rows, groups = prepared
+        rows[:, GRADIENT_COLUMN] = [state.parameter.grad.address for state in states]
+        table = self._upload(("table", key), rows)
+        blocks = self._upload(("blocks", key), block_table(plan.descriptor.counts))
+        # The tensors themselves are reached by the table; they are there for the simulator's checks.
+        members = [state.member() for state in states] if self.device.is_simulator else []
+        refs = (table.ref(), blocks.ref(), numbers.narrow(0, 0, groups).ref(), scale.ref())
         run(plan, UpdateArgs(members, *refs, seed=self.seed, step=self.steps))
         for state in states:
             state.parameter.storage.version += 1
+
+    def _prepare(self, kind: ElementKind, master: bool, states: Sequence[_State]) -> tuple[UpdatePlan, np.ndarray, int]:
+        """The plan of a step of these tensors, its table but for the gradients, and how many groups they are in."""
+        stochastic = self.stochastic and kind is ElementKind.BF16
+        counts, groups = (tuple(values) for values in zip(*((s.parameter.size, s.group) for s in states), strict=True))
+        descriptor = UpdateDescriptor(self.rule, kind, master, stochastic, counts, groups)
+        rows = descriptor.table([state.member() for state in states])
+        return UpdatePlan.select(None, descriptor, device=self.device), rows, max(groups) + 1
 
     def _upload(self, name: Any, array: np.ndarray) -> Tensor:
         if name not in self._tables:
@@ -215,14 +235,13 @@ def _options(given: Mapping[str, Any]) -> Options:
     return Options(**given)
 
 
-def _gradient(parameter: Tensor) -> Tensor:
+def _check_gradient(parameter: Tensor) -> None:
     gradient = parameter.grad
     if gradient.shape != parameter.shape or gradient.kind is not F32:
         found = f"{gradient.kind.value} {gradient.shape}"
         raise RefusedInput(f"optimizer: a gradient of {found}, wanted f32 {parameter.shape}")
     if not gradient.contiguous_ or not gradient.aligned:
-        gradient = parameter.grad = converted(gradient, F32)
-    return gradient
+        parameter.grad = converted(gradient, F32)
 
 
 def flat_number(x: Tensor) -> Tensor:
@@ -254,11 +273,37 @@ OPTIMIZERS: dict[str, type[Optimizer]] = {"sgd": SGD, "adam": Adam, "adamw": Ada
 """Name -> optimiser, for configurations."""
 
 
-def save_state(path: str | os.PathLike[str], optimizer: Optimizer) -> None:
-    """Write an optimiser's state to a safetensors file, which appears whole or not at all."""
-    write_safetensors(path, optimizer.state_dict(), {"optimizer": type(optimizer).__name__}, overwrite=True)
+_STREAM = "generator."
 
 
-def load_state(path: str | os.PathLike[str], optimizer: Optimizer) -> None:
-    """Read what `save_state` wrote; steps then continue bit for bit. Raises RefusedInput where it does not fit."""
-    optimizer.load_state_dict(safetensors.numpy.load_file(path))
+def save_state(
+    path: str | os.PathLike[str], optimizer: Optimizer, generators: Mapping[str, Generator] | None = None
+) -> None:
+    """Write an optimiser's state, and where generators of random numbers are, to a safetensors file.
+
+    The file appears whole or not at all, and replaces one that is there.
+    """
+    streams = {
+        _STREAM + name: np.array([generator.seed, generator.number], np.int64)
+        for name, generator in (generators or {}).items()
+    }
+    metadata = {"optimizer": type(optimizer).__name__}
+    write_safetensors(path, optimizer.state_dict() | streams, metadata, overwrite=True)
+
+
+def load_state(
+    path: str | os.PathLike[str], optimizer: Optimizer, generators: Mapping[str, Generator] | None = None
+) -> None:
+    """Read what `save_state` wrote; training then continues bit for bit.
+
+    Raises RefusedInput, and changes nothing, where the file is not of these parameters and generators.
+    """
+    arrays = safetensors.numpy.load_file(path)
+    streams = {name: arrays.pop(name) for name in list(arrays) if name.startswith(_STREAM)}
+    wanted = {_STREAM + name: generator for name, generator in (generators or {}).items()}
+    for name in sorted(streams.keys() ^ wanted.keys()):
+        where = "is missing" if name in wanted else "is of no generator given"
+        raise RefusedInput(f"{path}: {name} {where}; name the generators as they were saved")
+    optimizer.load_state_dict(arrays)
+    for name, generator in wanted.items():
+        generator.seed, generator.number = (int(number) for number in streams[name])

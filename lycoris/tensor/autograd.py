@@ -14,15 +14,17 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lycoris.errors import RefusedInput
+from lycoris.tensor.launch import zeros_like_layout
 from plans.core import ElementKind
 
 if TYPE_CHECKING:
     from lycoris.tensor.tensor import Storage, Tensor
 
-Pull = Callable[["Tensor", Sequence["Node | None"]], Sequence["Tensor | None"]]
+Pull = Callable[["Tensor", Sequence["Node | None"]], Sequence["Tensor | Part | None"]]
 """(gradient of the result, the inputs' nodes, None where no gradient is wanted) -> the inputs' gradients."""
 
 _numbers = itertools.count()
@@ -183,23 +185,82 @@ def _seeds(operation: str, tensors: Sequence[Tensor], gradients: Sequence[Tensor
     return made
 
 
+@dataclass(frozen=True)
+class Part:
+    """A gradient of ``shape`` that is zero but for elements start, start + step, ... of one axis.
+
+    ``strides`` are those of the tensor that was sliced: its gradient is laid out alike, so that what made it, a
+    permutation, needs no copy of the gradient.
+    """
+
+    gradient: Tensor
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    axis: int
+    start: int
+    step: int
+
+    @property
+    def storage(self) -> Storage:
+        """Whose memory it is."""
+        return self.gradient.storage
+
+    @property
+    def covered(self) -> tuple[int, int, int]:
+        """The axis, and from where to where on it."""
+        length = self.gradient.shape[self.axis]
+        return self.axis, self.start, self.start + (length - 1) * self.step + 1
+
+    def place(self, wide: Tensor) -> Tensor:
+        """Where in a tensor of ``shape`` it goes."""
+        strides = list(wide.strides)
+        strides[self.axis] *= self.step
+        offset = wide.offset + self.start * wide.strides[self.axis]
+        return type(wide)(wide.storage, self.gradient.shape, wide.kind, tuple(strides), offset)
+
+
 class _Sum:
     """Contributions to one gradient: the first as it is, from the second on added in fp32.
 
-    ``own``: nothing else refers to the value, which may then be changed in place.
+    Slices that do not overlap are put together without a sum. ``own``: nothing else refers to the value, which may
+    then be changed in place. ``covered`` says which slices there are, and is None once there is more than those.
     """
 
-    __slots__ = ("own", "single", "value")
+    __slots__ = ("covered", "own", "single", "value")
 
-    def __init__(self, first: Tensor, own: bool) -> None:
-        self.value, self.own, self.single = first, own, True
+    def __init__(self) -> None:
+        self.value: Tensor | None = None
+        self.own = self.single = False
+        self.covered: list[tuple[int, int, int]] | None = None
 
-    def add(self, other: Tensor) -> None:
-        """One more."""
-        if self.single:
-            self.value, self.own, self.single = self.value.add(other, kind=ElementKind.F32), True, False
+    def add(self, part: Tensor | Part, own: bool, kind: ElementKind) -> None:
+        """One more; ``kind`` is that of the gradient."""
+        if isinstance(part, Part):
+            self._add_slice(part, kind)
+        elif self.value is None:
+            self.value, self.own, self.single = part, own, True
+        elif self.single or self.covered is not None:
+            self.value, self.own, self.single = self.value.add(part, kind=ElementKind.F32), True, False
+            self.covered = None
         else:
-            self.value.add_(other)
+            self.value.add_(part)
+
+    def _add_slice(self, part: Part, kind: ElementKind) -> None:
+        if self.value is None:
+            self.value = zeros_like_layout(part.shape, part.strides, kind, part.gradient.device)
+            self.own, self.covered = True, []
+        axis, start, stop = part.covered
+        apart = self.covered is not None and all(a == axis and (stop <= s or e <= start) for a, s, e in self.covered)
+        if apart:
+            part.place(self.value).copy_(part.gradient)
+            self.covered.append((axis, start, stop))
+            return
+        if self.value.kind is not ElementKind.F32:
+            self.value = self.value.to(ElementKind.F32)
+        elif not self.own:
+            self.value = self.value.clone()
+        self.own, self.single, self.covered = True, False, None
+        part.place(self.value).add_(part.gradient)
 
 
 def _walk(seeds: list[tuple[Node, Tensor]], retain_graph: bool, targets: set[Node] | None) -> dict[Node, Tensor]:
@@ -208,12 +269,11 @@ def _walk(seeds: list[tuple[Node, Tensor]], retain_graph: bool, targets: set[Nod
     heap: list[tuple[int, Node]] = []
     found: dict[Node, Tensor] = {}
 
-    def give(node: Node, gradient: Tensor, own: bool) -> None:
-        if node in sums:
-            sums[node].add(gradient)
-        else:
-            sums[node] = _Sum(gradient, own)
+    def give(node: Node, gradient: Tensor | Part, own: bool) -> None:
+        if node not in sums:
+            sums[node] = _Sum()
             heapq.heappush(heap, (-node.number, node))
+        sums[node].add(gradient, own, node.kind)
 
     with no_grad():
         for node, gradient in seeds:
@@ -243,7 +303,7 @@ def _replaced(node: Node, gradient: Tensor, returned: Tensor | None) -> Tensor:
     return returned.detach().to(node.kind)
 
 
-def _pull(node: Node, gradient: Tensor, give: Callable[[Node, Tensor, bool], None], retain_graph: bool) -> None:
+def _pull(node: Node, gradient: Tensor, give: Callable[[Node, Tensor | Part, bool], None], retain_graph: bool) -> None:
     if node.pull is None:
         raise RefusedInput(f"backward: the graph behind {node.name} was freed; pass retain_graph=True the time before")
     for storage, version in node.saved:

@@ -9,7 +9,7 @@ from typing import Any
 
 from lycoris.buffers import scratch, stream_of
 from lycoris.errors import RefusedInput
-from lycoris.tensor.tensor import FLOATS, Shape, Storage, Tensor
+from lycoris.tensor.tensor import FLOATS, Shape, Storage, Tensor, compact_strides
 from plans.core import Device, ElementKind, Workspace
 from plans.core.plan import Contract
 from plans.expression import Expr, leaf
@@ -36,6 +36,15 @@ def zeros(shape: Sequence[int], kind: ElementKind = F32, device: Device | None =
     if out.size:
         out.device.fill(out.storage.buffer, 0, stream_of(out.device))
     return out
+
+
+def zeros_like_layout(shape: Shape, strides: Shape, kind: ElementKind, device: Device) -> Tensor:
+    """All elements zero, with strides that are given if they are those of a permuted contiguous tensor."""
+    out = zeros(shape, kind, device)
+    order = sorted(range(len(shape)), key=lambda axis: (-strides[axis], axis))
+    compact = compact_strides(tuple(shape[axis] for axis in order))
+    dense = all(strides[axis] == step or shape[axis] == 1 for axis, step in zip(order, compact, strict=True))
+    return Tensor(out.storage, shape, kind, strides) if dense else out
 
 
 def run(plan: Contract, args: Any) -> None:

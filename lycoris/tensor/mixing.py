@@ -6,13 +6,11 @@ from collections.abc import Sequence
 
 from lycoris.errors import RefusedInput
 from lycoris.tensor import autograd
-from lycoris.tensor.launch import ITSELF, compact, converted, empty, reduce, run, same_device, shaped
-from lycoris.tensor.products import product
+from lycoris.tensor.adapter_gradients import mixing_gradient
+from lycoris.tensor.launch import compact, converted, empty, run, same_device, shaped
 from lycoris.tensor.tensor import Tensor
-from lycoris.tensor.views import transpose
 from plans.block_mix import BlockMixArgs, BlockMixDescriptor, BlockMixPlan
 from plans.core import ElementKind
-from plans.reduction import Reduction
 
 
 def mix_blocks(x: Tensor, w: Tensor) -> Tensor:
@@ -33,7 +31,7 @@ def mix_blocks(x: Tensor, w: Tensor) -> Tensor:
     def pull(g: Tensor, edges: Sequence[autograd.Node | None]) -> list[Tensor | None]:
         g = shaped(compact(g.detach()), (rows, matrix.shape[0] * width))
         d_x = shaped(_mixed(g, matrix, width, edges[0].kind, True), shape) if edges[0] else None
-        return [d_x, _weight_gradient(g, flat, matrix.shape, width, edges[1].kind) if edges[1] else None]
+        return [d_x, mixing_gradient(g, flat, matrix.shape, width, edges[1].kind) if edges[1] else None]
 
     return autograd.record("mix_blocks", out, (x, w), (flat, matrix), pull)
 
@@ -49,11 +47,3 @@ def _mixed(x: Tensor, w: Tensor, width: int, kind: ElementKind, transposed: bool
     descriptor = BlockMixDescriptor(x.shape[0], out_blocks, in_blocks, width, x.kind, w.kind, kind, transposed)
     run(BlockMixPlan.select(None, descriptor, device=x.device), BlockMixArgs(out.mut(), x.ref(), w.ref()))
     return out
-
-
-def _weight_gradient(g: Tensor, x: Tensor, shape: tuple[int, ...], width: int, kind: ElementKind) -> Tensor:
-    """Sum g[t] x[t]^T over [blocks, width] views of the rows t: a product for each row, added up in order."""
-    rows = x.shape[0]
-    left, right = shaped(g, (rows, shape[0], width)), shaped(x, (rows, shape[1], width))
-    each = product(left, transpose(right), ElementKind.F32)
-    return reduce(Reduction.SUM, ITSELF, (each,), (0,), shape, kind)

@@ -128,30 +128,31 @@ def flipped(x: Tensor) -> Tensor:
     return Tensor(x.storage, shape, x.kind, strides, x.offset)
 
 
-def matmul(a: Tensor, b: Tensor) -> Tensor:
-    """The product over a's last and b's last but one axis; axes before are a batch, which repeats where it is 1.
+def matmul(a: Tensor, b: Tensor, scale: float = 1.0) -> Tensor:
+    """The product over a's last and b's last but one axis, times a number that costs nothing.
 
-    One-dimensional operands are a row, or a column, as in NumPy. Raises RefusedInput where extents differ.
+    Axes before are a batch, which repeats where it is 1. One-dimensional operands are a row, or a column, as in NumPy.
+    Raises RefusedInput where extents differ.
     """
     if not a.shape or not b.shape:
         raise RefusedInput(f"matmul: shapes {a.shape} and {b.shape}, wanted an axis or more each")
     if a.ndim == 1:
-        return views.squeeze(matmul(views.unsqueeze(a, 0), b), -2 if b.ndim > 1 else 0)
+        return views.squeeze(matmul(views.unsqueeze(a, 0), b, scale), -2 if b.ndim > 1 else 0)
     if b.ndim == 1:
-        return views.squeeze(matmul(a, views.unsqueeze(b, 1)), -1)
+        return views.squeeze(matmul(a, views.unsqueeze(b, 1), scale), -1)
     if a.shape[-1] != b.shape[-2]:
         raise RefusedInput(
             f"matmul: {a.shape} @ {b.shape}, wanted the first one's last extent, {a.shape[-1]}, before last"
         )
     if b.ndim == 2:
-        out = _product_op("matmul", views.reshape(a, _rows(a), a.shape[-1]) if a.ndim != 2 else a, b)
+        out = _product_op("matmul", views.reshape(a, _rows(a), a.shape[-1]) if a.ndim != 2 else a, b, scale)
         return out if a.ndim == 2 else views.reshape(out, *a.shape[:-1], b.shape[1])
     batch = broadcast_shape("matmul", [a.shape[:-2], b.shape[:-2]])
     flat = []
     for x in (a, b):
         x = x if x.shape[:-2] == batch else views.expand(x, *batch, *x.shape[-2:])
         flat.append(x if x.ndim == 3 else views.reshape(x, math.prod(batch), *x.shape[-2:]))
-    out = _product_op("matmul", *flat)
+    out = _product_op("matmul", *flat, scale)
     return out if len(batch) == 1 else views.reshape(out, *batch, *out.shape[-2:])
 
 
@@ -159,24 +160,24 @@ def _rows(x: Tensor) -> int:
     return math.prod(x.shape[:-1])
 
 
-def bmm(a: Tensor, b: Tensor) -> Tensor:
-    """Products of a batch: [batch, m, k] @ [batch, k, n]."""
+def bmm(a: Tensor, b: Tensor, scale: float = 1.0) -> Tensor:
+    """Products of a batch, times a number: [batch, m, k] @ [batch, k, n]."""
     if a.ndim != 3 or b.ndim != 3 or a.shape[0] != b.shape[0] or a.shape[2] != b.shape[1]:
         raise RefusedInput(f"bmm: {a.shape} @ {b.shape}, wanted [batch, m, k] and [batch, k, n]")
-    return _product_op("bmm", a, b)
+    return _product_op("bmm", a, b, scale)
 
 
-def _product_op(name: str, a: Tensor, b: Tensor) -> Tensor:
+def _product_op(name: str, a: Tensor, b: Tensor, scale: float) -> Tensor:
     same_device(name, (a, b))
     kind = pointwise.result_kind(name, (a, b))
     left, right = a.detach(), b.detach()
-    out = product(left, right, kind)
+    out = product(left, right, kind, scale)
     if not autograd.wanted((a, b)):
         return out
 
     def pull(g: Tensor, edges: Sequence[autograd.Node | None]) -> list[Tensor | None]:
-        d_a = product(g, flipped(right), edges[0].kind) if edges[0] else None
-        d_b = product(flipped(left), g, edges[1].kind) if edges[1] else None
+        d_a = product(g, flipped(right), edges[0].kind, scale) if edges[0] else None
+        d_b = product(flipped(left), g, edges[1].kind, scale) if edges[1] else None
         return [d_a, d_b]
 
     return autograd.record(name, out, (a, b), (left, right), pull)

@@ -99,9 +99,14 @@ class Tensor:
         return self.contiguous_
 
     @property
+    def address(self) -> int:
+        """Where the first element lies."""
+        return self.storage.buffer.address + self.offset * self.kind.itemsize
+
+    @property
     def aligned(self) -> bool:
         """Whether the first element lies at a multiple of 16 bytes."""
-        return (self.storage.buffer.address + self.offset * self.kind.itemsize) % 16 == 0
+        return self.address % 16 == 0
 
     def requires_grad_(self, wanted: bool = True) -> Tensor:
         """Ask for a gradient of this leaf, or no more. Raises RefusedInput for integers and for what is no leaf."""

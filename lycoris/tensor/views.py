@@ -17,7 +17,6 @@ from lycoris.tensor.launch import (
     same_device,
     sum_to,
     window,
-    zeros,
 )
 from lycoris.tensor.reductions import Axes, normal_axes
 from lycoris.tensor.tensor import FLOATS, Shape, Tensor
@@ -126,14 +125,13 @@ def narrow(x: Tensor, axis: int, start: int, length: int, step: int = 1) -> Tens
     (at,) = normal_axes("narrow", x.ndim, axis)
     if length < 0 or step < 1 or start < 0 or (length and start + (length - 1) * step >= x.shape[at]):
         raise RefusedInput(f"narrow: {length} from {start} in steps of {step} of an axis of {x.shape[at]}")
-    shape, strides = list(x.shape), list(x.strides)
+    if (start, length, step) == (0, x.shape[at], 1):
+        return x
+    shape, strides, whole = list(x.shape), list(x.strides), (x.shape, x.strides)
     shape[at], strides[at] = length, x.strides[at] * step
-    before = x.shape
 
-    def pull(g: Tensor, edges: Sequence[autograd.Node | None]) -> list[Tensor]:
-        wide = zeros(before, edges[0].kind, g.device)
-        compute((leaf(0),), (g,), (), narrow(wide, at, start, length, step))
-        return [wide]
+    def pull(g: Tensor, edges: Sequence[autograd.Node | None]) -> list[autograd.Part]:
+        return [autograd.Part(g, *whole, at, start, step)]
 
     return _view("slice", x, tuple(shape), tuple(strides), x.offset + start * x.strides[at], pull)
 

@@ -10,6 +10,7 @@ from plans.core.device import Device
 from plans.core.errors import InvalidProblem
 from plans.core.plan import Plan, PlanPreference, Sku
 from plans.matmul.descriptor import MatmulDescriptor, SegmentedMatmulArgs, SegmentedMatmulDescriptor
+from plans.matmul.in_parts import in_parts
 from plans.matmul.low_rank import with_low_rank
 from plans.matmul.mma import MMA, MMA_SPLIT
 from plans.matmul.narrow import NARROW
@@ -30,8 +31,10 @@ class SegmentedMatmulPlan(Plan):
     skus = (
         SKINNY,
         NARROW,
+        in_parts(WGMMA),
         with_low_rank(WGMMA),
         WGMMA,
+        in_parts(MMA),
         with_low_rank(MMA_SPLIT),
         MMA_SPLIT,
         with_low_rank(MMA),

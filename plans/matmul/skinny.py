@@ -20,7 +20,8 @@ from plans.matmul.measure import program_seconds
 from plans.matmul.mma import UNIT, is_wide
 from plans.matmul.program import MOST_BLOCKS, MatmulProgram, element_offset, kernel_steps, matmul_guarantee
 
-WARPS = 2 if SIMULATOR else 4
+FEW_WARPS, MANY_WARPS = (1, 2) if SIMULATOR else (4, 8)
+"""Warps of a block where there are blocks enough for every multiprocessor to run several, and where there are not."""
 BLOCKS = 1 if SIMULATOR else 128
 """Blocks that keep every multiprocessor reading."""
 MOST_ROWS = 16
@@ -54,11 +55,12 @@ def tile_of(descriptor: SegmentedMatmulDescriptor) -> SkinnyTile:
     blocks_of = descriptor.n * (descriptor.batch or 1) // GROUP
     row_groups = next((g for g in (2 * a_groups, a_groups) if g >= sides and blocks_of // g >= BLOCKS), sides)
     slot = 8 * (row_groups + pieces) + 4 * a_groups
-    return SkinnyTile(row_groups, a_groups, WARPS, max(1, min(4, WORDS // slot)))
+    warps = FEW_WARPS if blocks_of // row_groups >= 3 * BLOCKS else MANY_WARPS
+    return SkinnyTile(row_groups, a_groups, warps, max(1, min(4, WORDS // slot)))
 
 
 def likely_tiles(descriptor: SegmentedMatmulDescriptor) -> list[SkinnyTile]:
-    """The estimate, and its neighbours: more or fewer rows of B in a block, more loads under way, more warps."""
+    """The estimate, and its neighbours: more or fewer rows of B in a block, more loads under way, other warps."""
     estimate, pieces = tile_of(descriptor), len(pieces_of(descriptor))
     sides = 2 if descriptor.gated else 1
     found = [
@@ -66,7 +68,7 @@ def likely_tiles(descriptor: SegmentedMatmulDescriptor) -> list[SkinnyTile]:
         replace(estimate, row_groups=2 * estimate.row_groups, unroll=max(1, estimate.unroll // 2)),
         replace(estimate, row_groups=estimate.row_groups // 2, unroll=2 * estimate.unroll),
         replace(estimate, unroll=2 * estimate.unroll),
-        replace(estimate, warps=2 * estimate.warps),
+        replace(estimate, warps=FEW_WARPS if estimate.warps == MANY_WARPS else MANY_WARPS),
     ]
 
     def fits(tile: SkinnyTile) -> bool:

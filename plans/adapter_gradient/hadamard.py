@@ -1,0 +1,358 @@
+"""Gradients of LoHa's factors from g and x.
+
+For a delta (a1 b1) * (a2 b2) of a weight [out, in], with D = g^T x [out, in], the gradient of the weight:
+
+    d_a1 = s (D * (a2 b2)) b1^T    [out, rank]        d_b1 = s a1^T (D * (a2 b2))    [rank, in]
+
+and the same with 1 and 2 exchanged, s the delta's scale. FedPara arXiv:2108.06098. Either D's tiles are made and
+contracted in one launch, and D goes nowhere, or D is made by the fastest product there is, and then contracted.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from kernels import adapter_gradient_dense, adapter_gradient_hadamard
+from kernels.adapter_gradient_hadamard import TILE, HadamardTile
+from plans.core.device import ALIGNMENT, Device
+from plans.core.errors import InvalidProblem
+from plans.core.operand import Operand
+from plans.core.plan import Arguments, Launches, Plan, Sku
+from plans.core.precision import ElementKind, MathPrecision, PrecisionGuarantee
+from plans.core.sku import ArchSku, BackendKind, OpCategory
+from plans.core.tensor import TensorMut, TensorRef
+from plans.core.workspace import NO_WORKSPACE, Workspace
+from plans.matmul.descriptor import Segment, SegmentedMatmulArgs, SegmentedMatmulDescriptor
+from plans.matmul.portable import PORTABLE as PORTABLE_MATMUL
+from plans.matmul.wgmma import WGMMA
+from plans.partial_sums import Partial, Sums, partial_bytes
+
+_FLOATS = (ElementKind.BF16, ElementKind.F16, ElementKind.F32)
+_UNIT = 8
+_LARGEST = 1 << 31
+_MOST_STEPS = 4
+
+
+@dataclass(frozen=True)
+class HadamardGradientDescriptor:
+    """The gradients of a1, b1, a2 and b2; see the module.
+
+    Attributes:
+        rows: Rows of g and x.
+        out_features: Columns of g, rows of the a.
+        in_features: Columns of x, columns of the b.
+        rank: Columns of the a, rows of the b.
+        element: The kind of g, x and the factors.
+        out: The kind of the gradients.
+        g_stride: Elements from a row of g to the next; 0 where it is contiguous.
+        x_stride: The same of x.
+    """
+
+    rows: int
+    out_features: int
+    in_features: int
+    rank: int
+    element: ElementKind = ElementKind.BF16
+    out: ElementKind = ElementKind.F32
+    g_stride: int = 0
+    x_stride: int = 0
+
+    category = OpCategory.MATMUL
+
+    def __post_init__(self) -> None:
+        extents = (self.rows, self.out_features, self.in_features, self.rank)
+        if min(extents) < 0:
+            raise InvalidProblem(f"Hadamard gradient: rows, out, in, rank {extents}: wanted none negative")
+        for name, kind in (("g, x and factors", self.element), ("gradients", self.out)):
+            if kind not in _FLOATS:
+                raise InvalidProblem(f"Hadamard gradient: {name} of {kind.value}, wanted bf16, f16 or f32")
+        for name, stride, least in (
+            ("g", self.g_stride, self.out_features),
+            ("x", self.x_stride, self.in_features),
+        ):
+            if stride and stride < least:
+                raise InvalidProblem(f"Hadamard gradient: {name} has stride {stride}, wanted at least {least}")
+
+    @property
+    def empty(self) -> bool:
+        """Whether no gradient has an element, or every one is zero."""
+        return not self.rank * (self.out_features + self.in_features)
+
+    def operands(self) -> tuple[Operand, ...]:
+        """``d_a1``, ``d_b1``, ``d_a2``, ``d_b2``, then ``g``, ``x``, ``a1``, ``b1``, ``a2``, ``b2``."""
+        a, b = (self.out_features, self.rank), (self.rank, self.in_features)
+        names = (("a1", a), ("b1", b), ("a2", a), ("b2", b))
+        return (
+            *(Operand(f"d_{name}", self.out, shape, writes=True) for name, shape in names),
+            *(
+                Operand(name, self.element, (self.rows, columns), layout=(stride or columns, 1))
+                for name, columns, stride in (
+                    ("g", self.out_features, self.g_stride),
+                    ("x", self.in_features, self.x_stride),
+                )
+            ),
+            *(Operand(name, self.element, shape) for name, shape in names),
+        )
+
+    @functools.cached_property
+    def weight_gradient(self) -> SegmentedMatmulDescriptor:
+        """The product D = g^T x in fp32."""
+        kind = self.element
+        segment = Segment(self.rows, "TN", kind, kind, a_stride=self.g_stride, b_stride=self.x_stride)
+        return SegmentedMatmulDescriptor(self.out_features, self.in_features, (segment,), ElementKind.F32)
+
+    def reference(self, arrays: Sequence[np.ndarray], scale: float = 1.0) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Each gradient in float64 with the magnitude that its guarantee is relative to; ``arrays`` as operands."""
+        arrays = [np.asarray(array, np.float64) for array in arrays]
+        exact, sizes = (_gradients(*values) for values in (arrays, [np.abs(array) for array in arrays]))
+        return [(scale * value, abs(scale) * size) for value, size in zip(exact, sizes, strict=True)]
+
+
+def _gradients(g: np.ndarray, x: np.ndarray, *factors: np.ndarray) -> list[np.ndarray]:
+    a1, b1, a2, b2 = factors
+    d = g.T @ x
+    first, second = d * (a2 @ b2), d * (a1 @ b1)
+    return [first @ b1.T, a1.T @ first, second @ b2.T, a2.T @ second]
+
+
+class HadamardGradientArgs(Arguments):
+    """The tensors of one run in the order of the operands, the delta's scale."""
+
+    def __init__(
+        self,
+        gradients: Sequence[TensorMut],
+        g: TensorRef,
+        x: TensorRef,
+        factors: Sequence[TensorRef],
+        scale: float = 1.0,
+    ) -> None:
+        super().__init__()
+        self.gradients, self.g, self.x, self.factors = tuple(gradients), g, x, tuple(factors)
+        self.scale = float(scale)
+
+    def tensors(self) -> list[TensorRef]:
+        """``d_a1``, ``d_b1``, ``d_a2``, ``d_b2``, ``g``, ``x``, ``a1``, ``b1``, ``a2``, ``b2``."""
+        return [*self.gradients, self.g, self.x, *self.factors]
+
+
+def _tiles(descriptor: HadamardGradientDescriptor) -> tuple[int, int]:
+    return -(-descriptor.out_features // TILE.rows), -(-descriptor.in_features // TILE.columns)
+
+
+def _tile(descriptor: HadamardGradientDescriptor) -> HadamardTile:
+    """The kernel's compile-time shape."""
+    d = descriptor
+    g, x = (operand.strides[0] for operand in d.operands()[4:6])
+    g_vector, x_vector = math.gcd(_UNIT, g, d.out_features), math.gcd(_UNIT, x, d.in_features)
+    whole = not (d.out_features % TILE.rows or d.in_features % TILE.columns or d.rows % TILE.depth)
+    steps = -(-d.rank // 16)
+    return HadamardTile(
+        1 << (steps - 1).bit_length(),  # few kernels serve all ranks
+        g_vector,
+        x_vector,
+        math.gcd(_UNIT, d.rank),
+        math.gcd(_UNIT, d.in_features),
+        not (whole and g_vector == x_vector == _UNIT),
+    )
+
+
+def _partials(descriptor: HadamardGradientDescriptor) -> tuple[Partial, ...]:
+    down, across = _tiles(descriptor)
+    a = Partial(across, descriptor.out_features, descriptor.rank)
+    b = Partial(down, descriptor.in_features, descriptor.rank, transposed=True)
+    return (a, b, a, b)
+
+
+def _contract_refuses(descriptor: HadamardGradientDescriptor) -> str:
+    if descriptor.element is not ElementKind.BF16:
+        return f"wants g, x and factors of bf16, found {descriptor.element.value}"
+    if descriptor.rank > 16 * _MOST_STEPS:
+        return f"wants a rank of at most {16 * _MOST_STEPS}, found {descriptor.rank}"
+    elements = max(partial.number * partial.count for partial in _partials(descriptor))
+    if max(descriptor.rows, elements) >= _LARGEST or math.prod(_tiles(descriptor)) >= _LARGEST:
+        return "wants fewer than 2**31 rows, tiles and elements of a gradient's parts"
+    return ""
+
+
+def _guarantee(
+    precision: MathPrecision, units: float, derivation: str, descriptor: HadamardGradientDescriptor
+) -> PrecisionGuarantee:
+    return PrecisionGuarantee(
+        math_precision=precision,
+        accumulator=ElementKind.F32,
+        deterministic=True,
+        bit_stable_on_same_hardware=True,
+        rounding_units=2.0 * descriptor.rows + 2.0 * descriptor.rank + units,
+        derivation=f"2 units a term of D and of the other product; {derivation}",
+    )
+
+
+def _tile_guarantee(descriptor: HadamardGradientDescriptor) -> PrecisionGuarantee:
+    units = 4.0 * max(TILE.rows, TILE.columns) + max(_tiles(descriptor)) + 80.0
+    text = (
+        "their product 1, what two bf16 parts leave of it 64, a tile's contraction 4 a term, a unit a tile, the scale 2"
+    )
+    return _guarantee(MathPrecision.BF16_TENSOR_CORE, units, text, descriptor)
+
+
+class _Contraction:
+    """Launches from D's tiles to gradients; the first one of a subclass's choice."""
+
+    def __init__(self, descriptor: HadamardGradientDescriptor) -> None:
+        self.descriptor = descriptor
+        self.sums = Sums(_partials(descriptor), descriptor.out)
+        self.blocks = math.prod(_tiles(descriptor))
+
+    def launches(self, launch: object, first: tuple, args: HadamardGradientArgs, workspace: Workspace) -> Launches:
+        """The contraction by ``launch``, whose parameters begin with ``first``, and the sums."""
+        d, operands = self.descriptor, self.descriptor.operands()
+        sides = [
+            (tensor.data, operand.strides[0], columns)
+            for tensor, operand, columns in (
+                (args.g, operands[4], d.out_features),
+                (args.x, operands[5], d.in_features),
+            )
+        ]
+        parts = self.sums.pointers(workspace)
+        products = [
+            value for i in (0, 2) for value in (args.factors[i].data, args.factors[i + 1].data, parts[i], parts[i + 1])
+        ]
+        flat = (*first, *sides[0], *sides[1], d.rows, *products, d.rank)
+        sums = (self.sums.launch, self.sums.arguments(list(args.gradients), workspace, args.scale))
+        return [(launch, flat), sums] if self.blocks else [sums]
+
+
+class _FusedProgram:
+    """Two launches, D's tiles made and contracted, and the sums; none where every gradient is empty."""
+
+    def __init__(self, descriptor: HadamardGradientDescriptor, device: Device) -> None:
+        self.empty = descriptor.empty
+        if self.empty:
+            return
+        self.contraction = _Contraction(descriptor)
+        made = adapter_gradient_hadamard.hadamard_gradient(_tile(descriptor))
+        self.launch = made.launcher((max(1, self.contraction.blocks), 1, 1))
+
+    def bind(self, args: HadamardGradientArgs, workspace: Workspace) -> Launches:
+        """The launches."""
+        return [] if self.empty else self.contraction.launches(self.launch, (), args, workspace)
+
+
+def _dense_bytes(descriptor: HadamardGradientDescriptor) -> int:
+    return max(1, -(-4 * descriptor.out_features * descriptor.in_features // ALIGNMENT)) * ALIGNMENT
+
+
+class _DenseProgram:
+    """D by another SKU of products to workspace, before its contraction."""
+
+    def __init__(self, second: Sku, descriptor: HadamardGradientDescriptor, device: Device) -> None:
+        self.descriptor, self.device, self.empty = descriptor, device, descriptor.empty
+        if not self.empty:
+            self.product = second.build(descriptor.weight_gradient, device)
+            self.at = _dense_bytes(descriptor)
+            self.product_bytes = second.workspace(descriptor.weight_gradient)
+            self._build()
+
+    def _build(self) -> None:
+        self.contraction = _Contraction(self.descriptor)
+        made = adapter_gradient_dense.contract_hadamard(_tile(self.descriptor))
+        self.launch = made.launcher((max(1, self.contraction.blocks), 1, 1))
+
+    def bind(self, args: HadamardGradientArgs, workspace: Workspace) -> Launches:
+        """All launches; none where every gradient is empty."""
+        if self.empty:
+            return []
+        d = workspace.buffer.tensor(ElementKind.F32, (self.descriptor.out_features, self.descriptor.in_features))
+        rest = (
+            Workspace(workspace.buffer.part(self.at, workspace.nbytes - self.at))
+            if workspace.nbytes > self.at
+            else NO_WORKSPACE
+        )
+        product = self.product.bind(SegmentedMatmulArgs(d, [(args.g, args.x)]), rest)
+        return [*product, *self._contract(d, args, rest)]
+
+    def _contract(self, d: TensorMut, args: HadamardGradientArgs, workspace: Workspace) -> Launches:
+        return self.contraction.launches(self.launch, (d.data,), args, workspace)
+
+
+class _PortableProgram(_DenseProgram):
+    """The contraction by a launch for each gradient."""
+
+    def _build(self) -> None:
+        d, self.portable = self.descriptor, []
+        for result in d.operands()[:4]:
+            of_rows = result.name.startswith("d_a")
+            made = adapter_gradient_dense.hadamard_portable(d.out.value, d.element.value, of_rows)
+            blocks = -(-result.count // adapter_gradient_dense.THREADS)
+            self.portable.append(made.launcher((blocks, 1, 1)) if blocks else None)
+
+    def _contract(self, d: TensorMut, args: HadamardGradientArgs, workspace: Workspace) -> Launches:
+        a1, b1, a2, b2 = (factor.data for factor in args.factors)
+        extents = (self.descriptor.out_features, self.descriptor.in_features, self.descriptor.rank)
+        found = []
+        for i, launch in enumerate(self.portable):
+            factors = (a1, b1, a2, b2) if i < 2 else (a2, b2, a1, b1)
+            flat = (args.gradients[i].data, d.data, *factors, *extents, np.float32(args.scale))
+            found += [(launch, flat)] if launch is not None else []
+        return found
+
+
+def _dense_refuses(descriptor: HadamardGradientDescriptor) -> str:
+    if reason := _contract_refuses(descriptor) or WGMMA.refuses(descriptor.weight_gradient):
+        return reason
+    return f"wants an even number of columns, found {descriptor.in_features}" if descriptor.in_features % 2 else ""
+
+
+def _portable_refuses(descriptor: HadamardGradientDescriptor) -> str:
+    most = max(operand.count for operand in descriptor.operands()[:4])
+    if most >= _LARGEST:
+        return f"wants fewer than 2**31 elements of a gradient, found {most}"
+    return PORTABLE_MATMUL.refuses(descriptor.weight_gradient)
+
+
+def _portable_guarantee(descriptor: HadamardGradientDescriptor) -> PrecisionGuarantee:
+    units = 4.0 * max(descriptor.out_features, descriptor.in_features) + 16.0
+    return _guarantee(MathPrecision.F32, units, "a contraction's term 4; scales", descriptor)
+
+
+class HadamardGradientPlan(Plan):
+    """The gradients of LoHa's factors; see :class:`HadamardGradientDescriptor`."""
+
+    name = "Hadamard gradient"
+    skus = (
+        Sku(
+            name="wgmma, then contracted",
+            backend=BackendKind.WGMMA,
+            arch=ArchSku.SM90A,
+            refuses=_dense_refuses,
+            guarantee=_tile_guarantee,
+            build=functools.partial(_DenseProgram, WGMMA),
+            workspace=lambda d: 0 if d.empty else _dense_bytes(d) + partial_bytes(_partials(d)),
+            alignment=16,
+            suits=lambda d: WGMMA.suits(d.weight_gradient),
+        ),
+        Sku(
+            name="mma",
+            backend=BackendKind.MMA,
+            arch=ArchSku.SM80,
+            refuses=_contract_refuses,
+            guarantee=_tile_guarantee,
+            build=_FusedProgram,
+            workspace=lambda d: 0 if d.empty else partial_bytes(_partials(d)),
+            alignment=16,
+        ),
+        Sku(
+            name="portable",
+            backend=BackendKind.PORTABLE,
+            arch=ArchSku.ANY,
+            refuses=_portable_refuses,
+            guarantee=_portable_guarantee,
+            build=functools.partial(_PortableProgram, PORTABLE_MATMUL),
+            workspace=lambda d: 0 if d.empty else _dense_bytes(d) + PORTABLE_MATMUL.workspace(d.weight_gradient),
+        ),
+    )
