@@ -81,7 +81,7 @@ class Rotated:
             buffer = self._take(operand.nbytes)
             if operand.name in values:
                 array = values[operand.name](rng, operand.shape).astype(operand.element.values)
-                self.device.copy_in(buffer, 0, array.view(np.uint8).reshape(-1), self._stream)
+                self.device.copy_in(buffer, 0, np.ascontiguousarray(array).reshape(-1).view(np.uint8), self._stream)
                 self.device.synchronize(self._stream)
             elif operand.writes or operand.element not in _FLOATS:
                 self.device.fill(buffer, POISON if operand.element in _FLOATS else 0, self._stream)

@@ -114,6 +114,21 @@ def sigmoid(x):
     return reciprocal(np.float32(1) + exp2(x * _MINUS_LOG2_E))
 
 
+# Abramowitz and Stegun, Handbook of Mathematical Functions, 7.1.26: the error function within 1.5e-7.
+_P = np.float32(0.3275911 * math.sqrt(0.5))
+_A1, _A2, _A3, _A4, _A5 = map(np.float32, (0.254829592, -0.284496736, 1.421413741, -1.453152027, 1.061405429))
+_HALF_SQUARE = np.float32(-0.5 * math.log2(math.e))
+
+
+@device
+def normal_cdf(x):
+    """The normal distribution function, (1 + erf(x / sqrt(2))) / 2, of a third of erf's cost."""
+    t = reciprocal(np.float32(1) + _P * absolute(x))
+    series = ((((_A5 * t + _A4) * t + _A3) * t + _A2) * t + _A1) * t
+    tail = np.float32(0.5) * series * exp2(x * x * _HALF_SQUARE)
+    return np.float32(1) - tail if x > np.float32(0) else tail
+
+
 @device
 def relu(x):
     """The larger of x and 0."""
@@ -184,7 +199,7 @@ FUNCTIONS = {
     "neg": negative, "abs": absolute, "sign": sign, "floor": floor, "ceil": ceil, "round": round_even,
     "square": square, "sqrt": square_root, "rsqrt": inverse_root, "reciprocal": reciprocal,
     "exp": exp, "exp2": exp2,
-    "log": log, "sin": sin, "cos": cos, "tanh": tanh, "erf": erf, "sigmoid": sigmoid, "relu": relu,
+    "log": log, "sin": sin, "cos": cos, "tanh": tanh, "erf": erf, "cdf": normal_cdf, "sigmoid": sigmoid, "relu": relu,
     "add": add, "sub": subtract, "mul": multiply, "div": divide, "pow": power,
     "maximum": maximum, "minimum": minimum,
     "gt": greater, "ge": greater_equal, "eq": equal, "ne": not_equal,

@@ -125,8 +125,8 @@ def _lift_fragment(n: int) -> Callable:
 
 
 _EXAMPLES = (
-    ("full", "bf16", "bf16", 4), ("full", "f32", "f32", 4), ("full", "bf16", "bf16", 2), ("full", "bf16", "f32", 3),
-    ("pre", "bf16", "bf16", 4), ("pre", "f32", None, 4), ("pre", "f32", "bf16", 1), ("full", None, "bf16", 4),
+    ("full", "bf16", "bf16", 4), ("full", "f32", "f32", 4), ("full", "bf16", "f32", 3), ("full", None, "bf16", 4),
+    ("pre", "bf16", "bf16", 4), ("pre", "f32", None, 1),
 )  # fmt: skip
 
 

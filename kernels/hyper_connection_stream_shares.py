@@ -153,8 +153,7 @@ def _add_run(role: str, element: str, gamma_element: str | None, n: int, shape: 
 
 
 @kernel_factory(
-    ("full", "bf16", "bf16", 4, Shape(512, 1, 2)), ("full", "bf16", "f32", 4, Shape(160, 1, 3)),
-    ("full", "bf16", "bf16", 2, Shape(448, 1, 3)), ("full", "f32", "f32", 1, Shape(256, 1, 2)),
+    ("full", "bf16", "bf16", 4, Shape(512, 1, 2)), ("full", "f32", "f32", 1, Shape(256, 1, 2)),
     ("pre", "bf16", "bf16", 4, Shape(512, 1, 2)), ("pre", "bf16", None, 4, Shape(160, 1, 4)),
 )  # fmt: skip
 def stream_shares(role, element, gamma_element, n, shape):

@@ -19,7 +19,7 @@ from kernels import barrier, bits, wgmma
 from kernels.matmul_epilogue import epilogue
 from kernels.matmul_wgmma_store import ROWS_OF_A_MATRIX, STAGING_BYTES, tile_store
 from kernels.target import cuda, device, f32, i64, i64p, kernel_factory, types
-from kernels.warp import block_barrier, block_x, grid_x, thread_index
+from kernels.warp import block_barrier, block_x, grid_x, sync_warp, thread_index
 from kernels.wgmma import DEPTH
 
 PART_WORDS = 4
@@ -363,6 +363,7 @@ def persistent(
             consume(base, table, parts, rows, columns, panel, _u32(group - _u32(1)), out, factor, p, q)
             finish()
         if several:
+            sync_warp()  # the loading thread's warp arrives as one
             barrier.cluster_barrier()
 
     parameters = (i64p, i64, i64, i64, i64, types.Tuple((pointer, i64)), f32, epilogue(steps).parameters, shape)

@@ -108,8 +108,9 @@ def _alike(count: int) -> Callable:
 
 
 @kernel_factory(
-    (_ADD, ("bf16", "f32"), ("bf16",)), (_GATED, ("bf16", "f16", "f32"), ("bf16", "f32")), (_POWERS, ("f32",), ("f32",))
-)
+    (_ADD, ("bf16", "f32"), ("bf16",)), (_GATED, ("bf16", "f16", "f32"), ("bf16", "f32")),
+    (_POWERS, ("f32",), ("f32",)), (_WAVES, ("bf16",), ("bf16",)),
+)  # fmt: skip
 def flat(program, ins, outs):
     """targets[i] = program(sources[i], scalars). Parameters: sources, targets, scalars, count; aligned to 16 bytes."""
     eight, one = _eight(program, ins, outs, (False,) * len(ins)), _one(program, ins, outs)

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+from plans.adapter_gradient import (
+    BlockMixGradientDescriptor,
+    BlockMixGradientPlan,
+    HadamardGradientDescriptor,
+    HadamardGradientPlan,
+    LowRankGradientDescriptor,
+    LowRankGradientPlan,
+)
 from plans.core.plan import Plan
 from plans.core.precision import ElementKind
-from plans.expression import apply, leaf
+from plans.expression import gradients, leaf
 from plans.gradients import AdjustDescriptor, AdjustPlan, StatisticsDescriptor, StatisticsPlan
 from plans.loss import CROSS_ENTROPY, CROSS_ENTROPY_BACKWARD
+from plans.matmul import MatmulDescriptor, MatmulPlan
 from plans.movement import (
     TakeBackwardDescriptor,
     TakeBackwardPlan,
@@ -44,7 +53,7 @@ EXAMPLES: tuple[tuple[type[Plan], str, object], ...] = (
         PointwisePlan,
         "gradient of GELU, 4096x8192, bf16",
         PointwiseDescriptor(
-            (_Y * 0.5 * (apply("erf", _X * 0.5**0.5) + 1.0),), (4096, 8192), (View(_BF16),) * 2, (View(_BF16),)
+            tuple(gradients([_X.gelu()], [_Y], [_X])), (4096, 8192), (View(_BF16),) * 2, (View(_BF16),)
         ),
     ),
     (
@@ -75,6 +84,36 @@ EXAMPLES: tuple[tuple[type[Plan], str, object], ...] = (
     (RowsPlan, "gradient of RMS norm, 8192x4096, bf16", _rows(RMS_NORM_BACKWARD, _F32)),
     (RowsPlan, "cross-entropy, 8192x4096, bf16", _rows(CROSS_ENTROPY, _I32, outs=())),
     (RowsPlan, "gradient of cross-entropy, 8192x4096", _rows(CROSS_ENTROPY_BACKWARD, _I32, _F32, _F32)),
+    (
+        LowRankGradientPlan,
+        "gradients of LoCon's factors, 4096 tokens, 3072x3072, rank 16",
+        LowRankGradientDescriptor(4096, 3072, 3072, 16),
+    ),
+    (
+        LowRankGradientPlan,
+        "gradients of LoCon's factors, 4096 tokens, 12288x3072, rank 64",
+        LowRankGradientDescriptor(4096, 12288, 3072, 64),
+    ),
+    (
+        BlockMixGradientPlan,
+        "gradient of LoKr's w1, 4096 tokens, 8 blocks of 384",
+        BlockMixGradientDescriptor(4096, 8, 8, 384),
+    ),
+    (
+        BlockMixGradientPlan,
+        "gradient of LoKr's w1, 4096 tokens, 48 blocks of 64",
+        BlockMixGradientDescriptor(4096, 48, 48, 64),
+    ),
+    (
+        MatmulPlan,
+        "gradient of LoKr's w2, 4096 tokens, 48 blocks of 64",
+        MatmulDescriptor(64, 64, 4096 * 48, "TN", out=_F32),
+    ),
+    (
+        HadamardGradientPlan,
+        "gradients of LoHa's factors, 4096 tokens, 3072x3072, rank 16",
+        HadamardGradientDescriptor(4096, 3072, 3072, 16),
+    ),
     (TakePlan, "embedding, 32000x3072, 4096 tokens", TakeDescriptor(1, 32000, 4096, 3072, _BF16, _I32)),
     (
         TakeBackwardPlan,

@@ -23,13 +23,38 @@ from plans.sinkhorn import gradient_units, gradient_units_by_thread
 _F32_BYTES = 4
 
 
-def _shape(d: Any, held_bytes: int, most_bytes: int) -> stream_kernel.Shape | None:
-    """How a block holds a sample's x, d and one more line; ``held_bytes`` a channel beside them."""
+def pieces_of(d: Any) -> int:
+    """In how many pieces of its channels a sample comes: a launch each, where there is no norm over all of them."""
+    if _held(d) or d.hidden_dim % stream_kernel.RUN:
+        return 1
+    return -(-d.hidden_dim // (stream_kernel.RUN * stream_kernel.MOST_THREADS))
+
+
+def _piece(d: Any) -> int:
+    """The channels of a piece, of the last one at most."""
+    runs = -(-d.hidden_dim // stream_kernel.RUN)
+    return stream_kernel.RUN * -(-runs // pieces_of(d))
+
+
+def _shape(d: Any, most_bytes: int) -> stream_kernel.Shape | None:
+    """How a block holds a piece of a sample's x, d and one more line."""
     n = d.n_streams
     if n > kernel.MOST_STREAMS:
         return None
     runs = 2 if 2 * n <= kernel.MOST_STREAMS else 1
-    return stream_kernel.shape_for(d.element.value, 2 * n + 1, d.hidden_dim, most_bytes, runs, held_bytes)
+    return stream_kernel.shape_for(d.element.value, 2 * n + 1, _piece(d), most_bytes, runs, _held(d))
+
+
+def _launches(
+    launch: Any, d: Any, read: tuple, written: tuple, lines: int, blocks: int, eps: np.float32
+) -> list[Launch]:
+    """A launch for every piece; each leaves ``lines`` lines of sums."""
+    piece, found = _piece(d), []
+    for number in range(pieces_of(d)):
+        first = number * piece
+        sizes = (first, min(piece, d.hidden_dim - first), d.hidden_dim, number * lines, d.batch, blocks, 0, eps)
+        found.append((launch, (*read, *written, *sizes)))
+    return found
 
 
 def _held(d: Any) -> int:
@@ -39,7 +64,7 @@ def _held(d: Any) -> int:
 def _refuses(d: Any, most_bytes: int, sinkhorn: Any, gamma: Any) -> str:
     if d.n_streams > kernel.MOST_STREAMS:
         return f"holds the sums of up to {kernel.MOST_STREAMS} streams in registers, not of {d.n_streams}"
-    shape = _shape(d, _held(d), most_bytes)
+    shape = _shape(d, most_bytes)
     return refuses_stream(sinkhorn, d.n_streams, d.hidden_dim, d.batch, shape, element=d.element, gamma=gamma)
 
 
@@ -54,11 +79,11 @@ def refuses_pre(d: Any, most_bytes: int) -> str:
 
 
 def _blocks(d: Any, most_bytes: int) -> int:
-    return blocks_for(d.batch, _shape(d, _held(d), most_bytes).threads)
+    return blocks_for(d.batch, _shape(d, most_bytes).threads)
 
 
 def _sum_units(d: Any, most_bytes: int, samples: int) -> float:
-    shape = _shape(d, _held(d), most_bytes)
+    shape = _shape(d, most_bytes)
     of_thread, of_block = stream_kernel.RUN * shape.runs, 6 + shape.threads // WARP
     return 4 * (d.n_streams + 8) + 2 * (of_thread + of_block) + of_thread * samples + of_block + 40
 
@@ -66,15 +91,15 @@ def _sum_units(d: Any, most_bytes: int, samples: int) -> float:
 def post_units(d: Any, most_bytes: int) -> float:
     """Sums over streams; a thread's channels over the samples of its block or one, the block's and the blocks'."""
     if d.per_sample:
-        return _sum_units(d, most_bytes, 1)
+        return _sum_units(d, most_bytes, 1) + pieces_of(d)
     blocks = _blocks(d, most_bytes)
-    return _sum_units(d, most_bytes, -(-d.batch // blocks)) + blocks
+    return _sum_units(d, most_bytes, -(-d.batch // blocks)) + blocks * pieces_of(d)
 
 
 def pre_units(d: Any, most_bytes: int, counted: float) -> float:
     """As :func:`post_units`; or Sinkhorn's, which the magnitude counts as so many times less than ``counted``."""
     blocks = _blocks(d, most_bytes)
-    own = _sum_units(d, most_bytes, -(-d.batch // blocks)) + blocks
+    own = _sum_units(d, most_bytes, -(-d.batch // blocks)) + blocks * pieces_of(d)
     return max(own, counted * gradient_units_by_thread(d.sinkhorn) / gradient_units(d.sinkhorn))
 
 
@@ -85,7 +110,10 @@ DERIVATION = (
 
 
 def _post_scratch(d: Any, most_bytes: int) -> dict[str, int]:
-    return {} if d.per_sample else {"sums": _blocks(d, most_bytes) * weights_count(d.n_streams)}
+    m, pieces = weights_count(d.n_streams), pieces_of(d)
+    if d.per_sample:
+        return {} if pieces == 1 else {"sums": pieces * d.batch * m}
+    return {"sums": pieces * _blocks(d, most_bytes) * m}
 
 
 def post_workspace(d: Any, most_bytes: int) -> int:
@@ -94,33 +122,39 @@ def post_workspace(d: Any, most_bytes: int) -> int:
 
 
 class PostStreamProgram:
-    """One launch, and one more for the blocks' sums where the weights are the same for all samples."""
+    """A launch a piece of the channels, and one for their sums, or the blocks', where a line of weights has several."""
 
     def __init__(self, descriptor: Any, most_bytes: int, device: Device) -> None:
         self.descriptor, self.most_bytes = descriptor, most_bytes
-        d, n, shape = descriptor, descriptor.n_streams, _shape(descriptor, 0, most_bytes)
+        d, n, shape = descriptor, descriptor.n_streams, _shape(descriptor, most_bytes)
         made = kernel.stream_backward("post", d.element.value, None, n, shape, None if d.per_sample else "given")
         resident = device.multiprocessors * made.min_blocks
         self.blocks = min(d.batch, resident) if d.per_sample else _blocks(d, most_bytes)
         self.stream = made.launcher((self.blocks, 1, 1))
-        self.sum = sum_parts().launcher((-(-weights_count(n) // WARP), 1, 1))
+        # Sums of samples stay apart: they are added up over the pieces. Those of blocks are all added up.
+        m, pieces = weights_count(n), pieces_of(d)
+        self.width, self.rows = (d.batch * m, pieces) if d.per_sample else (m, pieces * self.blocks)
+        self.sum = sum_parts().launcher((-(-self.width // WARP), 1, 1))
 
     def bind(self, args: NamedArguments, workspace: Workspace) -> list[Launch]:
         """The launches."""
-        d, m = self.descriptor, weights_count(self.descriptor.n_streams)
+        d, scratch = self.descriptor, _post_scratch(self.descriptor, self.most_bytes)
         x, mixing, d_mixing = args["x_expanded"], args["mixing"], args["d_mixing"]
-        sums = d_mixing if d.per_sample else scratch_pointers(workspace, _post_scratch(d, self.most_bytes))[0]
+        sums = scratch_pointers(workspace, scratch)[0] if scratch else d_mixing
         # The kernel reads no gamma and no logits here, and writes no gradient of a gamma.
         read = (x, mixing, args["d_out"], args["update"], mixing, mixing, mixing, mixing)
-        sizes = (d.hidden_dim, d.batch, self.blocks, 0, np.float32(0))
-        launch = (self.stream, (*read, args["d_streams"], args["d_update"], sums, sums, *sizes))
-        return [launch] if d.per_sample else [launch, (self.sum, (sums, d_mixing, d_mixing, m, m, self.blocks))]
+        written = (args["d_streams"], args["d_update"], sums, sums)
+        lines = d.batch if d.per_sample else self.blocks
+        launches = _launches(self.stream, d, read, written, lines, self.blocks, np.float32(0))
+        if scratch:
+            launches.append((self.sum, (sums, d_mixing, d_mixing, self.width, self.width, self.rows)))
+        return launches
 
 
 def _pre_scratch(d: Any, most_bytes: int) -> dict[str, int]:
     blocks = _blocks(d, most_bytes)
     return {
-        "sums": blocks * weights_count(d.n_streams),
+        "sums": pieces_of(d) * blocks * weights_count(d.n_streams),
         "gamma_sums": blocks * d.hidden_dim if d.gamma is not None else 0,
         "d_res": d.n_streams**2,
         "kept": 2 * d.sinkhorn_iters * d.n_streams,
@@ -133,11 +167,11 @@ def pre_workspace(d: Any, most_bytes: int) -> int:
 
 
 class PreStreamProgram:
-    """Two launches: all samples, then the blocks' sums and back through the mixing weights of a static H."""
+    """A launch a piece of the channels, then the blocks' sums and back through the mixing weights of a static H."""
 
     def __init__(self, descriptor: Any, most_bytes: int, device: Device) -> None:
         self.descriptor, self.most_bytes = descriptor, most_bytes
-        d, n, shape = descriptor, descriptor.n_streams, _shape(descriptor, _held(descriptor), most_bytes)
+        d, n, shape = descriptor, descriptor.n_streams, _shape(descriptor, most_bytes)
         gamma = None if d.gamma is None else d.gamma.value
         self.blocks = _blocks(d, most_bytes)
         made = kernel.stream_backward("pre", d.element.value, gamma, n, shape, "given")
@@ -154,7 +188,6 @@ class PreStreamProgram:
         # Without a gamma the kernels touch neither it nor its gradient; and the first writes none of an update.
         gamma, d_gamma = (args["rmsnorm_weight"], args["d_gamma"]) if d.gamma is not None else (mixing, gamma_sums)
         read = (x, gamma, args["d_streams"], args["d_aggregate"], mixing, *logits)
-        sizes = (d.hidden_dim, d.batch, self.blocks, 0, eps)
         gradients = (d_gamma, *(args[f"d_{operand.name}"] for operand in d.parameters))
         finishing = (
             sums,
@@ -168,7 +201,5 @@ class PreStreamProgram:
             self.blocks,
             d.hidden_dim,
         )
-        return [
-            (self.stream, (*read, d_x, d_x, sums, gamma_sums, *sizes)),
-            (self.finish, (*finishing, d.sinkhorn_iters, eps)),
-        ]
+        launches = _launches(self.stream, d, read, (d_x, d_x, sums, gamma_sums), self.blocks, self.blocks, eps)
+        return [*launches, (self.finish, (*finishing, d.sinkhorn_iters, eps))]

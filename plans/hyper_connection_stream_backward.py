@@ -117,7 +117,7 @@ class StreamBackwardProgram:
         # The kernel reads no extra line and no weights here, and writes no gradient of an update.
         x, d_out, d_x = args.x_expanded.data, args.d_out.data, args.d_x.data
         streams = (x, args.rmsnorm_weight.data, d_out, x, logits[0], *logits, d_x, d_x)
-        sizes = (d.hidden_dim, d.batch, self.blocks, d.sinkhorn_iters, eps)
+        sizes = (0, d.hidden_dim, d.hidden_dim, 0, d.batch, self.blocks, d.sinkhorn_iters, eps)
         gradients = (args.d_gamma.data, args.d_h_pre.data, args.d_h_post.data, args.d_h_res.data)
         finishing = (
             sums,

@@ -45,13 +45,13 @@ FORBIDDEN = {
 
 # Factory -> what is allowed in its kernels all the same, and why. A row that nothing needs is a fault.
 _ANY_SHAPE = "the fallback for shapes and kinds that the tiled kernels refuse: coordinates of any layout, in 64 bits"
+_WAVES = "sine and cosine of arguments above 10**5: libdevice's reduction modulo pi / 2"
 EXCEPTIONS: dict[str, dict[str, str]] = {
     "kernels.contraction.contract": {
         "64-bit division": "two for an element's coordinates, beside a whole inner product over a small factor"
     },
-    "kernels.pointwise.strided": {
-        "fp64 arithmetic": "sine and cosine of arguments above 10**5: libdevice's reduction modulo pi / 2"
-    },
+    "kernels.pointwise.flat": {"fp64 arithmetic": _WAVES},
+    "kernels.pointwise.strided": {"fp64 arithmetic": _WAVES},
     "kernels.weight_portable.merge": {"64-bit division": _ANY_SHAPE},
     "kernels.weight_portable.dora_gain": {"64-bit division": _ANY_SHAPE},
 }
@@ -92,6 +92,18 @@ EXPECTED: dict[str, tuple[tuple[str, str], ...]] = {
         ("", r"HMMA\.16816\.F32"),
         ("", r"LDG\.E\..*128"),
         ("wide=True", r"STG\.E\..*128"),
+    ),
+    "kernels.adapter_gradient_low_rank.low_rank_gradient": (
+        ("'bf16'", r"HMMA\.16816\.F32\.BF16"),
+        ("", r"LDSM\.16\.MT88\.4"),
+        ("", r"LDG\.E\..*128"),
+        ("", r"STG\.E\..*128"),
+    ),
+    "kernels.adapter_gradient_blocks.block_mix_gradient": (("", r"HMMA\.16816\.F32"), ("", r"LDG\.E\..*128")),
+    "kernels.adapter_gradient_hadamard.hadamard_gradient": (
+        ("", r"HMMA\.16816\.F32\.BF16"),
+        ("", r"LDSM\.16\.MT88\.4"),
+        ("", r"LDGSTS\.E\..*128"),
     ),
     "kernels.weight_tile_cluster.dora_cluster": (
         ("", r"HMMA\.16816\.F32"),

@@ -10,6 +10,7 @@ import numpy as np
 
 from lycoris import tensor
 from lycoris.tensor import Tensor
+from plans.core import ElementKind
 
 F64 = np.ndarray
 
@@ -42,6 +43,18 @@ _TARGET = np.array([4, 0, -1, 2], np.int32)
 
 def _case(name, ours, exact, *shapes, **options) -> Case:
     return Case(name, ours, exact, shapes, **options)
+
+
+_WEIGHT, _BIAS = np.linspace(-1, 1.3, 24).reshape(4, 6), np.array([0.5, -1, 2, 0.25])
+
+
+def _weight() -> Tensor:
+    """A frozen layer's."""
+    return tensor.from_numpy(_WEIGHT, kind=ElementKind.F32)
+
+
+def _bias() -> Tensor:
+    return tensor.from_numpy(_BIAS, kind=ElementKind.F32)
 
 
 def _softmax(x, axis=-1):
@@ -176,6 +189,13 @@ OTHERS = [
     _case("matmul, column", lambda a, b: a @ b, np.matmul, (3, 5), (5,)),
     _case("bmm", lambda a, b: a.bmm(b.transpose()), lambda a, b: a @ b.swapaxes(1, 2), (2, 3, 5), (2, 4, 5)),
     _case("linear", tensor.linear, lambda x, w, b: x @ w.T + b, (2, 3, 5), (4, 5), (4,)),
+    _case("hadamard_linear", lambda x, *f: tensor.hadamard_linear(x, _weight(), f, 0.5, _bias()),
+          lambda x, a, b, c, d: x @ (_WEIGHT + 0.5 * (a @ b) * (c @ d)).T + _BIAS,
+          (2, 3, 6), (4, 3), (3, 6), (4, 3), (3, 6)),
+    _case("kronecker_linear", lambda x, w1, w2: tensor.kronecker_linear(x, _weight(), w1, [w2], _bias()),
+          lambda x, w1, w2: x @ (_WEIGHT + np.kron(w1, w2)).T + _BIAS, (2, 3, 6), (2, 3), (2, 2)),
+    _case("kronecker_linear, factored", lambda x, w1, a, b: tensor.kronecker_linear(x, _weight(), w1, [a, b]),
+          lambda x, w1, a, b: x @ (_WEIGHT + np.kron(w1, a @ b)).T, (5, 6), (2, 2), (2, 1), (1, 3)),
     _case("low_rank_linear", lambda x, w, d, u, b: tensor.low_rank_linear(x, w, d, u, 0.5, b),
           lambda x, w, d, u, b: x @ (w + 0.5 * u @ d).T + b, (2, 3, 5), (4, 5), (2, 5), (4, 2), (4,)),
     _case("low_rank_linear, eight ranks", lambda x, w, d, u: tensor.low_rank_linear(x, w, d, u, 0.5),

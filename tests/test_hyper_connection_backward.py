@@ -83,6 +83,13 @@ def test_shapes_and_kinds(device, poisoned, rng, shape, element, gamma):
     assert_kept(device, descriptor, arrays, run(device, poisoned, descriptor, arrays))
 
 
+@pytest.mark.parametrize("shape", [(1, 4099, 1), (1, 8192, 1), (2, 2048, 2), (1031, 8, 1), (251, 3, 2)], ids=str)
+def test_large_sizes(device, poisoned, rng, shape):
+    descriptor = HyperConnectionBackwardDescriptor(*shape, 3, EPS, BF16)
+    arrays = problem(rng, descriptor)
+    assert_kept(device, descriptor, arrays, run(device, poisoned, descriptor, arrays))
+
+
 @pytest.mark.parametrize("shape", MANY_STREAMS, ids=str)
 def test_many_streams(device, poisoned, rng, shape):
     descriptor = HyperConnectionBackwardDescriptor(*shape, 2, EPS, F32)

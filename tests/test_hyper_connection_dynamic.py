@@ -61,6 +61,11 @@ def test_shapes_and_kinds(device, poisoned, rng, shape, element, projection):
     check_both(device, poisoned, rng, (*shape, 20 if shape[2] < 4 else 4, EPS, element, BF16, projection))
 
 
+@pytest.mark.parametrize("shape", [(1, 1009, 2), (1, 2048, 1), (129, 8, 1), (67, 3, 2)], ids=str)
+def test_large_sizes(device, poisoned, rng, shape):
+    check_both(device, poisoned, rng, (*shape, 3, EPS, BF16))
+
+
 @MODES
 @pytest.mark.parametrize("shape", MANY_STREAMS, ids=str)
 def test_many_streams(device, poisoned, rng, shape, mode):

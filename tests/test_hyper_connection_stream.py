@@ -39,6 +39,7 @@ from plans.hyper_connection_split_backward import (
     HyperConnectionPreBackwardDescriptor,
     HyperConnectionPreBackwardPlan,
 )
+from plans.hyper_connection_split_stream_backward import pieces_of
 from plans.hyper_connection_stream import Stream
 from plans.hyper_connection_stream_backward import StreamBackwardProgram
 from plans.sinkhorn import SinkhornMode
@@ -103,6 +104,11 @@ def run_backward(device, poisoned, descriptor, program, arrays, workspace_bytes)
     for launch, arguments in program.bind(HyperConnectionBackwardArgs(**tensors), Workspace(poisoned(workspace_bytes))):
         launch(stream, arguments)
     device.synchronize(stream)
+    return written(device, descriptor, tensors, stream)
+
+
+def written(device, descriptor, tensors, stream):
+    """What a plan wrote, by name."""
     found = {}
     for operand in descriptor.operands():
         if operand.writes:
@@ -139,6 +145,7 @@ def test_large_samples_get_tiles(device):
         (HyperConnectionBackwardDescriptor, HyperConnectionBackwardPlan, (8, 7168, 4), "tile"),
         (DynamicHyperConnectionBackwardDescriptor, DynamicHyperConnectionBackwardPlan, (8, 7168, 4), "mma and stream"),
         (HyperConnectionDescriptor, HyperConnectionPlan, (8, 7168, 4), "stream"),
+        (HyperConnectionPreBackwardDescriptor, HyperConnectionPreBackwardPlan, (8, 7168, 4), "stream"),
         (DynamicHyperConnectionDescriptor, DynamicHyperConnectionPlan, (8, 8192, 4), "mma and stream"),
     ):
         descriptor = cls(*shape, 20, EPS, BF16)
@@ -158,12 +165,26 @@ def test_a_sample_in_pieces(device, poisoned, rng, few_threads, shape):
     tensors, stream = tensors_of(device, poisoned, descriptor, arrays), device.stream()
     plan.run(stream, Workspace(poisoned(plan.workspace_size())), NamedArguments(descriptor, **tensors))
     device.synchronize(stream)
-    found = {}
-    for operand in descriptor.operands():
-        if operand.writes:
-            raw = device.download(tensors[operand.name].owner, operand.element.storage, operand.shape, stream)
-            found[operand.name] = raw.view(operand.element.values)
-    assert_kept(plan, found, descriptor.reference(**arrays))
+    assert_kept(plan, written(device, descriptor, tensors, stream), descriptor.reference(**arrays))
+
+
+@pytest.mark.parametrize(
+    ("plan_class", "descriptor"),
+    [
+        (HyperConnectionPostBackwardPlan, HyperConnectionPostBackwardDescriptor(5, 264, 4, F32)),
+        (HyperConnectionPostBackwardPlan, HyperConnectionPostBackwardDescriptor(5, 264, 4, F32, per_sample=True)),
+        (HyperConnectionPreBackwardPlan, HyperConnectionPreBackwardDescriptor(5, 520, 3, 2, EPS, BF16)),
+    ],
+    ids=["post", "post, per sample", "pre"],
+)
+def test_channels_in_several_launches(device, poisoned, rng, few_threads, plan_class, descriptor):
+    assert pieces_of(descriptor) > 1
+    plan, arrays = plan_class.make(descriptor, PlanPreference(), device), problem(rng, descriptor)
+    assert plan.chosen.name == "stream"
+    tensors, stream = tensors_of(device, poisoned, descriptor, arrays), device.stream()
+    plan.run(stream, Workspace(poisoned(plan.workspace_size())), NamedArguments(descriptor, **tensors))
+    device.synchronize(stream)
+    assert_kept(plan, written(device, descriptor, tensors, stream), descriptor.reference(**arrays))
 
 
 STATIC = (3, 16, 4, 5, EPS, BF16)
@@ -193,7 +214,7 @@ CASES = {
 }
 
 
-UNBOUNDED = ("static backward", "dynamic backward", "pre dynamic backward")
+UNBOUNDED = ("static backward", "dynamic backward", "pre dynamic backward", "post backward")
 """Whose samples come in pieces."""
 
 

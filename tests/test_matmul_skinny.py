@@ -20,7 +20,9 @@ from plans.matmul import (
     Segment,
     SegmentedMatmulDescriptor,
     SegmentedMatmulPlan,
+    measure,
 )
+from plans.matmul.mma import TILES, MmaProgram
 from plans.matmul.skinny import SkinnyProgram, likely_tiles
 
 SKINNY, PORTABLE = BackendKind.SKINNY, BackendKind.PORTABLE
@@ -129,6 +131,23 @@ def test_every_tile_that_may_be_chosen(device, rng):
             launch(stream, arguments)
             device.synchronize(stream)
             assert_kept(problem, SegmentedMatmulPlan.select(None, descriptor, device=device))
+
+
+def test_a_measured_program_runs_over_operands_of_its_own(device, monkeypatch):
+    launched = []
+
+    def seconds(_device, launch):
+        launch(device.stream())
+        launched.append(launch)
+        return 0.5
+
+    monkeypatch.setattr(measure, "device_seconds", seconds)
+    terms, steps = (LowRankTerm(8),), (Bias(), Residual(F32))
+    few = SegmentedMatmulDescriptor(3, 16, (Segment(8), Segment(16)), epilogue=steps, low_rank=terms)
+    many = MatmulDescriptor(20, 16, 8, "TN", epilogue=steps).segmented
+    for descriptor, program, tile in ((few, SkinnyProgram, likely_tiles(few)[0]), (many, MmaProgram, TILES[0])):
+        assert measure.program_seconds(descriptor, device, program(descriptor, device, tile)) == 0.5
+    assert len(launched) == 2
 
 
 @pytest.mark.parametrize(

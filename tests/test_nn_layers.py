@@ -151,6 +151,17 @@ def test_adapters_are_trained_and_saved(rng, tmp_path, algorithm, kind):
         assert found.tobytes() == module.get_diff_weight().numpy().tobytes()
 
 
+@pytest.mark.parametrize("algorithm", [LoConModule, LoHaModule, LoKrModule], ids=lambda a: a.algorithm)
+def test_factors_that_start_at_zero_learn_faster(algorithm):
+    adapters = nn.adapt(Model(), algorithm, 2, seed=4)
+    slow, fast = nn.lora_plus(adapters, 0.25, 8.0)
+    assert (slow["rate"], fast["rate"]) == (0.25, 2.0)
+    assert all((factor.numpy() == 0).all() for factor in fast["parameters"])
+    assert all((factor.numpy() != 0).any() for factor in slow["parameters"])
+    assert len(fast["parameters"]) == len(adapters)
+    assert len(optim.SGD([slow, fast]).parameters) == len(nn.parameters_of(adapters))
+
+
 def test_layers_may_be_left_out():
     model = Model()
     assert list(nn.adapt(model, LoConModule, 2, where=lambda path: path.startswith("layers"))) == ["layers_0"]

@@ -103,6 +103,20 @@ def test_indexing_is_numpy_s(index, kind):
     np.testing.assert_array_equal(x[index].numpy().astype(np.float64), x.numpy().astype(np.float64)[index])
 
 
+@pytest.mark.parametrize("shape", [(16, 33), (40, 21), (2, 17, 35), (15, 40)], ids=str)
+@pytest.mark.parametrize("kind", [F32, BF16, F16], ids=lambda k: k.value)
+def test_large_transposes(rng, shape, kind):
+    x = tensor.from_numpy(rng.standard_normal(shape), kind=kind)
+    turned = x.transpose()
+    found = turned.contiguous()
+    assert found.is_contiguous
+    np.testing.assert_array_equal(found.numpy().astype(np.float64), x.numpy().astype(np.float64).swapaxes(-1, -2))
+    part = x[..., 1:, :].transpose().contiguous()  # matrices with a gap between them, or not at the start
+    np.testing.assert_array_equal(
+        part.numpy().astype(np.float64), x.numpy().astype(np.float64)[..., 1:, :].swapaxes(-1, -2)
+    )
+
+
 def test_integers_are_moved():
     x = of(2, 3, kind=I32)
     array = x.numpy()
@@ -215,6 +229,17 @@ def test_dlpack_shares_memory_with_another_tensor():
     del y
     gc.collect()
     assert len(exchange._exported) == before - 1
+
+
+def test_dlpack_copies_and_devices():
+    x = of(3)
+    y = tensor.from_dlpack(Lender(x))
+    copied = x.__dlpack__(copy=True, dl_device=x.__dlpack_device__(), max_version=(1, 0))
+    assert "dltensor" in repr(copied)
+    y.fill_(7)
+    assert x.numpy().tolist() == [7, 7, 7]
+    with pytest.raises(BufferError, match="was asked for; copy it first"):
+        x.__dlpack__(dl_device=(77, 0))
 
 
 def test_a_capsule_that_nobody_takes_is_given_back():

@@ -1,6 +1,6 @@
 """Layers: linear layers with live adapters, and what stands around them; enough for a transformer."""
 
-from lycoris.nn.adapt import adapt, parameters_of
+from lycoris.nn.adapt import adapt, lora_plus, parameters_of
 from lycoris.nn.adapted import Adapted, Adapter
 from lycoris.nn.conv import AdaptedConv
 from lycoris.nn.hyper_connection import HyperConnection
@@ -35,5 +35,6 @@ __all__ = [
     "SelfAttention",
     "TransformerBlock",
     "adapt",
+    "lora_plus",
     "parameters_of",
 ]

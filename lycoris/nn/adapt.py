@@ -13,6 +13,7 @@ from typing import Any
 
 from lycoris.algorithms import LycorisModule
 from lycoris.algorithms.ranked import RankedModule
+from lycoris.formats.keys import UP
 from lycoris.nn.layers import Linear
 from lycoris.nn.linear import AdaptedLinear
 from lycoris.nn.module import Module
@@ -58,6 +59,25 @@ def adapt(
 def parameters_of(adapters: dict[str, LycorisModule]) -> list[Tensor]:
     """The tensors that are trained, module by module."""
     return [factor for module in adapters.values() for factor in module.tensors().values()]
+
+
+FIRST_ZERO: dict[str, tuple[str, ...]] = {
+    "locon": (UP,), "loha": ("hada_w2_a",), "lokr": ("lokr_w2", "lokr_w2_b"),
+}  # fmt: skip
+"""Algorithm -> the factors that start at zero: B of the low-rank product B A that LoRA+ is about."""
+
+
+def lora_plus(adapters: dict[str, LycorisModule], rate: float, ratio: float = 16.0) -> list[dict[str, Any]]:
+    """Groups for an optimiser: factors that start at zero learn ``ratio`` times as fast: LoRA+, arXiv:2402.12354.
+
+    What other adapters train beside their factors (scalars, norms of a DoRA) learns at ``rate``.
+    """
+    slow: list[Tensor] = []
+    fast: list[Tensor] = []
+    for module in adapters.values():
+        for name, factor in module.tensors().items():
+            (fast if name in FIRST_ZERO[module.algorithm] else slow).append(factor)
+    return [{"parameters": slow, "rate": rate}, {"parameters": fast, "rate": rate * ratio}]
 
 
 def _linears(model: Module) -> list[tuple[str, Linear | AdaptedLinear, Module, str]]:

@@ -17,6 +17,7 @@ from lycoris import tensor
 from lycoris.algorithms.terms import linear_term
 from lycoris.errors import RefusedInput
 from lycoris.nn.adapted import Adapted, Adapter
+from lycoris.nn.linear_fused import fused_linear, is_fused
 from lycoris.nn.linear_sum import LinearSum, Ways, dense_of, is_plain_locon, locon_factors, low_rank_of, ways_of
 from lycoris.nn.routing import Routes, choice_tensor, routed
 from lycoris.tensor import Tensor, autograd
@@ -104,12 +105,14 @@ class AdaptedLinear(Adapted):
         return tensor.linear(x, self.merged_weight(), self.merged_bias())
 
     def _differentiable(self, x: Tensor, found: list[Adapter]) -> Tensor:
-        """The base frozen, each adapter's term beside it; one LoCon takes part in the base's own sum."""
+        """The base frozen, each adapter's term beside it; one alone takes part in the base's own sum."""
         base, bias = self.weight.detach(), self.merged_bias()
         bias = None if bias is None else bias.detach()
-        if len(found) == 1 and is_plain_locon(found[0]) and not found[0].dropout:
-            down, up = locon_factors(found[0], x.kind, self.training)
-            return tensor.low_rank_linear(x, base, down, up, found[0].scale, bias)
+        if len(found) == 1 and is_fused(found[0]) and not found[0].dropout:
+            if self.drops(found[0]):
+                return tensor.linear(x, base, bias)
+            merged = self.merged_weight() if self.mode == "merged" else None
+            return fused_linear(x, base, bias, found[0], self.training, merged)
         y = tensor.linear(x, base, bias)
         for adapter in found:
             if self.drops(adapter):

@@ -13,7 +13,7 @@
 | `launch` | plans on tensors, without gradients |
 | `autograd` | the graph, `backward`, `grad`, `no_grad`, `checkpoint` |
 | `pointwise`, `reductions`, `views`, `indexing`, `rows` | operations, each with its gradient |
-| `products`, `low_rank`, `mixing`, `convolution`, `losses` | likewise |
+| `products`, `low_rank`, `adapted`, `mixing`, `convolution`, `losses` | likewise |
 | `creation`, `exchange` | constants, random numbers; NumPy, DLPack, CUDA array interface |
 | `methods` | which of them are methods and operators |
 
@@ -22,6 +22,7 @@ the host by itself.
 """
 
 from lycoris.tensor import methods as _methods
+from lycoris.tensor.adapted import hadamard_linear, kronecker_linear
 from lycoris.tensor.autograd import backward, checkpoint, enable_grad, grad, is_grad_enabled, no_grad
 from lycoris.tensor.creation import (
     Generator,
@@ -86,9 +87,11 @@ __all__ = [
     "gather",
     "grad",
     "group_norm",
+    "hadamard_linear",
     "huber_loss",
     "index_select",
     "is_grad_enabled",
+    "kronecker_linear",
     "l1_loss",
     "layer_norm",
     "leaky_relu",

@@ -29,13 +29,14 @@ def low_rank_gradients(
 ) -> tuple[Tensor | None, Tensor | None]:
     """d_down = scale * u.T @ x of (u, x), and d_up = scale * g.T @ t of (g, t); None for what is not wanted.
 
-    Matrices of one kind, u and t contiguous. Both are one pair of launches that read x and g once each.
+    u and t are contiguous. Where the rank is a multiple of eight and all are of one kind, both are one pair of launches
+    that read x and g once each.
     """
     given = [pair for pair in (up, down) if pair is not None]
     if not given:
         return None, None
     rank = (up[1] if up is not None else down[0]).shape[1]
-    if rank % _UNIT:
+    if rank % _UNIT or len({x.kind for pair in given for x in pair}) > 1:
         return (
             None if down is None else product(flipped(down[0]), down[1], kind, scale),
             None if up is None else product(flipped(up[0]), up[1], kind, scale),
@@ -66,7 +67,10 @@ def _stride(x: Tensor | None) -> int:
 
 
 def mixing_gradient(g: Tensor, x: Tensor, shape: tuple[int, int], width: int, kind: ElementKind) -> Tensor:
-    """The sum over rows t of g[t] x[t]^T, seen as [blocks, width]: g [rows, l * width], x [rows, m * width] -> [l, m]."""
+    """The sum over rows t of g[t] x[t]^T, each seen as [blocks, width]: g [rows, l * width], x [rows, m * width].
+
+    Gives [l, m].
+    """
     g, x = ready(g, transposed=False), ready(x, transposed=False)
     out = empty(shape, kind, x.device)
     descriptor = BlockMixGradientDescriptor(

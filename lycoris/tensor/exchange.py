@@ -82,14 +82,26 @@ def dlpack_device(x: Tensor) -> tuple[int, int]:
     return (_CPU, 0) if x.device.is_simulator else (_CUDA, x.device.ordinal)
 
 
-def dlpack(x: Tensor, *, stream: int | None = None, **_: Any) -> Any:
-    """A capsule that shares x's memory; work on it that was launched before is waited for.
+def dlpack(
+    x: Tensor,
+    *,
+    stream: int | None = None,
+    max_version: tuple[int, int] | None = None,
+    dl_device: tuple[int, int] | None = None,
+    copy: bool | None = None,
+) -> Any:
+    """A capsule that shares x's memory, or with ``copy`` a copy's; work on it that was launched before is waited for.
 
-    Raises RefusedInput for a tensor that requires a gradient.
+    Raises RefusedInput for a tensor that requires a gradient, and BufferError for another device.
     """
-    del stream  # x's own stream is done when this returns, so any stream may read
+    del stream, max_version  # x's own stream is done when this returns, so any may read; the struct is the first one
     if x.requires_grad:
         raise RefusedInput("dlpack: the tensor requires a gradient, which others do not see; detach() it first")
+    if dl_device is not None and tuple(dl_device) != dlpack_device(x):
+        raise BufferError(
+            f"dlpack: memory of device {dlpack_device(x)}, {tuple(dl_device)} was asked for; copy it first"
+        )
+    x = x.clone() if copy else x
     x.device.synchronize(stream_of(x.device))
     shape, strides = ((ctypes.c_int64 * max(1, x.ndim))(*values) for values in (x.shape, x.strides))
     code, bits = _TYPES[x.kind]

@@ -13,6 +13,7 @@ from lycoris.tensor.tensor import FLOATS, Shape, Storage, Tensor, compact_stride
 from plans.core import Device, ElementKind, Workspace
 from plans.core.plan import Contract
 from plans.expression import Expr, leaf
+from plans.layout import Conversion, LayoutArgs, LayoutDescriptor, LayoutPlan
 from plans.movement import WindowArgs, WindowDescriptor, WindowPlan
 from plans.pointwise import PointwiseArgs, PointwiseDescriptor, PointwisePlan, View
 from plans.reduction import Reduction, ReductionArgs, ReductionDescriptor, ReductionPlan, elements, split_axes
@@ -146,8 +147,27 @@ def filled(shape: Sequence[int], value: float, kind: ElementKind, device: Device
 def converted(x: Tensor, kind: ElementKind) -> Tensor:
     """A contiguous copy in a floating kind."""
     out = empty(x.shape, kind, x.device)
-    compute((leaf(0),), (x,), (), out)
+    if kind is x.kind and _turned(x):
+        batch, (rows, columns) = math.prod(x.shape[:-2]), x.shape[-2:]
+        descriptor = LayoutDescriptor((batch, columns, rows), kind, Conversion.TO_NCHW)
+        args = LayoutArgs(shaped(out, descriptor.out_shape).mut(), shaped(x, descriptor.shape).ref())
+        run(LayoutPlan.select(None, descriptor, device=x.device), args)
+    else:
+        compute((leaf(0),), (x,), (), out)
     return out
+
+
+_TILE = 16
+"""Extents from which a transpose goes through tiles in shared memory, which read and write neighbours."""
+
+
+def _turned(x: Tensor) -> bool:
+    """Whether matrices lie one after the other, each of them transposed."""
+    if x.ndim < 2 or min(x.shape[-2:]) < _TILE:
+        return False
+    rows, columns = x.shape[-2:]
+    whole = compact_strides((*x.shape[:-2], columns, rows))
+    return x.strides == (*whole[:-2], 1, rows)
 
 
 def copy_bits(target: Tensor, source: Tensor) -> None:

@@ -77,13 +77,9 @@ def low_rank_linear(
         elif edges[0]:
             d_x = _with_term(g, matrix, flipped(high), flipped(low), scale, edges[0].kind, None)
         d_weight = product(flipped(g), rows, edges[1].kind) if edges[1] else None
-        d_down, d_up = (
-            low_rank_gradients(
-                (u, rows) if edges[2] else None, (g, t) if edges[3] else None, edges[2 if edges[2] else 3].kind, scale
-            )
-            if trained
-            else (None, None)
-        )
+        factors = edges[2] or edges[3]
+        pairs = ((u, rows) if edges[2] else None, (g, t) if edges[3] else None)
+        d_down, d_up = low_rank_gradients(*pairs, factors.kind, scale) if factors else (None, None)
         d_bias = [bias_gradient(g, edge.kind) if edge else None for edge in edges[4:]]
         return [None if d_x is None else shaped(d_x, x_shape), d_weight, d_down, d_up, *d_bias]
 

@@ -23,14 +23,14 @@ def mix_blocks(x: Tensor, w: Tensor) -> Tensor:
     same_device("mix_blocks", (x, w))
     width, rows = x.shape[-1] // w.shape[1], x.size // max(1, x.shape[-1])
     flat, matrix = shaped(_ready(x), (rows, x.shape[-1])), _ready(w)
-    out = shaped(_mixed(flat, matrix, width, x.kind, False), (*x.shape[:-1], w.shape[0] * width))
+    out = shaped(mixed(flat, matrix, width, x.kind, False), (*x.shape[:-1], w.shape[0] * width))
     if not autograd.wanted((x, w)):
         return out
     shape = x.shape
 
     def pull(g: Tensor, edges: Sequence[autograd.Node | None]) -> list[Tensor | None]:
         g = shaped(compact(g.detach()), (rows, matrix.shape[0] * width))
-        d_x = shaped(_mixed(g, matrix, width, edges[0].kind, True), shape) if edges[0] else None
+        d_x = shaped(mixed(g, matrix, width, edges[0].kind, True), shape) if edges[0] else None
         return [d_x, mixing_gradient(g, flat, matrix.shape, width, edges[1].kind) if edges[1] else None]
 
     return autograd.record("mix_blocks", out, (x, w), (flat, matrix), pull)
@@ -41,7 +41,8 @@ def _ready(x: Tensor) -> Tensor:
     return x if x.contiguous_ and x.aligned else converted(x, x.kind)
 
 
-def _mixed(x: Tensor, w: Tensor, width: int, kind: ElementKind, transposed: bool) -> Tensor:
+def mixed(x: Tensor, w: Tensor, width: int, kind: ElementKind, transposed: bool) -> Tensor:
+    """What `mix_blocks` gives for a matrix of blocks of ``width``, by w or its transpose; no gradients."""
     out_blocks, in_blocks = w.shape[::-1] if transposed else w.shape
     out = empty((x.shape[0], out_blocks * width), kind, x.device)
     descriptor = BlockMixDescriptor(x.shape[0], out_blocks, in_blocks, width, x.kind, w.kind, kind, transposed)

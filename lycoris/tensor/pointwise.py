@@ -14,6 +14,7 @@ from lycoris.tensor import autograd
 from lycoris.tensor.launch import (
     broadcast_shape,
     compute,
+    converted,
     copy_bits,
     empty,
     filled,
@@ -200,7 +201,9 @@ def to(x: Tensor, kind: ElementKind) -> Tensor:
 def clone(x: Tensor) -> Tensor:
     """A contiguous copy with memory of its own."""
     if x.kind in FLOATS:
-        return apply(leaf(0), (x,))
+        out = converted(x, x.kind)
+        recorded = autograd.wanted((x,))
+        return autograd.record("clone", out, (x,), (), lambda g, edges: [g]) if recorded else out
     out = empty(x.shape, x.kind, x.device)
     copy_bits(out, x)
     return out

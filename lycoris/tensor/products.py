@@ -15,7 +15,7 @@ from lycoris.tensor import autograd, pointwise, views
 from lycoris.tensor.launch import ITSELF, broadcast_shape, compact, converted, empty, reduce, run, same_device, shaped
 from lycoris.tensor.tensor import Shape, Tensor, compact_strides
 from plans.core import ElementKind, TensorRef
-from plans.matmul import Bias, Segment, SegmentedMatmulArgs, SegmentedMatmulDescriptor, SegmentedMatmulPlan
+from plans.matmul import Bias, Residual, Segment, SegmentedMatmulArgs, SegmentedMatmulDescriptor, SegmentedMatmulPlan
 from plans.reduction import Reduction
 
 
@@ -84,26 +84,35 @@ def product(a: Tensor, b: Tensor, kind: ElementKind, scale: float = 1.0, bias: T
 
 
 def sum_of_products(
-    pairs: Sequence[tuple[Tensor, Tensor]], scales: Sequence[float], kind: ElementKind, bias: Tensor | None = None
+    pairs: Sequence[tuple[Tensor, Tensor]],
+    scales: Sequence[float],
+    kind: ElementKind,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
 ) -> Tensor:
-    """The sum of scale * a @ b over pairs of matrices (+ bias), one launch, one rounding; no gradients.
+    """The sum of scale * a @ b over pairs of matrices (+ bias) (+ residual), one launch, one rounding; no gradients.
 
-    One pair may be of batches. Each a is [m, k] and each b [k, n], with a k of its own.
+    One pair may be of batches. Each a is [m, k] and each b [k, n], with a k of its own; ``residual`` is a contiguous
+    tensor like the result.
     """
     operands = [(ready(a), ready(b)) for a, b in pairs]
-    key = (*(layout(x) for pair in operands for x in pair), id(kind), bias is None or id(bias.kind))
+    added = [x for x in (bias, residual) if x is not None]
+    kinds = tuple(x is None or id(x.kind) for x in (bias, residual))
+    key = (*(layout(x) for pair in operands for x in pair), id(kind), kinds)
     found = plans.get(key)
     if found is None:
-        found = plans[key] = _sum_plan(operands, kind, bias)
+        found = plans[key] = _sum_plan(operands, kind, bias, residual)
     plan, taken, shape = found
     out = empty(shape, kind, operands[0][0].device)
-    steps = () if bias is None else (compact(bias).ref(),)
+    steps = [compact(x).ref() for x in added]
     refs = [(left.ref(a), right.ref(b)) for (left, right), (a, b) in zip(taken, operands, strict=True)]
     run(plan, SegmentedMatmulArgs(out.mut(), refs, scales, steps))
     return out
 
 
-def _sum_plan(pairs: Sequence[tuple[Tensor, Tensor]], kind: ElementKind, bias: Tensor | None) -> tuple:
+def _sum_plan(
+    pairs: Sequence[tuple[Tensor, Tensor]], kind: ElementKind, bias: Tensor | None, residual: Tensor | None
+) -> tuple:
     """The plan, how it takes every operand, and the result's shape."""
     first, second = pairs[0]
     batch = next((x.shape[0] for x in (first, second) if x.ndim == 3), None)
@@ -117,6 +126,7 @@ def _sum_plan(pairs: Sequence[tuple[Tensor, Tensor]], kind: ElementKind, bias: T
         for (a, b), (left, right) in zip(pairs, taken, strict=True)
     )  # fmt: skip
     steps = () if bias is None else (Bias(bias.kind),)
+    steps = steps if residual is None else (*steps, Residual(residual.kind))
     descriptor = SegmentedMatmulDescriptor(m, n, segments, kind, batch, steps)
     plan = SegmentedMatmulPlan.select(None, descriptor, device=first.device)
     return plan, taken, (m, n) if batch is None else (batch, m, n)

@@ -335,21 +335,30 @@ class SegmentedMatmulArgs(Arguments):
         self.segments, self.scales = _pairs(segments, scales)
         self.low_rank, self.low_rank_scales = _pairs(low_rank, low_rank_scales)
         given = [entry if isinstance(entry, tuple) else (entry, 1.0) for entry in epilogue]
-        self.epilogue = tuple(tensor for tensor, _ in given)
-        self.numbers = tuple(float(number) for _, number in given)
+        self.epilogue, self.numbers = _pairs_in_two(given)
 
     def tensors(self) -> list[TensorRef]:
         """``out``, the segments' pairs, the low-rank terms', the epilogue's."""
-        pairs = (*self.segments, *self.low_rank)
-        return [self.out, *(tensor for pair in pairs for tensor in pair), *self.epilogue]
+        found = [self.out]
+        for pair in self.segments:
+            found += pair
+        for pair in self.low_rank:
+            found += pair
+        found += self.epilogue
+        return found
+
+
+def _pairs_in_two(pairs: Sequence[tuple[TensorRef, float]]) -> tuple[tuple[TensorRef, ...], tuple[float, ...]]:
+    """The tensors, and their numbers."""
+    return tuple([tensor for tensor, _ in pairs]), tuple([float(number) for _, number in pairs])
 
 
 def _pairs(
     pairs: Sequence[tuple[TensorRef, TensorRef]], scales: Sequence[float] | None
 ) -> tuple[tuple[tuple[TensorRef, TensorRef], ...], tuple[float, ...]]:
     """Pairs and their scales, 1 where left out."""
-    found = tuple((first, second) for first, second in pairs)
-    return found, (1.0,) * len(found) if scales is None else tuple(float(scale) for scale in scales)
+    found = tuple(map(tuple, pairs))
+    return found, (1.0,) * len(found) if scales is None else tuple(map(float, scales))
 
 
 class MatmulArgs(SegmentedMatmulArgs):

@@ -1,0 +1,49 @@
+"""A linear layer with one adapter that is trained, as one sum of base and adapter, in both directions."""
+
+from __future__ import annotations
+
+from lycoris import tensor
+from lycoris.nn.adapted import Adapter
+from lycoris.nn.linear_sum import is_plain_locon, locon_factors
+from lycoris.tensor import Tensor
+from lycoris.tensor.adapted import hadamard_linear, kronecker_linear
+from plans.core import ElementKind
+
+_HADAMARD = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
+
+
+def is_fused(adapter: Adapter) -> bool:
+    """Whether `fused_linear` takes the adapter: a LoCon, LoHa or LoKr without a Tucker core."""
+    names = adapter.tensors
+    if adapter.module.algorithm == "loha":
+        return "hada_t1" not in names and "hada_t2" not in names
+    if adapter.module.algorithm == "lokr":
+        return "lokr_t2" not in names
+    return is_plain_locon(adapter)
+
+
+def fused_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, adapter: Adapter, training: bool, merged: Tensor | None = None
+) -> Tensor:
+    """The sum x @ weight.T + bias + scale * x @ delta.T, [..., in] -> [..., out], with gradients for x and the factors.
+
+    Factors take part in x's kind. With ``merged``, products with LoHa's delta are those of the merged weight.
+    """
+    kind, names = x.kind, adapter.tensors
+    if adapter.module.algorithm == "loha":
+        factors = [names[name] for name in _HADAMARD]
+        if adapter.module.scalar is not None:
+            factors[0] = factors[0].to(ElementKind.F32) * names["scalar"]
+        return hadamard_linear(x, weight, [factor.to(kind) for factor in factors], adapter.scale, bias, merged)
+    if adapter.module.algorithm == "lokr":
+        scale = adapter.scale if adapter.module.scalar is None else names["scalar"] * adapter.scale
+        first = names["lokr_w1"] if "lokr_w1" in names else names["lokr_w1_a"] @ names["lokr_w1_b"]
+        seconds = ("lokr_w2",) if "lokr_w2" in names else ("lokr_w2_a", "lokr_w2_b")
+        w1 = (_flat(first).to(ElementKind.F32) * scale).to(kind)
+        return kronecker_linear(x, weight, w1, [_flat(names[name]).to(kind) for name in seconds], bias)
+    down, up = locon_factors(adapter, kind, training)
+    return tensor.low_rank_linear(x, weight, down, up, adapter.scale, bias)
+
+
+def _flat(x: Tensor) -> Tensor:
+    return x.reshape(x.shape[0], -1)
