@@ -81,7 +81,7 @@ ROWS = [
 
 def random_layer(device: Device, rng: np.random.Generator, row: Row) -> AdaptedLinear:
     """A layer of small random weights whose adapters' factors are all random."""
-    layer = AdaptedLinear(_random(device, rng, (row.out, row.channels)), mode=row.mode)
+    layer = AdaptedLinear(random_tensor(device, rng, (row.out, row.channels)), mode=row.mode)
     for number in range(row.count):
         module = MAKERS[row.adapter](row.channels, row.out, device=device, seed=number)
         for name, factor in module.factors.items():
@@ -91,7 +91,8 @@ def random_layer(device: Device, rng: np.random.Generator, row: Row) -> AdaptedL
     return layer
 
 
-def _random(device: Device, rng: np.random.Generator, shape: tuple[int, ...]) -> tensor.Tensor:
+def random_tensor(device: Device, rng: np.random.Generator, shape: tuple[int, ...]) -> tensor.Tensor:
+    """Small random values in bf16."""
     block = 0.05 * rng.standard_normal(1 << 20)
     return tensor.from_numpy(np.resize(block, shape), device, BF16)
 
@@ -104,7 +105,7 @@ class LayerReplay:
         count = rotations(nbytes, 2)
         self._stream = stream_of(device)
         layers = [random_layer(device, rng, row) for _ in range(min(count, 4))]
-        inputs = [_random(device, rng, (row.tokens, row.channels)) for _ in range(count)]
+        inputs = [random_tensor(device, rng, (row.tokens, row.channels)) for _ in range(count)]
         self.kernel = row.mode
 
         def work() -> list:
@@ -162,7 +163,7 @@ def test_three_adapters_cost_little_more_than_one(shape, device: Device, rng: np
 def test_forward_cost(mode: str, device: Device, rng: np.random.Generator, benchmark: Any):
     """CPU time of a layer's forward while the GPU keeps up."""
     row = Row(64, 640, 640, "LoCon r=16", 1.0, mode)
-    layer, x = random_layer(device, rng, row), _random(device, rng, (row.tokens, row.channels))
+    layer, x = random_layer(device, rng, row), random_tensor(device, rng, (row.tokens, row.channels))
 
     def run() -> None:
         with no_grad():

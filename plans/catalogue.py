@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from plans import catalogue_training
+from plans.block_mix import BlockMixDescriptor, BlockMixPlan
 from plans.cast import CastDescriptor, CastPlan
 from plans.convolution import (
     Conv2dDescriptor,
@@ -103,6 +104,7 @@ EXAMPLES: tuple[tuple[type[Plan], str, object], ...] = (
     (Conv2dPlan, "conv 3x3, 640 channels at 64x64", Conv2dDescriptor(_CONVOLUTION, epilogue=(Bias(),))),
     (Conv2dInputGradientPlan, "gradient of its input", Conv2dInputGradientDescriptor(_CONVOLUTION)),
     (Conv2dWeightGradientPlan, "gradient of its weight", Conv2dWeightGradientDescriptor(_CONVOLUTION, out=_F32)),
+    (BlockMixPlan, "LoKr's pass over 4096 tokens, 8 blocks of 384", BlockMixDescriptor(4096, 8, 8, 384)),
     (CastPlan, "bf16 to fp32", CastDescriptor(3072 * 3072, _BF16, _F32)),
     (LayoutPlan, "NHWC to NCHW", LayoutDescriptor((2, 64, 64, 320), _BF16, Conversion.TO_NCHW)),
     (

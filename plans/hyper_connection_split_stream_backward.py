@@ -180,7 +180,7 @@ class PreStreamProgram:
         self.finish = finish_static(d.mode.value, n, True).launcher((1 + of_gamma, 1, 1))
 
     def bind(self, args: NamedArguments, workspace: Workspace) -> list[Launch]:
-        """Both launches."""
+        """The launches."""
         d, eps = self.descriptor, np.float32(self.descriptor.eps)
         sums, gamma_sums, d_res, kept = scratch_pointers(workspace, _pre_scratch(d, self.most_bytes))
         x, mixing, d_x = args["x_expanded"], args["mixing"], args["d_x"]
@@ -189,17 +189,7 @@ class PreStreamProgram:
         gamma, d_gamma = (args["rmsnorm_weight"], args["d_gamma"]) if d.gamma is not None else (mixing, gamma_sums)
         read = (x, gamma, args["d_streams"], args["d_aggregate"], mixing, *logits)
         gradients = (d_gamma, *(args[f"d_{operand.name}"] for operand in d.parameters))
-        finishing = (
-            sums,
-            gamma_sums,
-            args["d_mixing"],
-            *logits,
-            *gradients,
-            d_res,
-            kept,
-            self.blocks,
-            self.blocks,
-            d.hidden_dim,
-        )
+        rows, gradient_scratch = pieces_of(d) * self.blocks, (d_res, kept)
+        finishing = (sums, gamma_sums, args["d_mixing"], *logits, *gradients, *gradient_scratch, rows, self.blocks)
         launches = _launches(self.stream, d, read, (d_x, d_x, sums, gamma_sums), self.blocks, self.blocks, eps)
-        return [*launches, (self.finish, (*finishing, d.sinkhorn_iters, eps))]
+        return [*launches, (self.finish, (*finishing, d.hidden_dim, d.sinkhorn_iters, eps))]

@@ -146,7 +146,7 @@ class Optimizer:
         return _State(parameter, group, zeros(shape, F32, device), second, master)
 
     def zero_grad(self, keep_memory: bool = False) -> None:
-        """Forget all gradients; with ``keep_memory`` they become zeros in place, as a captured graph needs them."""
+        """Forget all gradients; with ``keep_memory`` they become zeros where they are."""
         for parameter in self.parameters:
             if parameter.grad is not None and keep_memory:
                 parameter.grad.zero_()
@@ -157,7 +157,8 @@ class Optimizer:
         """One step of every parameter that has a gradient, and one of the schedule.
 
         ``scale``, a number on the device, multiplies gradients; where it is not finite, parameters and moments stay as
-        they are (`lycoris.optim.clip_by_norm` makes one). Raises RefusedInput for a gradient of another shape or kind.
+        they are, though the step counts (`lycoris.optim.clip_by_norm` makes one). Gradients that `lycoris.graph.capture`
+        recorded stay where they are, so a step after each replay reads the newest. Raises RefusedInput for a gradient of another shape or kind.
         """
         found: dict[tuple[ElementKind, bool], list[int]] = {}
         for number, state in enumerate(self._states):
