@@ -324,4 +324,5 @@ def stream(role, element, gamma_element, n, shape, static):
 
     pointer = ELEMENTS[element].pointer
     parameters = (pointer, gamma_pointer, pointer, f32p, f32p, f32p, f32p, pointer, i64, i64, i64, i64, f32)
-    return kernel, parameters, launch_options(element, lines, shape)
+    # More than four streams do not fit in the registers that two blocks of 512 threads leave a thread.
+    return kernel, parameters, launch_options(element, lines, shape, most_threads=1024 if n <= 4 else 512)

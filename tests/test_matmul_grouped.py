@@ -52,6 +52,15 @@ def test_rows_of_several_adapters_in_one_launch(device, poisoned, rng, backend):
     assert len(plan.launches(args, None)) == 1
 
 
+def test_products_of_whole_tiles_beside_ragged_ones(device, poisoned, rng):
+    shapes = ((64, 64, 64), (5, 64, 64), (64, 64, 61), (7, 61, 64))
+    descriptors = [MatmulDescriptor(*shape).segmented for shape in shapes]
+    for order in (descriptors, descriptors[::-1]):
+        plan, args, problems = solve(device, poisoned, rng, order, [None] * 4)
+        assert_all_kept(plan, problems)
+        assert len(plan.launches(args, None)) == 1
+
+
 def test_different_families_take_a_launch_each(device, poisoned, rng):
     descriptors = [
         MatmulDescriptor(20, 24, 40).segmented,

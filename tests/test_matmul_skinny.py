@@ -76,7 +76,7 @@ def test_segments_strides_and_batches(device, poisoned, rng):
     ("m", "ks", "terms", "scales"),
     [
         (1, (64,), (LowRankTerm(16),), (1.0,)),
-        (4, (72,), (LowRankTerm(8), LowRankTerm(16), LowRankTerm(24)), (0.5, -1.0, 0.5)),
+        (4, (264,), (LowRankTerm(8), LowRankTerm(16), LowRankTerm(24)), (0.5, -1.0, 0.5)),
         (3, (40, 24), (LowRankTerm(8, of=1), LowRankTerm(16, of=0), LowRankTerm(8, of=1)), (1.0, 0.0, -0.5)),
         (16, (136,), (LowRankTerm(32),), (-1.0,)),
     ],
@@ -93,7 +93,7 @@ def test_low_rank_terms(device, poisoned, rng, m, ks, terms, scales, backend):
 
 def test_a_term_counts_although_the_segment_whose_a_it_takes_is_left_out(device, poisoned, rng):
     for backend in (SKINNY, PORTABLE):
-        for ks in ((40,), (40, 24)):
+        for ks in ((40,), (264, 24)):
             terms = (LowRankTerm(8),)
             descriptor = SegmentedMatmulDescriptor(3, 24, tuple(map(Segment, ks)), F32, low_rank=terms)
             problem = make(device, descriptor, gaussian(rng), (0.0, 2.0)[: len(ks)], low_rank_scales=(0.5,))

@@ -156,9 +156,10 @@ class Optimizer:
     def step(self, scale: Tensor | None = None) -> None:
         """One step of every parameter that has a gradient, and one of the schedule.
 
-        ``scale``, a number on the device, multiplies gradients; where it is not finite, parameters and moments stay as
-        they are, though the step counts (`lycoris.optim.clip_by_norm` makes one). Gradients that `lycoris.graph.capture`
-        recorded stay where they are, so a step after each replay reads the newest. Raises RefusedInput for a gradient of another shape or kind.
+        ``scale``, a number on the device, multiplies gradients (`lycoris.optim.clip_by_norm` makes one); where it is
+        not finite, parameters and moments stay as they are, though the step counts. Gradients that
+        `lycoris.graph.capture` recorded stay where they are, so a step after each replay reads the newest. Raises
+        RefusedInput for a gradient of another shape or kind.
         """
         found: dict[tuple[ElementKind, bool], list[int]] = {}
         for number, state in enumerate(self._states):

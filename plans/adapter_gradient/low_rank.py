@@ -202,6 +202,15 @@ def _guarantee(precision: MathPrecision, descriptor: LowRankGradientDescriptor) 
     )
 
 
+def _side_numbers(descriptor: LowRankGradientDescriptor) -> list[tuple[int, int, int, int]]:
+    """Each side's columns and strides, as kernels take them."""
+    operands = descriptor.operands()
+    return [
+        (wide.shape[1], wide.strides[0], *narrow.strides[:2])
+        for wide, narrow in zip(operands[1::3], operands[2::3], strict=True)
+    ]
+
+
 class _MmaProgram:
     """The sums of blocks of rows, and their sum."""
 
@@ -209,10 +218,11 @@ class _MmaProgram:
         self.descriptor, self.empty = descriptor, _empty(descriptor)
         if self.empty:
             return
-        number, self.rows_of_block = _row_blocks(descriptor)
+        number, rows_of_block = _row_blocks(descriptor)
         made = kernel.low_rank_gradient(descriptor.element.value, _tiles(descriptor), descriptor.parts)
         columns = [-(-side[2] // kernel.SPAN) for side in descriptor._sides()]
-        self.first_blocks = columns[0]
+        self.numbers = _side_numbers(descriptor)
+        self.rest = (descriptor.rows, rows_of_block, descriptor.rank, columns[0])
         self.multiply = made.launcher((sum(columns), number, _rank_blocks(descriptor)))
         self.sums = Sums(_partials(descriptor), descriptor.out)
 
@@ -220,12 +230,13 @@ class _MmaProgram:
         """Both launches; none where there is nothing to write."""
         if self.empty:
             return []
-        d, parts = self.descriptor, self.sums.pointers(workspace)
-        operands, sides = d.operands(), []
-        for i, (_, wide, narrow) in enumerate(args.sides):
-            strides = (operands[3 * i + 1].strides[0], *operands[3 * i + 2].strides[:2])
-            sides.append((parts[i], wide.data, narrow.data, wide.shape[1], *strides))
-        flat = (*sides[0], *sides[-1], d.rows, self.rows_of_block, d.rank, self.first_blocks)
+        sides = [
+            (parts, wide.data, narrow.data, *numbers)
+            for parts, (_, wide, narrow), numbers in zip(
+                self.sums.pointers(workspace), args.sides, self.numbers, strict=True
+            )
+        ]
+        flat = (*sides[0], *sides[-1], *self.rest)
         results = [side[0] for side in args.sides]
         return [(self.multiply, flat), (self.sums.launch, self.sums.arguments(results, workspace, args.scale))]
 
@@ -234,7 +245,7 @@ class _PortableProgram:
     """A launch for each gradient."""
 
     def __init__(self, descriptor: LowRankGradientDescriptor, device: Device) -> None:
-        self.descriptor, self.launches = descriptor, []
+        self.descriptor, self.launches, self.numbers = descriptor, [], _side_numbers(descriptor)
         kind = descriptor.element.value
         for _, _, columns, _, transposed in () if _empty(descriptor) else descriptor._sides():
             made = kernel.low_rank_gradient_portable(descriptor.out.value, kind, kind, descriptor.parts, transposed)
@@ -242,13 +253,11 @@ class _PortableProgram:
 
     def bind(self, args: LowRankGradientArgs, workspace: Workspace) -> Launches:
         """The launches; none where there is nothing to write."""
-        d, operands, found = self.descriptor, self.descriptor.operands(), []
-        for i, launch in enumerate(self.launches):
-            result, wide, narrow = args.sides[i]
-            strides = (operands[3 * i + 1].strides[0], *operands[3 * i + 2].strides[:2])
-            pointers = (result.data, wide.data, narrow.data)
-            found.append((launch, (*pointers, wide.shape[1], *strides, d.rows, d.rank, np.float32(args.scale))))
-        return found
+        rest = (self.descriptor.rows, self.descriptor.rank, np.float32(args.scale))
+        return [
+            (launch, (*(tensor.data for tensor in side), *numbers, *rest))
+            for launch, side, numbers in zip(self.launches, args.sides, self.numbers, strict=True)
+        ]
 
 
 def _portable_refuses(descriptor: LowRankGradientDescriptor) -> str:
