@@ -10,8 +10,8 @@ from __future__ import annotations
 import numpy as np
 
 from kernels.elements import ELEMENTS
-from kernels.matmul_narrow import row_fetcher, row_multiplier
-from kernels.target import SIMULATOR, cuda, device, f32, f32p, i64, kernel_factory, types
+from kernels.matmul.narrow import row_fetcher, row_multiplier
+from kernels.target import SIMULATOR, cuda, device, f32p, i64, kernel_factory, types
 from kernels.warp import block_barrier, block_x, block_y, thread_index, warp_sum
 
 WARPS = 2 if SIMULATOR else 8
@@ -114,30 +114,31 @@ def block_mix_gradient(kind: str, row_tiles: int, column_tiles: int):
     return kernel, (f32p, side, side, i64, i64, i64, i64), options
 
 
-@kernel_factory(("f32", "bf16", "bf16"), ("bf16", "f32", "f16"))
-def block_mix_gradient_portable(out: str, g_kind: str, x_kind: str):
-    """The same for any kinds and extents: a warp an element of the result, along x.
+@kernel_factory(("bf16", "bf16"), ("f32", "f16"))
+def block_mix_gradient_portable(g_kind: str, x_kind: str):
+    """The same parts for any kinds and extents: a warp an element, along x, of a block of rows, along y.
 
-    Parameters: the result, g's, x's, rows, width, scale.
+    Parameters: parts of the sum, g's, x's, rows, width, rows of a block.
     """
-    store, load_g, load_x = ELEMENTS[out].store, ELEMENTS[g_kind].load, ELEMENTS[x_kind].load
+    load_g, load_x = ELEMENTS[g_kind].load, ELEMENTS[x_kind].load
 
-    def kernel(result, g, x, rows, width, scale):
+    def kernel(parts, g, x, rows, width, rows_of_block):
         index, lane = _u32(block_x()), thread_index()
         row = _u32(index // _u32(x[BLOCKS]))
         block = np.int64(row)
         other = np.int64(_u32(index - _u32(row * _u32(x[BLOCKS]))))
+        first = block_y() * rows_of_block
         value = np.float32(0)
-        for t in range(rows):
-            g_at = np.int64(t) * g[STRIDE] + block * width
-            x_at = np.int64(t) * x[STRIDE] + other * width
-            for turn in range(_u32(_u32(width + np.int64(31)) >> _u32(5))):
-                e = np.int64(_u32(_u32(_u32(turn) << _u32(5)) + lane))
+        for turn in range(_u32(min(rows_of_block, rows - first))):
+            t = first + np.int64(turn)
+            g_at, x_at = t * g[STRIDE] + block * width, t * x[STRIDE] + other * width
+            for step in range(_u32(_u32(width + np.int64(31)) >> _u32(5))):
+                e = np.int64(_u32(_u32(_u32(step) << _u32(5)) + lane))
                 if e < width:
                     value += load_g(g[POINTER], g_at + e) * load_x(x[POINTER], x_at + e)
         value = warp_sum(value)
         if lane == _u32(0):
-            store(result, np.int64(index), scale * value)
+            parts[block_y() * g[BLOCKS] * x[BLOCKS] + np.int64(index)] = value
 
     sides = tuple(types.Tuple((ELEMENTS[kind].pointer, i64, i64)) for kind in (g_kind, x_kind))
-    return kernel, (ELEMENTS[out].pointer, *sides, i64, i64, f32), {"threads": 32}
+    return kernel, (f32p, *sides, i64, i64, i64), {"threads": 32}

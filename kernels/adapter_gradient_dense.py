@@ -20,7 +20,7 @@ from kernels.adapter_gradient_hadamard import (
     launch_bounds,
 )
 from kernels.elements import ELEMENTS
-from kernels.matmul_problem import tile_of_block
+from kernels.matmul.problem import tile_of_block
 from kernels.target import SIMULATOR, cuda, device, f32, f32p, i64, kernel_factory, types
 
 THREADS = 32 if SIMULATOR else 128

@@ -20,9 +20,9 @@ import numpy as np
 
 from kernels import bits, memory, warp
 from kernels.elements import ELEMENTS
-from kernels.matmul_mma_tile import MmaTile, Operand, loader, multiplier, place_of
-from kernels.matmul_pipeline import pipeline
-from kernels.matmul_problem import tile_of_block
+from kernels.matmul.mma_tile import MmaTile, Operand, loader, multiplier, place_of
+from kernels.matmul.pipeline import pipeline
+from kernels.matmul.problem import tile_of_block
 from kernels.target import SIMULATOR, blocks_by_shared, cuda, device, f32p, i64, kernel_factory, types
 
 PANEL = 8

@@ -46,21 +46,19 @@ class Sums:
 
     def __init__(self, partials: tuple[Partial, ...], out: ElementKind) -> None:
         self.partials = partials
+        self._starts = [partial_bytes(partials[:i]) for i in range(len(partials))]
+        self._numbers = [(partial.number, partial.rows, partial.columns) for partial in partials]
         made = kernel.sum_parts(out.value, tuple(partial.transposed for partial in partials))
         blocks = sum(-(-partial.count // kernel.ELEMENTS_OF_BLOCK) for partial in partials)
         self.launch = made.launcher((blocks, 1, 1)) if blocks else None
 
     def pointers(self, workspace: Workspace) -> list[object]:
         """Where each result's parts lie."""
-        found, at = [], 0
-        for partial in self.partials:
-            found.append(workspace.buffer.pointer(np.float32, at))
-            at += partial.nbytes
-        return found
+        return [workspace.buffer.pointer(np.float32, start) for start in self._starts]
 
     def arguments(self, results: list[TensorRef], workspace: Workspace, scale: float) -> tuple:
         """The launch's arguments."""
         flat: list[object] = []
-        for partial, result, parts in zip(self.partials, results, self.pointers(workspace), strict=True):
-            flat += [result.data, parts, partial.number, partial.rows, partial.columns]
+        for numbers, result, parts in zip(self._numbers, results, self.pointers(workspace), strict=True):
+            flat += [result.data, parts, *numbers]
         return (*flat, np.float32(scale))

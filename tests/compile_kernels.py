@@ -47,29 +47,29 @@ FORBIDDEN = {
 _ANY_SHAPE = "the fallback for shapes and kinds that the tiled kernels refuse: coordinates of any layout, in 64 bits"
 _WAVES = "sine and cosine of arguments above 10**5: libdevice's reduction modulo pi / 2"
 EXCEPTIONS: dict[str, dict[str, str]] = {
-    "kernels.contraction.contract": {
+    "kernels.weight.contraction.contract": {
         "64-bit division": "two for an element's coordinates, beside a whole inner product over a small factor"
     },
     "kernels.pointwise.flat": {"fp64 arithmetic": _WAVES},
     "kernels.pointwise.strided": {"fp64 arithmetic": _WAVES},
-    "kernels.weight_portable.merge": {"64-bit division": _ANY_SHAPE},
-    "kernels.weight_portable.dora_gain": {"64-bit division": _ANY_SHAPE},
+    "kernels.weight.portable.merge": {"64-bit division": _ANY_SHAPE},
+    "kernels.weight.portable.dora_gain": {"64-bit division": _ANY_SHAPE},
 }
 
 # Factory -> (which kernels, by a pattern found in their keys; what must be among their instructions) ...
 EXPECTED: dict[str, tuple[tuple[str, str], ...]] = {
-    "kernels.weight_tile.weight_tile": (
+    "kernels.weight.tile.weight_tile": (
         ("low_rank|hadamard", r"HMMA\.16816\.F32"),
         ("low_rank|hadamard", r"LDSM\.16\.MT88\.4"),
         (r"\('(bf16|f16|f32)'", r"LDG\.E\..*128"),
         ("'(merge|dora .*)'", r"STG\.E\..*128"),
     ),
-    "kernels.weight_tile.weight_tile_grouped": (
+    "kernels.weight.tile.weight_tile_grouped": (
         ("low_rank", r"HMMA\.16816\.F32"),
         ("", r"LDG\.E\..*128"),
         ("", r"STG\.E\..*128"),
     ),
-    "kernels.matmul_mma.matmul_mma": (
+    "kernels.matmul.mma.matmul_mma": (
         ("bf16", r"HMMA\.16816\.F32\.BF16"),
         ("kind='f16'", r"HMMA\.16816\.F32\b"),
         ("layout='NT'", r"LDSM\.16\.M88\.4"),
@@ -77,18 +77,18 @@ EXPECTED: dict[str, tuple[tuple[str, str], ...]] = {
         ("a_vector=8", r"LDGSTS\.E\..*128"),
         ("wide=True", r"STG\.E\..*128"),
     ),
-    "kernels.matmul_mma.matmul_mma_grouped": (("", r"HMMA\.16816\.F32"), ("", r"LDGSTS\.E\..*128")),
-    "kernels.convolution_mma.convolve_mma": (
+    "kernels.matmul.mma.matmul_mma_grouped": (("", r"HMMA\.16816\.F32"), ("", r"LDGSTS\.E\..*128")),
+    "kernels.convolution.mma.convolve_mma": (
         ("", r"HMMA\.16816\.F32"),
         ("gathered_vector=8", r"LDGSTS\.E\..*128"),
         ("wide=True", r"STG\.E\..*128"),
     ),
-    "kernels.convolution_mma.weight_gradient_mma": (
+    "kernels.convolution.mma.weight_gradient_mma": (
         ("", r"HMMA\.16816\.F32"),
         ("", r"LDSM\.16\.MT88\.4"),
         ("gathered_vector=8", r"LDGSTS\.E\..*128"),
     ),
-    "kernels.matmul_skinny.matmul_skinny": (
+    "kernels.matmul.skinny.matmul_skinny": (
         ("", r"HMMA\.16816\.F32"),
         ("", r"LDG\.E\..*128"),
         ("wide=True", r"STG\.E\..*128"),
@@ -105,15 +105,15 @@ EXPECTED: dict[str, tuple[tuple[str, str], ...]] = {
         ("", r"LDSM\.16\.MT88\.4"),
         ("", r"LDGSTS\.E\..*128"),
     ),
-    "kernels.weight_tile_cluster.dora_cluster": (
+    "kernels.weight.tile_cluster.dora_cluster": (
         ("", r"HMMA\.16816\.F32"),
         ("", r"LDSM\.16\.MT88\.4"),
         ("", r"LDGSTS\.E\..*128"),
         ("", r"STG\.E\..*128"),
         ("", r"UCGABAR_ARV"),
     ),
-    "kernels.kronecker.kronecker_merge": (("", r"LDG\.E\..*128"), ("", r"STG\.E\..*128")),
-    "kernels.kronecker.kronecker_merge_grouped": (("", r"LDG\.E\..*128"), ("", r"STG\.E\..*128")),
+    "kernels.weight.kronecker.kronecker_merge": (("", r"LDG\.E\..*128"), ("", r"STG\.E\..*128")),
+    "kernels.weight.kronecker.kronecker_merge_grouped": (("", r"LDG\.E\..*128"), ("", r"STG\.E\..*128")),
 }
 
 

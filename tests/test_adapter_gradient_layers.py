@@ -105,7 +105,7 @@ def test_gradients_are_the_same_bits_twice(name):
         assert found.tobytes() == second[2][key].tobytes(), key
 
 
-@pytest.mark.parametrize("name", ["loha", "lokr"])
+@pytest.mark.parametrize("name", ["locon", "loha", "lokr"])
 def test_a_scalar_is_trained_too(name):
     *_, grads, values, (_, x, g), module = backward(name, 5, scalar=True)
     exact = module.scale() * 0.5 * (delta(values) * (g.T @ x)).sum()

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from kernels import memory, warp
-from kernels.matmul_mma_tile import Operand, place_of
-from kernels.matmul_problem import tile_of_block
+from kernels.matmul.mma_tile import Operand, place_of
+from kernels.matmul.problem import tile_of_block
 from kernels.target import cuda
 
 

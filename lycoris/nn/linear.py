@@ -108,7 +108,7 @@ class AdaptedLinear(Adapted):
         """The base frozen, each adapter's term beside it; one alone takes part in the base's own sum."""
         base, bias = self.weight.detach(), self.merged_bias()
         bias = None if bias is None else bias.detach()
-        if len(found) == 1 and is_fused(found[0]) and not found[0].dropout:
+        if len(found) == 1 and is_fused(found[0], x.kind) and not found[0].dropout:
             if self.drops(found[0]):
                 return tensor.linear(x, base, bias)
             merged = self.merged_weight() if self.mode == "merged" else None

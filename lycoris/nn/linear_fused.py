@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 from lycoris import tensor
+from lycoris.formats.keys import MID, UP
 from lycoris.nn.adapted import Adapter
-from lycoris.nn.linear_sum import is_plain_locon, locon_factors
+from lycoris.nn.linear_sum import locon_factors
 from lycoris.tensor import Tensor
 from lycoris.tensor.adapted import hadamard_linear, kronecker_linear
+from plans.adapter_gradient import MOST_RANK
 from plans.core import ElementKind
 
 _HADAMARD = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
 
 
-def is_fused(adapter: Adapter) -> bool:
-    """Whether `fused_linear` takes the adapter: a LoCon, LoHa or LoKr without a Tucker core."""
-    names = adapter.tensors
-    if adapter.module.algorithm == "loha":
-        return "hada_t1" not in names and "hada_t2" not in names
-    if adapter.module.algorithm == "lokr":
+def is_fused(adapter: Adapter, kind: ElementKind) -> bool:
+    """Whether `fused_linear` is the fast way for inputs of a kind: for a LoCon, LoHa or LoKr without a Tucker core.
+
+    Tensor cores contract LoHa's gradients in bf16 and up to a rank only.
+    """
+    names, algorithm = adapter.tensors, adapter.module.algorithm
+    if algorithm == "loha":
+        plain = "hada_t1" not in names and "hada_t2" not in names
+        return plain and kind is ElementKind.BF16 and names["hada_w1_b"].shape[0] <= MOST_RANK
+    if algorithm == "lokr":
         return "lokr_t2" not in names
-    return is_plain_locon(adapter)
+    return algorithm == "locon" and MID not in names
 
 
 def fused_linear(
@@ -42,6 +48,8 @@ def fused_linear(
         w1 = (_flat(first).to(ElementKind.F32) * scale).to(kind)
         return kronecker_linear(x, weight, w1, [_flat(names[name]).to(kind) for name in seconds], bias)
     down, up = locon_factors(adapter, kind, training)
+    if adapter.module.scalar is not None:
+        up = (names[UP].reshape(*up.shape).to(ElementKind.F32) * names["scalar"]).to(kind)
     return tensor.low_rank_linear(x, weight, down, up, adapter.scale, bias)
 
 

@@ -21,7 +21,7 @@ from lycoris.tensor.products import (
     flipped,
     layout,
     matrix_of,
-    plans,
+    plan_cache,
     product,
     ready,
     stored,
@@ -93,9 +93,9 @@ def _with_term(
     a, b = ready(a, transposed=False), ready(b)
     down, up = (x if x.contiguous_ and x.aligned else converted(x, x.kind) for x in (down, up))
     key = ("low rank", layout(a), layout(b), layout(down), id(kind), bias is None or id(bias.kind))
-    found = plans.get(key)
+    found = plan_cache.get(key)
     if found is None:
-        found = plans[key] = _term_plan(a, b, down, kind, bias)
+        found = plan_cache[key] = _term_plan(a, b, down, kind, bias)
     plan, left, right, shape = found
     out = empty(shape, kind, a.device)
     steps = () if bias is None else (compact(bias).ref(),)

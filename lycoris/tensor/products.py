@@ -69,7 +69,7 @@ def stored(x: Tensor) -> _Stored:
     return _Stored(shape, strides, transposed, odd[-2], odd[0] if x.ndim == 3 else 0)
 
 
-plans: dict[tuple, tuple] = {}
+plan_cache: dict[tuple, tuple] = {}
 """Layouts and kinds -> a plan and how it takes its operands."""
 
 
@@ -99,9 +99,9 @@ def sum_of_products(
     added = [x for x in (bias, residual) if x is not None]
     kinds = tuple(x is None or id(x.kind) for x in (bias, residual))
     key = (*(layout(x) for pair in operands for x in pair), id(kind), kinds)
-    found = plans.get(key)
+    found = plan_cache.get(key)
     if found is None:
-        found = plans[key] = _sum_plan(operands, kind, bias, residual)
+        found = plan_cache[key] = _sum_plan(operands, kind, bias, residual)
     plan, taken, shape = found
     out = empty(shape, kind, operands[0][0].device)
     steps = [compact(x).ref() for x in added]

@@ -25,6 +25,7 @@ _FLOATS = (ElementKind.BF16, ElementKind.F16, ElementKind.F32)
 _UNIT = 8
 _LARGEST = 1 << 31
 _MOST_PARTS = 3 if SIMULATOR else SLOTS
+_MOST_ROW_BLOCKS = 3 if SIMULATOR else 64
 _MOST_ELEMENTS = 1 << 20
 """Elements of all parts together that are worth another block: adding them up must stay small beside reading x."""
 
@@ -130,8 +131,8 @@ def _partition(descriptor: BlockMixGradientDescriptor) -> tuple[int, int]:
     return max(1, -(-items // of_block)), of_block
 
 
-def _partials(descriptor: BlockMixGradientDescriptor) -> tuple[Partial]:
-    return (Partial(_partition(descriptor)[0], descriptor.out_blocks, descriptor.in_blocks),)
+def _partial(descriptor: BlockMixGradientDescriptor, number: int) -> Partial:
+    return Partial(number, descriptor.out_blocks, descriptor.in_blocks)
 
 
 def _guarantee(precision: MathPrecision, sums: int, descriptor: BlockMixGradientDescriptor) -> PrecisionGuarantee:
@@ -159,55 +160,53 @@ def _mma_refuses(descriptor: BlockMixGradientDescriptor) -> str:
     return ""
 
 
-class _MmaProgram:
-    """The sums of blocks, and their sum."""
+class _Program:
+    """The sums of blocks, by a SKU's kernel, and their sum."""
 
     def __init__(self, descriptor: BlockMixGradientDescriptor, device: Device) -> None:
-        self.descriptor = descriptor
         self.empty = not descriptor.out_blocks * descriptor.in_blocks
-        if self.empty:
-            return
-        row_tiles, down = _tiles(descriptor.out_blocks, 16, kernel.MOST_ROW_TILES)
-        column_tiles, self.across = _tiles(descriptor.in_blocks, 8, kernel.MOST_COLUMN_TILES)
-        number, self.items = _partition(descriptor)
-        made = kernel.block_mix_gradient(descriptor.element.value, row_tiles, column_tiles)
-        self.multiply = made.launcher((number, down * self.across, 1))
-        self.sums = Sums(_partials(descriptor), descriptor.out)
+        if not self.empty:
+            _, g, x = descriptor.operands()
+            self.g = (g.strides[0], descriptor.out_blocks)
+            self.x = (x.strides[0], descriptor.in_blocks)
+            self.launch, partial, *rest = self._made(descriptor)
+            self.rest = (descriptor.rows, descriptor.width, *rest)
+            self.sums = Sums((partial,), descriptor.out)
 
     def bind(self, args: BlockMixGradientArgs, workspace: Workspace) -> Launches:
         """Both launches; none where d_w is empty."""
         if self.empty:
             return []
         (parts,) = self.sums.pointers(workspace)
-        flat = (parts, *_sides(self.descriptor, args), self.descriptor.rows, self.descriptor.width)
-        sums = self.sums.arguments([args.d_w], workspace, args.scale)
-        return [(self.multiply, (*flat, self.items, self.across)), (self.sums.launch, sums)]
+        flat = (parts, args.g.data, *self.g, args.x.data, *self.x, *self.rest)
+        return [(self.launch, flat), (self.sums.launch, self.sums.arguments([args.d_w], workspace, args.scale))]
 
 
-def _sides(descriptor: BlockMixGradientDescriptor, args: BlockMixGradientArgs) -> tuple:
-    _, g, x = descriptor.operands()
-    return (
-        *(args.g.data, g.strides[0], descriptor.out_blocks),
-        *(args.x.data, x.strides[0], descriptor.in_blocks),
-    )
+class _MmaProgram(_Program):
+    """Tiles of d_w by blocks of threads that share the items."""
+
+    def _made(self, descriptor: BlockMixGradientDescriptor) -> tuple:
+        row_tiles, down = _tiles(descriptor.out_blocks, 16, kernel.MOST_ROW_TILES)
+        column_tiles, across = _tiles(descriptor.in_blocks, 8, kernel.MOST_COLUMN_TILES)
+        number, items = _partition(descriptor)
+        made = kernel.block_mix_gradient(descriptor.element.value, row_tiles, column_tiles)
+        return made.launcher((number, down * across, 1)), _partial(descriptor, number), items, across
 
 
-class _PortableProgram:
-    """One launch, a warp an element."""
+def _row_blocks(descriptor: BlockMixGradientDescriptor) -> tuple[int, int]:
+    """Blocks of rows of the portable kernel, and the rows of one."""
+    of_block = max(1, -(-descriptor.rows // _MOST_ROW_BLOCKS))
+    return max(1, -(-descriptor.rows // of_block)), of_block
 
-    def __init__(self, descriptor: BlockMixGradientDescriptor, device: Device) -> None:
-        self.descriptor = descriptor
-        kind, elements = descriptor.element.value, descriptor.out_blocks * descriptor.in_blocks
-        made = kernel.block_mix_gradient_portable(descriptor.out.value, kind, kind)
-        self.launch = made.launcher((elements, 1, 1)) if elements else None
 
-    def bind(self, args: BlockMixGradientArgs, workspace: Workspace) -> Launches:
-        """The launch; none where d_w is empty."""
-        if self.launch is None:
-            return []
-        d = self.descriptor
-        flat = (args.d_w.data, *_sides(d, args), d.rows, d.width, np.float32(args.scale))
-        return [(self.launch, flat)]
+class _PortableProgram(_Program):
+    """A warp an element and block of rows."""
+
+    def _made(self, descriptor: BlockMixGradientDescriptor) -> tuple:
+        number, rows = _row_blocks(descriptor)
+        made = kernel.block_mix_gradient_portable(descriptor.element.value, descriptor.element.value)
+        elements = descriptor.out_blocks * descriptor.in_blocks
+        return made.launcher((elements, number, 1)), _partial(descriptor, number), rows
 
 
 def _portable_refuses(descriptor: BlockMixGradientDescriptor) -> str:
@@ -227,7 +226,7 @@ class BlockMixGradientPlan(Plan):
             refuses=_mma_refuses,
             guarantee=lambda d: _guarantee(MathPrecision.BF16_TENSOR_CORE, kernel.WARPS + _partition(d)[0], d),
             build=_MmaProgram,
-            workspace=lambda d: _partials(d)[0].nbytes,
+            workspace=lambda d: _partial(d, _partition(d)[0]).nbytes,
             alignment=16,
         ),
         Sku(
@@ -235,7 +234,8 @@ class BlockMixGradientPlan(Plan):
             backend=BackendKind.PORTABLE,
             arch=ArchSku.ANY,
             refuses=_portable_refuses,
-            guarantee=lambda d: _guarantee(MathPrecision.F32, 6, d),
+            guarantee=lambda d: _guarantee(MathPrecision.F32, 5 + _row_blocks(d)[0], d),
             build=_PortableProgram,
+            workspace=lambda d: _partial(d, _row_blocks(d)[0]).nbytes,
         ),
     )

@@ -35,7 +35,8 @@ from plans.partial_sums import Partial, Sums, partial_bytes
 _FLOATS = (ElementKind.BF16, ElementKind.F16, ElementKind.F32)
 _UNIT = 8
 _LARGEST = 1 << 31
-_MOST_STEPS = 4
+MOST_RANK = 64
+"""The largest rank whose factors' tiles fit into shared memory beside the product's."""
 
 
 @dataclass(frozen=True)
@@ -171,8 +172,8 @@ def _partials(descriptor: HadamardGradientDescriptor) -> tuple[Partial, ...]:
 def _contract_refuses(descriptor: HadamardGradientDescriptor) -> str:
     if descriptor.element is not ElementKind.BF16:
         return f"wants g, x and factors of bf16, found {descriptor.element.value}"
-    if descriptor.rank > 16 * _MOST_STEPS:
-        return f"wants a rank of at most {16 * _MOST_STEPS}, found {descriptor.rank}"
+    if descriptor.rank > MOST_RANK:
+        return f"wants a rank of at most {MOST_RANK}, found {descriptor.rank}"
     elements = max(partial.number * partial.count for partial in _partials(descriptor))
     if max(descriptor.rows, elements) >= _LARGEST or math.prod(_tiles(descriptor)) >= _LARGEST:
         return "wants fewer than 2**31 rows, tiles and elements of a gradient's parts"
@@ -204,25 +205,19 @@ class _Contraction:
     """Launches from D's tiles to gradients; the first one of a subclass's choice."""
 
     def __init__(self, descriptor: HadamardGradientDescriptor) -> None:
-        self.descriptor = descriptor
+        d, (g, x) = descriptor, descriptor.operands()[4:6]
+        self.g, self.x = (g.strides[0], d.out_features), (x.strides[0], d.in_features)
+        self.rows, self.rank = d.rows, d.rank
         self.sums = Sums(_partials(descriptor), descriptor.out)
         self.blocks = math.prod(_tiles(descriptor))
 
     def launches(self, launch: object, first: tuple, args: HadamardGradientArgs, workspace: Workspace) -> Launches:
         """The contraction by ``launch``, whose parameters begin with ``first``, and the sums."""
-        d, operands = self.descriptor, self.descriptor.operands()
-        sides = [
-            (tensor.data, operand.strides[0], columns)
-            for tensor, operand, columns in (
-                (args.g, operands[4], d.out_features),
-                (args.x, operands[5], d.in_features),
-            )
-        ]
         parts = self.sums.pointers(workspace)
         products = [
             value for i in (0, 2) for value in (args.factors[i].data, args.factors[i + 1].data, parts[i], parts[i + 1])
         ]
-        flat = (*first, *sides[0], *sides[1], d.rows, *products, d.rank)
+        flat = (*first, args.g.data, *self.g, args.x.data, *self.x, self.rows, *products, self.rank)
         sums = (self.sums.launch, self.sums.arguments(list(args.gradients), workspace, args.scale))
         return [(launch, flat), sums] if self.blocks else [sums]
 

@@ -253,6 +253,8 @@ class _PortableProgram:
 
     def bind(self, args: LowRankGradientArgs, workspace: Workspace) -> Launches:
         """The launches; none where there is nothing to write."""
+        if not self.launches:
+            return []
         rest = (self.descriptor.rows, self.descriptor.rank, np.float32(args.scale))
         return [
             (launch, (*(tensor.data for tensor in side), *numbers, *rest))

@@ -125,7 +125,7 @@ class Convolution:
 
     @functools.cached_property
     def kernel_geometry(self) -> tuple[int, ...]:
-        """The 18 integers of ``kernels.convolution_geometry``: missing axes come first."""
+        """The 18 integers of ``kernels.convolution.geometry``: missing axes come first."""
         one, zero = (1,) * (3 - len(self.extents)), (0,) * (3 - len(self.extents))
         extents = (*one, *self.extents, *one, *self.out_extents)
         return (*extents, *one, *self.stride, *zero, *self.padding, *one, *self.dilation, *one, *self.kernel)

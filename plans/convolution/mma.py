@@ -6,9 +6,9 @@ import math
 
 import numpy as np
 
-from kernels import matmul_reduce
-from kernels.convolution_mma import ConvolutionProblem, convolve_mma, weight_gradient_mma
-from kernels.matmul_mma_tile import MmaTile
+from kernels.convolution.mma import ConvolutionProblem, convolve_mma, weight_gradient_mma
+from kernels.matmul import reduce as matmul_reduce
+from kernels.matmul.mma_tile import MmaTile
 from plans.convolution.descriptor import Conv2dArgs
 from plans.convolution.program import (
     MOST,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from kernels.convolution_portable import THREADS, convolve, weight_gradient
+from kernels.convolution.portable import THREADS, convolve, weight_gradient
 from plans.convolution.descriptor import Conv2dArgs
 from plans.convolution.program import (
     ConvolutionProgram,

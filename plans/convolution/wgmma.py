@@ -6,9 +6,9 @@ import functools
 
 import numpy as np
 
-from kernels.convolution_wgmma import convolve_wgmma, warp_box
-from kernels.matmul_wgmma import PART_WORDS, ROWS, WgmmaTile
-from kernels.matmul_wgmma_store import STAGING_BYTES, chunk_columns
+from kernels.convolution.wgmma import convolve_wgmma, warp_box
+from kernels.matmul.wgmma import PART_WORDS, ROWS, WgmmaTile
+from kernels.matmul.wgmma_store import STAGING_BYTES, chunk_columns
 from kernels.target import SIMULATOR
 from kernels.wgmma import DEPTH, STEPS
 from plans.convolution.descriptor import Conv2dArgs

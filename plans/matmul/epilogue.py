@@ -3,7 +3,7 @@
     (Bias(BF16), Activation("gelu"), Residual(BF16))      # gelu(A B^T + bias) + beta * C
     (Gate("silu"),)                                       # SwiGLU: silu(first half) * second half of the columns
 
-Steps run in order, in fp32, before the one rounding. A step's kernel name is what ``kernels.matmul_epilogue`` compiles.
+Steps run in order, in fp32, before the one rounding. A step's kernel name is what ``kernels.matmul.epilogue`` compiles.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from kernels.matmul_epilogue import ACTIVATIONS
+from kernels.matmul.epilogue import ACTIVATIONS
 from plans.core.errors import InvalidProblem
 from plans.core.operand import Operand
 from plans.core.precision import ElementKind
@@ -98,7 +98,7 @@ class Step:
 
     @property
     def kernel(self) -> tuple:
-        """The step as ``kernels.matmul_epilogue`` names it."""
+        """The step as ``kernels.matmul.epilogue`` names it."""
         raise TypeError("Step is abstract")
 
     def operand(self, name: str, extents: Extents) -> Operand | None:
@@ -114,7 +114,7 @@ class Step:
         raise TypeError("Step is abstract")
 
     def parameters(self, data: Any, operand: Operand | None, number: float) -> tuple:
-        """The step's kernel parameters, in the order of ``kernels.matmul_epilogue``."""
+        """The step's kernel parameters, in the order of ``kernels.matmul.epilogue``."""
         return ()
 
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from kernels.matmul_narrow import matmul_narrow
+from kernels.matmul.narrow import matmul_narrow
 from plans.core.device import ALIGNMENT, Device
 from plans.core.plan import Launches, Sku
 from plans.core.precision import ElementKind, PrecisionGuarantee

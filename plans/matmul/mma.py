@@ -9,9 +9,9 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from kernels import matmul_reduce
-from kernels.matmul_mma import Problem, matmul_mma, matmul_mma_grouped
-from kernels.matmul_mma_tile import MmaTile
+from kernels.matmul import reduce as matmul_reduce
+from kernels.matmul.mma import Problem, matmul_mma, matmul_mma_grouped
+from kernels.matmul.mma_tile import MmaTile
 from kernels.target import SIMULATOR, Kernel
 from plans.core.device import Device
 from plans.core.operand import Operand

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from kernels.matmul_narrow import ROW_TILES, matmul_narrow
+from kernels.matmul.narrow import ROW_TILES, matmul_narrow
 from plans.core.device import Device
 from plans.core.plan import Launches, Sku
 from plans.core.precision import ElementKind, MathPrecision, PrecisionGuarantee

@@ -6,7 +6,7 @@ import dataclasses
 
 import numpy as np
 
-from kernels.matmul_portable import Tile, matmul_portable, matmul_portable_grouped
+from kernels.matmul.portable import Tile, matmul_portable, matmul_portable_grouped
 from kernels.target import SIMULATOR, Kernel
 from plans.core.device import ALIGNMENT, Device
 from plans.core.plan import Launches, Sku

@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from kernels.matmul_skinny import SkinnyProblem, matmul_skinny
-from kernels.matmul_skinny_sums import GROUP, SkinnyTile
+from kernels.matmul.skinny import SkinnyProblem, matmul_skinny
+from kernels.matmul.skinny_sums import GROUP, SkinnyTile
 from kernels.target import SIMULATOR
 from plans.core.device import Device
 from plans.core.plan import Launches, Sku

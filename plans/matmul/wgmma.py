@@ -7,8 +7,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from kernels.matmul_wgmma import PART_WORDS, ROWS, SEGMENT_WORDS, WgmmaTile, multiply_wgmma
-from kernels.matmul_wgmma_store import STAGING_BYTES, WARP_ROWS, chunk_columns
+from kernels.matmul.wgmma import PART_WORDS, ROWS, SEGMENT_WORDS, WgmmaTile, multiply_wgmma
+from kernels.matmul.wgmma_store import STAGING_BYTES, WARP_ROWS, chunk_columns
 from kernels.target import SIMULATOR
 from kernels.wgmma import DEPTH
 from plans.core.device import Device

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from kernels import weight_tile_cluster as kernel
-from kernels.low_rank_tile import Tile
 from kernels.target import SIMULATOR
+from kernels.weight import tile_cluster as kernel
+from kernels.weight.low_rank_tile import Tile
 from plans.core.device import Device
 from plans.core.plan import Sku
 from plans.core.sku import ArchSku, BackendKind

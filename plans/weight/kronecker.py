@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from kernels import kronecker as kernel
 from kernels.division import reciprocal_of
+from kernels.weight import kronecker as kernel
 from plans.core.device import Device
 from plans.core.plan import Sku
 from plans.core.sku import ArchSku, BackendKind

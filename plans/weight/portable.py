@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from kernels import weight_portable as kernel
+from kernels.weight import portable as kernel
 from plans.core.device import Device
 from plans.core.plan import Sku
 from plans.core.precision import ElementKind, MathPrecision, PrecisionGuarantee

@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from kernels.contraction import THREADS, contract
 from kernels.division import reciprocal_of
+from kernels.weight.contraction import THREADS, contract
 from plans.core.precision import ElementKind
 from plans.core.tensor import TensorRef
 from plans.weight.descriptor import WeightDescriptor

@@ -6,11 +6,11 @@ import functools
 
 import numpy as np
 
-from kernels import weight_tile
 from kernels.elements import ELEMENTS
-from kernels.low_rank_tile import STEP, Product, Tile
 from kernels.target import SIMULATOR
-from kernels.weight_tile_sources import Source, product_words
+from kernels.weight import tile as weight_tile
+from kernels.weight.low_rank_tile import STEP, Product, Tile
+from kernels.weight.tile_sources import Source, product_words
 from plans.core.device import Device
 from plans.core.plan import Sku
 from plans.core.precision import ElementKind, MathPrecision, PrecisionGuarantee

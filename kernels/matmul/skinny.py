@@ -18,8 +18,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from kernels import memory, tensor_core, warp
-from kernels.matmul_epilogue import epilogue
-from kernels.matmul_problem import (
+from kernels.matmul.epilogue import epilogue
+from kernels.matmul.problem import (
     A_BATCH,
     A_STRIDE,
     B_BATCH,
@@ -34,8 +34,8 @@ from kernels.matmul_problem import (
     result_parameters,
     segment_parameters,
 )
-from kernels.matmul_skinny_sums import D_BATCH, D_STRIDE, RANK, D, SkinnyTile, low_rank_parameters, sums_of_block
-from kernels.matmul_store import UNIT, storer
+from kernels.matmul.skinny_sums import D_BATCH, D_STRIDE, RANK, D, SkinnyTile, low_rank_parameters, sums_of_block
+from kernels.matmul.store import UNIT, storer
 from kernels.target import cuda, device, i64, kernel_factory, types
 
 CHUNK = 32

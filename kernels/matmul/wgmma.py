@@ -16,8 +16,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from kernels import barrier, bits, wgmma
-from kernels.matmul_epilogue import epilogue
-from kernels.matmul_wgmma_store import ROWS_OF_A_MATRIX, STAGING_BYTES, tile_store
+from kernels.matmul.epilogue import epilogue
+from kernels.matmul.wgmma_store import ROWS_OF_A_MATRIX, STAGING_BYTES, tile_store
 from kernels.target import cuda, device, f32, i64, i64p, kernel_factory, types
 from kernels.warp import block_barrier, block_x, grid_x, sync_warp, thread_index
 from kernels.wgmma import DEPTH

@@ -2,7 +2,7 @@
 
 A lane holds eight neighbouring columns of each of its rows ``row + 8 i``: ``delta[8 i : 8 i + 8]``, and the base's
 values in ``w`` alike. A source is stage (factors to shared memory), hold (factors to registers) and add (one group of
-32 columns); sums of sources are chains of these. The formulas are those of :mod:`kernels.weight_sources`, and so are
+32 columns); sums of sources are chains of these. The formulas are those of :mod:`kernels.weight.sources`, and so are
 the parameter tuples.
 """
 
@@ -14,11 +14,12 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from kernels import bits, low_rank_tile
+from kernels import bits
 from kernels.division import divide
 from kernels.elements import ELEMENTS
-from kernels.low_rank_tile import RESULTS, ROWS_OF_LANE, Product, Tile
 from kernels.target import cuda, device
+from kernels.weight import low_rank_tile
+from kernels.weight.low_rank_tile import RESULTS, ROWS_OF_LANE, Product, Tile
 
 Source = tuple
 """(name, kinds...) as in weight_sources, followed by a Product for each low-rank product that it has."""

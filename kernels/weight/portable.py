@@ -17,7 +17,7 @@ from kernels.bits import not_finite
 from kernels.double_float import add_pairs, rounded_pair
 from kernels.elements import ELEMENTS
 from kernels.target import SIMULATOR, cuda, device, f32, f32p, i32p, i64, kernel_factory, types
-from kernels.weight_sources import source_parameters, summed
+from kernels.weight.sources import source_parameters, summed
 
 THREADS = 32 if SIMULATOR else 256
 DORA_EPS = np.float32(2.0**-23)

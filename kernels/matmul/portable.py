@@ -10,8 +10,8 @@ import numpy as np
 
 from kernels import warp
 from kernels.elements import ELEMENTS
-from kernels.matmul_epilogue import epilogue
-from kernels.matmul_problem import (
+from kernels.matmul.epilogue import epilogue
+from kernels.matmul.problem import (
     A_BATCH,
     A_STRIDE,
     B_BATCH,

@@ -15,10 +15,10 @@ from types import SimpleNamespace
 import numpy as np
 
 from kernels import bits, memory, warp
-from kernels.matmul_epilogue import epilogue
-from kernels.matmul_mma_tile import MmaTile, Operand, loader, multiplier
-from kernels.matmul_pipeline import pipeline
-from kernels.matmul_problem import (
+from kernels.matmul.epilogue import epilogue
+from kernels.matmul.mma_tile import MmaTile, Operand, loader, multiplier
+from kernels.matmul.pipeline import pipeline
+from kernels.matmul.problem import (
     A_BATCH,
     A_STRIDE,
     B_BATCH,
@@ -34,7 +34,7 @@ from kernels.matmul_problem import (
     segment_parameters,
     tile_of_block,
 )
-from kernels.matmul_store import storer
+from kernels.matmul.store import storer
 from kernels.parameters import flat_length, table_reader
 from kernels.target import blocks_by_shared, cuda, device, i32p, i64, i64p, kernel_factory, types
 

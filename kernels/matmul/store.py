@@ -8,8 +8,8 @@ from collections.abc import Callable
 import numpy as np
 
 from kernels.elements import ELEMENTS
-from kernels.matmul_epilogue import epilogue
-from kernels.matmul_problem import COLUMNS, OUT, OUT_BATCH, OUT_STRIDE
+from kernels.matmul.epilogue import epilogue
+from kernels.matmul.problem import COLUMNS, OUT, OUT_BATCH, OUT_STRIDE
 from kernels.target import device
 
 UNIT = 8

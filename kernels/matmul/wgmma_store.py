@@ -14,7 +14,7 @@ import numpy as np
 
 from kernels import barrier, bits, wgmma
 from kernels.elements import ELEMENTS
-from kernels.matmul_epilogue import epilogue
+from kernels.matmul.epilogue import epilogue
 from kernels.target import device
 from kernels.warp import sync_warp, thread_index
 

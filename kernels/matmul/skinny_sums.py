@@ -15,7 +15,7 @@ import numpy as np
 
 from kernels import memory, warp
 from kernels.elements import ELEMENTS
-from kernels.matmul_store import UNIT
+from kernels.matmul.store import UNIT
 from kernels.target import device, f32, i64, types
 
 GROUP = 16

@@ -3,7 +3,7 @@
 "delta" and "merge" store it, alone or added to the base. DoRA by row takes two passes: "norm" leaves each row's sum of
 squares over each tile, "dora" adds those up and applies the gain g:
 W + s (g (W + delta) - W) = ((1 - s) + s g) W + s g delta. Each is a launch of its own here; where a cluster of blocks
-holds whole rows, `weight_tile_cluster.py` makes both passes in one.
+holds whole rows, `weight/tile_cluster.py` makes both passes in one.
 
 A sink is begin, accumulate (eight elements of the lane's i-th row) and end, with a number of state a row; ``stores``
 says whether it writes results. Its parameters are (partial sums, magnitude, tiles in a row, strength) for DoRA.
@@ -19,9 +19,9 @@ import numpy as np
 
 from kernels import warp
 from kernels.elements import ELEMENTS
-from kernels.low_rank_tile import ROWS_OF_LANE
 from kernels.target import device
-from kernels.weight_portable import DORA_EPS
+from kernels.weight.low_rank_tile import ROWS_OF_LANE
+from kernels.weight.portable import DORA_EPS
 
 STATE_WORDS = 2 * ROWS_OF_LANE
 

@@ -14,13 +14,13 @@ from types import SimpleNamespace
 import numpy as np
 
 from kernels import warp
-from kernels.convolution_geometry import GEOMETRY, filter_taps, gather
+from kernels.convolution.geometry import GEOMETRY, filter_taps, gather
 from kernels.elements import ELEMENTS
-from kernels.matmul_epilogue import epilogue
-from kernels.matmul_mma import BATCHES, PANEL, PART, finisher, launch_bounds
-from kernels.matmul_mma_tile import UNIT, MmaTile, Operand, loader, multiplier, place_of, unit_copier
-from kernels.matmul_pipeline import pipeline
-from kernels.matmul_problem import COLUMNS, OUT, OUT_BATCH, OUT_STRIDE, ROWS, result_parameters, tile_of_block
+from kernels.matmul.epilogue import epilogue
+from kernels.matmul.mma import BATCHES, PANEL, PART, finisher, launch_bounds
+from kernels.matmul.mma_tile import UNIT, MmaTile, Operand, loader, multiplier, place_of, unit_copier
+from kernels.matmul.pipeline import pipeline
+from kernels.matmul.problem import COLUMNS, OUT, OUT_BATCH, OUT_STRIDE, ROWS, result_parameters, tile_of_block
 from kernels.target import cuda, device, i64, kernel_factory, types
 
 X, X_CHANNELS, DEPTH, W, W_STRIDE, W_TAP, W_GROUP = range(7)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 
 from kernels import warp
-from kernels.convolution_geometry import (
+from kernels.convolution.geometry import (
     GEOMETRY,
     INPUT,
     OUTPUT,
@@ -18,8 +18,8 @@ from kernels.convolution_geometry import (
     tap_coordinates,
 )
 from kernels.elements import ELEMENTS
-from kernels.matmul_epilogue import epilogue
-from kernels.matmul_problem import COLUMNS, OUT, OUT_BATCH, OUT_STRIDE, ROWS, result_parameters
+from kernels.matmul.epilogue import epilogue
+from kernels.matmul.problem import COLUMNS, OUT, OUT_BATCH, OUT_STRIDE, ROWS, result_parameters
 from kernels.target import SIMULATOR, device, i64, kernel_factory, types
 
 THREADS = 32 if SIMULATOR else 256

@@ -21,7 +21,7 @@ from types import SimpleNamespace
 import numpy as np
 
 from kernels import memory, warp
-from kernels.matmul_mma_tile import MmaTile
+from kernels.matmul.mma_tile import MmaTile
 from kernels.target import cuda, device
 
 

@@ -15,12 +15,12 @@ import numpy as np
 
 from kernels import memory, warp
 from kernels.elements import ELEMENTS, all_finite, parked8
-from kernels.low_rank_tile import RESULTS, ROWS_OF_LANE, Product, Tile
 from kernels.parameters import flat_length, table_reader
 from kernels.target import blocks_by_shared, cuda, device, f32, f32p, i32p, i64, i64p, kernel_factory, types
-from kernels.weight_sources import source_parameters
-from kernels.weight_tile_sinks import SINKS, STATE_WORDS
-from kernels.weight_tile_sources import Source, factor_elements, held_words, point_name, summed
+from kernels.weight.low_rank_tile import RESULTS, ROWS_OF_LANE, Product, Tile
+from kernels.weight.sources import source_parameters
+from kernels.weight.tile_sinks import SINKS, STATE_WORDS
+from kernels.weight.tile_sources import Source, factor_elements, held_words, point_name, summed
 
 
 def shared_bytes(base: str | None, sources: tuple[Source, ...], tile: Tile) -> int:

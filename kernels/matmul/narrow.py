@@ -14,8 +14,8 @@ import numpy as np
 
 from kernels import barrier, memory, tensor_core
 from kernels.elements import ELEMENTS
-from kernels.matmul_epilogue import epilogue
-from kernels.matmul_problem import COLUMNS, OUT, OUT_BATCH, OUT_STRIDE, ROWS, result_parameters
+from kernels.matmul.epilogue import epilogue
+from kernels.matmul.problem import COLUMNS, OUT, OUT_BATCH, OUT_STRIDE, ROWS, result_parameters
 from kernels.target import SIMULATOR, cuda, device, f32, i64, kernel_factory, types
 from kernels.warp import block_barrier, block_x, block_y, thread_index
 

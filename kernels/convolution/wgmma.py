@@ -15,8 +15,8 @@ from collections.abc import Callable
 import numpy as np
 
 from kernels import barrier
-from kernels.matmul_wgmma import ROWS, WgmmaTile, persistent
-from kernels.matmul_wgmma_store import STAGING_BYTES, WARP_ROWS, Rows, tile_store
+from kernels.matmul.wgmma import ROWS, WgmmaTile, persistent
+from kernels.matmul.wgmma_store import STAGING_BYTES, WARP_ROWS, Rows, tile_store
 from kernels.target import device, i64, kernel_factory, types
 from kernels.wgmma import DEPTH
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 
 from kernels import bits, memory, warp
-from kernels.matmul_epilogue import epilogue
-from kernels.matmul_problem import COLUMNS, ROWS, result_parameters
-from kernels.matmul_store import UNIT, storer
+from kernels.matmul.epilogue import epilogue
+from kernels.matmul.problem import COLUMNS, ROWS, result_parameters
+from kernels.matmul.store import UNIT, storer
 from kernels.target import SIMULATOR, cuda, device, f32p, i64, kernel_factory
 
 THREADS = 32 if SIMULATOR else 256

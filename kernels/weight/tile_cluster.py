@@ -1,6 +1,6 @@
 """DoRA by row in one launch: the blocks of a cluster share whole rows, so that the base is read once (sm_90).
 
-A block has some of the rows' panels, each a tile of `weight_tile.py` with its factors and its base in shared memory. It
+A block has some of the rows' panels, each a tile of `weight/tile.py` with its factors and its base in shared memory. It
 adds up the squares of W + delta over them, reads the other blocks' sums, and makes the delta once more for the merge: a
 second product costs less than a second look at the base.
 """
@@ -21,12 +21,12 @@ from kernels.barrier import (
     shared_load_remote,
 )
 from kernels.elements import ELEMENTS, all_finite
-from kernels.low_rank_tile import ROWS_OF_LANE, Product, Tile
 from kernels.target import cuda, device, f32, i32p, i64, kernel_factory, types
-from kernels.weight_sources import source_parameters
-from kernels.weight_tile import group_chain, lane_place, requests, shared_bytes
-from kernels.weight_tile_sinks import STATE_WORDS, dora_gain
-from kernels.weight_tile_sources import Source, held_words, point_name, summed
+from kernels.weight.low_rank_tile import ROWS_OF_LANE, Product, Tile
+from kernels.weight.sources import source_parameters
+from kernels.weight.tile import group_chain, lane_place, requests, shared_bytes
+from kernels.weight.tile_sinks import STATE_WORDS, dora_gain
+from kernels.weight.tile_sources import Source, held_words, point_name, summed
 
 WARPS_ON_MULTIPROCESSOR = 12
 

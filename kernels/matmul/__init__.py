@@ -1,0 +1,1 @@
+"""Products: a kernel for each technique, and what they share."""

@@ -1,0 +1,1 @@
+"""Weights: what adapters add to a layer's weight."""
