@@ -16,11 +16,12 @@ from plans.core.operand import Operand
 from plans.core.plan import Launches, Sku
 from plans.core.precision import ElementKind, MathPrecision, PrecisionGuarantee
 from plans.core.sku import ArchSku, BackendKind
-from plans.core.tensor import TensorMut, TensorRef
+from plans.core.tensor import TensorRef
 from plans.core.tensor_map import Box, constants, map_address
-from plans.core.tuning import device_seconds, tuned
-from plans.core.workspace import NO_WORKSPACE, Workspace
+from plans.core.tuning import tuned
+from plans.core.workspace import Workspace
 from plans.matmul.descriptor import SegmentedMatmulArgs, SegmentedMatmulDescriptor
+from plans.matmul.measure import program_seconds
 from plans.matmul.program import MatmulProgram, kernel_steps, matmul_guarantee, refuses_low_rank
 
 PANEL_ROWS = 2048
@@ -138,26 +139,11 @@ def choose_tile(descriptor: SegmentedMatmulDescriptor, device: Device, mode: str
     """The fastest of the likely tiles, measured once for a class of problems; see ``plans.core.tuning``."""
     likely = likely_tiles(descriptor, device.multiprocessors, 0 if mode == "direct" else STAGING_BYTES)
     problem = _problem_class(descriptor, mode)
-    return tuned(device, "matmul wgmma", problem, likely, lambda tile: _seconds(descriptor, device, tile))
 
+    def seconds(tile: WgmmaTile) -> float:
+        return program_seconds(descriptor, device, WgmmaProgram(descriptor, device, tile))
 
-def _seconds(descriptor: SegmentedMatmulDescriptor, device: Device, tile: WgmmaTile) -> float:
-    """A tile's time over operands of random bits with small exponents."""
-    tensors = [_random_operand(device, operand) for operand in descriptor.operands()]
-    count = 2 * len(descriptor.segments)
-    out, factors, rest = tensors[0], tensors[1 : 1 + count], tensors[1 + count :]
-    args = SegmentedMatmulArgs(out, list(zip(factors[::2], factors[1::2], strict=True)), epilogue=rest)
-    ((launch, arguments),) = WgmmaProgram(descriptor, device, tile).bind(args, NO_WORKSPACE)
-    return device_seconds(device, lambda stream: launch(stream, arguments))
-
-
-def _random_operand(device: Device, operand: Operand) -> TensorMut:
-    """Values of random mantissas: a product of zeros would draw less power and run faster than any real one."""
-    block = np.random.default_rng(0).standard_normal(1 << 16).astype(operand.element.values)
-    flat = np.resize(block, operand.span)
-    buffer = device.upload(flat)
-    data = buffer.pointer(operand.element.storage)
-    return TensorMut(data, operand.shape, operand.strides, operand.element, operand.span, device.ordinal, buffer)
+    return tuned(device, "matmul wgmma", problem, likely, seconds)
 
 
 class WgmmaProgram(MatmulProgram):
