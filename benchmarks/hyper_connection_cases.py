@@ -6,29 +6,29 @@ from dataclasses import dataclass
 from typing import Any
 
 from plans.core import ElementKind, Plan
-from plans.hyper_connection import HyperConnectionArgs, HyperConnectionDescriptor, HyperConnectionPlan
-from plans.hyper_connection_backward import (
-    HyperConnectionBackwardArgs,
-    HyperConnectionBackwardDescriptor,
-    HyperConnectionBackwardPlan,
-)
-from plans.hyper_connection_common import NamedArguments
-from plans.hyper_connection_dynamic import DynamicHyperConnectionDescriptor, DynamicHyperConnectionPlan
-from plans.hyper_connection_dynamic_backward import (
+from plans.hyper_connection.common import NamedArguments
+from plans.hyper_connection.dynamic import DynamicHyperConnectionDescriptor, DynamicHyperConnectionPlan
+from plans.hyper_connection.dynamic_backward import (
     DynamicHyperConnectionBackwardDescriptor,
     DynamicHyperConnectionBackwardPlan,
 )
-from plans.hyper_connection_split import (
+from plans.hyper_connection.split import (
     HyperConnectionPostDescriptor,
     HyperConnectionPostPlan,
     HyperConnectionPreDescriptor,
     HyperConnectionPrePlan,
 )
-from plans.hyper_connection_split_backward import (
+from plans.hyper_connection.split_backward import (
     HyperConnectionPostBackwardDescriptor,
     HyperConnectionPostBackwardPlan,
     HyperConnectionPreBackwardDescriptor,
     HyperConnectionPreBackwardPlan,
+)
+from plans.hyper_connection.static import HyperConnectionArgs, HyperConnectionDescriptor, HyperConnectionPlan
+from plans.hyper_connection.static_backward import (
+    HyperConnectionBackwardArgs,
+    HyperConnectionBackwardDescriptor,
+    HyperConnectionBackwardPlan,
 )
 from plans.sinkhorn import (
     SinkhornBackwardDescriptor,

@@ -17,25 +17,25 @@ from plans.convolution import (
 from plans.core.device import Device
 from plans.core.plan import Plan, PlanPreference
 from plans.core.precision import ElementKind
-from plans.hyper_connection import HyperConnectionDescriptor, HyperConnectionPlan
-from plans.hyper_connection_backward import HyperConnectionBackwardDescriptor, HyperConnectionBackwardPlan
-from plans.hyper_connection_dynamic import DynamicHyperConnectionDescriptor, DynamicHyperConnectionPlan
-from plans.hyper_connection_dynamic_backward import (
+from plans.hyper_connection.dynamic import DynamicHyperConnectionDescriptor, DynamicHyperConnectionPlan
+from plans.hyper_connection.dynamic_backward import (
     DynamicHyperConnectionBackwardDescriptor,
     DynamicHyperConnectionBackwardPlan,
 )
-from plans.hyper_connection_split import (
+from plans.hyper_connection.split import (
     HyperConnectionPostDescriptor,
     HyperConnectionPostPlan,
     HyperConnectionPreDescriptor,
     HyperConnectionPrePlan,
 )
-from plans.hyper_connection_split_backward import (
+from plans.hyper_connection.split_backward import (
     HyperConnectionPostBackwardDescriptor,
     HyperConnectionPostBackwardPlan,
     HyperConnectionPreBackwardDescriptor,
     HyperConnectionPreBackwardPlan,
 )
+from plans.hyper_connection.static import HyperConnectionDescriptor, HyperConnectionPlan
+from plans.hyper_connection.static_backward import HyperConnectionBackwardDescriptor, HyperConnectionBackwardPlan
 from plans.layout import Conversion, LayoutDescriptor, LayoutPlan
 from plans.matmul import (
     Bias,

@@ -6,7 +6,7 @@ import numpy as np
 
 from plans.core import ElementKind, Workspace
 from plans.core.precision import round_to
-from plans.hyper_connection_common import NamedArguments
+from plans.hyper_connection.common import NamedArguments
 
 SCALED = ("h_", "alpha", "bias")
 

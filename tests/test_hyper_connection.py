@@ -18,7 +18,7 @@ from plans.core import (
     WorkspaceTooSmall,
 )
 from plans.core.precision import round_to
-from plans.hyper_connection import HyperConnectionArgs, HyperConnectionDescriptor, HyperConnectionPlan
+from plans.hyper_connection.static import HyperConnectionArgs, HyperConnectionDescriptor, HyperConnectionPlan
 
 F32, BF16, F16 = ElementKind.F32, ElementKind.BF16, ElementKind.F16
 EPS = 1e-5

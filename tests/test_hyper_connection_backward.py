@@ -9,8 +9,8 @@ import pytest
 
 from plans.core import BufferTooSmall, ElementKind, InvalidProblem, NoSku, Workspace, WorkspaceTooSmall
 from plans.core.precision import round_to
-from plans.hyper_connection import HyperConnectionDescriptor
-from plans.hyper_connection_backward import (
+from plans.hyper_connection.static import HyperConnectionDescriptor
+from plans.hyper_connection.static_backward import (
     HyperConnectionBackwardArgs,
     HyperConnectionBackwardDescriptor,
     HyperConnectionBackwardPlan,

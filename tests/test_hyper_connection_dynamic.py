@@ -8,17 +8,17 @@ import numpy as np
 import pytest
 from hyper_cases import assert_kept, problem, refusals, run, tensors_of
 
-from kernels.hyper_connection_dynamic import sample_weights
-from kernels.hyper_connection_dynamic_backward import sample_weights_backward
+from kernels.hyper_connection.dynamic import sample_weights
+from kernels.hyper_connection.dynamic_backward import sample_weights_backward
 from kernels.sinkhorn import extent_for
 from plans.core import ElementKind, InvalidProblem, NoSku, Workspace, WorkspaceTooSmall
-from plans.hyper_connection_common import NamedArguments, fp32_guarantee
-from plans.hyper_connection_dynamic import DynamicHyperConnectionDescriptor, DynamicHyperConnectionPlan
-from plans.hyper_connection_dynamic_backward import (
+from plans.hyper_connection.common import NamedArguments, fp32_guarantee
+from plans.hyper_connection.dynamic import DynamicHyperConnectionDescriptor, DynamicHyperConnectionPlan
+from plans.hyper_connection.dynamic_backward import (
     DynamicHyperConnectionBackwardDescriptor,
     DynamicHyperConnectionBackwardPlan,
 )
-from plans.hyper_connection_math import Projection, groups, logit_gradients, logits_of, weights_of
+from plans.hyper_connection.math import Projection, groups, logit_gradients, logits_of, weights_of
 from plans.sinkhorn import SinkhornMode
 
 F32, BF16, F16 = ElementKind.F32, ElementKind.BF16, ElementKind.F16

@@ -12,21 +12,21 @@ import pytest
 from hyper_cases import assert_kept, problem, refusals, run, tensors_of
 
 from plans.core import ElementKind, InvalidProblem, NoSku, Workspace, WorkspaceTooSmall
-from plans.hyper_connection import HyperConnectionDescriptor
-from plans.hyper_connection_backward import HyperConnectionBackwardDescriptor
-from plans.hyper_connection_common import NamedArguments
-from plans.hyper_connection_split import (
+from plans.hyper_connection.common import NamedArguments
+from plans.hyper_connection.split import (
     HyperConnectionPostDescriptor,
     HyperConnectionPostPlan,
     HyperConnectionPreDescriptor,
     HyperConnectionPrePlan,
 )
-from plans.hyper_connection_split_backward import (
+from plans.hyper_connection.split_backward import (
     HyperConnectionPostBackwardDescriptor,
     HyperConnectionPostBackwardPlan,
     HyperConnectionPreBackwardDescriptor,
     HyperConnectionPreBackwardPlan,
 )
+from plans.hyper_connection.static import HyperConnectionDescriptor
+from plans.hyper_connection.static_backward import HyperConnectionBackwardDescriptor
 from plans.sinkhorn import SinkhornMode
 
 F32, BF16, F16 = ElementKind.F32, ElementKind.BF16, ElementKind.F16

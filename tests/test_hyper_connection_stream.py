@@ -11,37 +11,37 @@ import numpy as np
 import pytest
 from hyper_cases import assert_kept, problem, run, tensors_of
 
-from kernels import hyper_connection_stream as kernel
-from kernels.hyper_connection_stream import SM80_BYTES
+from kernels.hyper_connection import stream as kernel
+from kernels.hyper_connection.stream import SM80_BYTES
 from plans.core import BackendKind, ElementKind, MisalignedOperand, NoSku, PlanPreference, Workspace
-from plans.hyper_connection import HyperConnectionArgs, HyperConnectionDescriptor, HyperConnectionPlan
-from plans.hyper_connection_backward import (
-    HyperConnectionBackwardArgs,
-    HyperConnectionBackwardDescriptor,
-    HyperConnectionBackwardPlan,
-)
-from plans.hyper_connection_common import NamedArguments
-from plans.hyper_connection_dynamic import DynamicHyperConnectionDescriptor, DynamicHyperConnectionPlan
-from plans.hyper_connection_dynamic_backward import (
+from plans.hyper_connection.common import NamedArguments
+from plans.hyper_connection.dynamic import DynamicHyperConnectionDescriptor, DynamicHyperConnectionPlan
+from plans.hyper_connection.dynamic_backward import (
     DynamicHyperConnectionBackwardDescriptor,
     DynamicHyperConnectionBackwardPlan,
 )
-from plans.hyper_connection_dynamic_stream_backward import shape_of
-from plans.hyper_connection_split import (
+from plans.hyper_connection.dynamic_stream_backward import shape_of
+from plans.hyper_connection.split import (
     HyperConnectionPostDescriptor,
     HyperConnectionPostPlan,
     HyperConnectionPreDescriptor,
     HyperConnectionPrePlan,
 )
-from plans.hyper_connection_split_backward import (
+from plans.hyper_connection.split_backward import (
     HyperConnectionPostBackwardDescriptor,
     HyperConnectionPostBackwardPlan,
     HyperConnectionPreBackwardDescriptor,
     HyperConnectionPreBackwardPlan,
 )
-from plans.hyper_connection_split_stream_backward import pieces_of
-from plans.hyper_connection_stream import Stream
-from plans.hyper_connection_stream_backward import StreamBackwardProgram
+from plans.hyper_connection.split_stream_backward import pieces_of
+from plans.hyper_connection.static import HyperConnectionArgs, HyperConnectionDescriptor, HyperConnectionPlan
+from plans.hyper_connection.static_backward import (
+    HyperConnectionBackwardArgs,
+    HyperConnectionBackwardDescriptor,
+    HyperConnectionBackwardPlan,
+)
+from plans.hyper_connection.stream import Stream
+from plans.hyper_connection.stream_backward import StreamBackwardProgram
 from plans.sinkhorn import SinkhornMode
 
 F32, BF16, F16 = ElementKind.F32, ElementKind.BF16, ElementKind.F16

@@ -9,8 +9,8 @@ from lycoris import tensor
 from lycoris.errors import RefusedInput
 from lycoris.nn import HyperConnection, Linear
 from plans.core import ElementKind
-from plans.hyper_connection_common import weight_line
-from plans.hyper_connection_math import Projection, aggregate_of, logits_of, mixed_of, projected_of, weights_of
+from plans.hyper_connection.common import weight_line
+from plans.hyper_connection.math import Projection, aggregate_of, logits_of, mixed_of, projected_of, weights_of
 from plans.sinkhorn import SinkhornMode
 
 BF16, F16, F32 = ElementKind.BF16, ElementKind.F16, ElementKind.F32

@@ -17,14 +17,14 @@ from lycoris.nn.module import Module
 from lycoris.tensor import Generator, Tensor, autograd
 from lycoris.tensor.launch import F32, compact, empty, run, same_device, shaped, zeros
 from plans.core import Device, ElementKind, Plan
-from plans.hyper_connection_common import KINDS, NamedArguments, weights_count
-from plans.hyper_connection_split import (
+from plans.hyper_connection.common import KINDS, NamedArguments, weights_count
+from plans.hyper_connection.split import (
     HyperConnectionPostDescriptor,
     HyperConnectionPostPlan,
     HyperConnectionPreDescriptor,
     HyperConnectionPrePlan,
 )
-from plans.hyper_connection_split_backward import (
+from plans.hyper_connection.split_backward import (
     HyperConnectionPostBackwardDescriptor,
     HyperConnectionPostBackwardPlan,
     HyperConnectionPreBackwardDescriptor,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from lycoris.tensor.launch import empty, run, shaped
-from lycoris.tensor.products import flipped, product, ready
+from lycoris.tensor.products import flipped, layout, plans, product, ready
 from lycoris.tensor.tensor import Tensor
 from plans.adapter_gradient import (
     BlockMixGradientArgs,
@@ -42,18 +42,25 @@ def low_rank_gradients(
             None if up is None else product(flipped(up[0]), up[1], kind, scale),
         )
     g, x = (None if pair is None else ready(pair[i], transposed=False) for i, pair in enumerate((up, down)))
-    descriptor = LowRankGradientDescriptor(
-        given[0][0].shape[0], _columns(g), _columns(x), rank, given[0][0].kind, kind,
-        g_stride=_stride(g), x_stride=_stride(x),
-    )  # fmt: skip
-    device, sides = given[0][0].device, []
+    key = ("low-rank gradient", g and layout(g), x and layout(x), rank, id(kind))
+    plan = plans.get(key)
+    if plan is None:
+        plan = plans[key] = LowRankGradientPlan.select(
+            None,
+            LowRankGradientDescriptor(
+                given[0][0].shape[0], _columns(g), _columns(x), rank, given[0][0].kind, kind,
+                g_stride=_stride(g), x_stride=_stride(x),
+            ),
+            device=given[0][0].device,
+        )  # fmt: skip
+    device, sides = plan.device, []
     d_up = None if g is None else empty((g.shape[1], rank), kind, device)
     d_down = None if x is None else empty((rank, x.shape[1]), kind, device)
     for result, wide, pair, narrow in ((d_up, g, up, 1), (d_down, x, down, 0)):
         if wide is not None and wide.shape[1]:
             t = pair[narrow]
             sides.append((result.mut(), wide.ref(), shaped(t, (t.shape[0], 1, rank)).ref()))
-    run(LowRankGradientPlan.select(None, descriptor, device=device), LowRankGradientArgs(sides, scale))
+    run(plan, LowRankGradientArgs(sides, scale))
     return d_down, d_up
 
 
@@ -73,10 +80,13 @@ def mixing_gradient(g: Tensor, x: Tensor, shape: tuple[int, int], width: int, ki
     """
     g, x = ready(g, transposed=False), ready(x, transposed=False)
     out = empty(shape, kind, x.device)
-    descriptor = BlockMixGradientDescriptor(
-        x.shape[0], *shape, width, x.kind, kind, g_stride=_stride(g), x_stride=_stride(x)
-    )
-    plan = BlockMixGradientPlan.select(None, descriptor, device=x.device)
+    key = ("block mix gradient", layout(g), layout(x), width, id(kind))
+    plan = plans.get(key)
+    if plan is None:
+        descriptor = BlockMixGradientDescriptor(
+            x.shape[0], *shape, width, x.kind, kind, g_stride=_stride(g), x_stride=_stride(x)
+        )
+        plan = plans[key] = BlockMixGradientPlan.select(None, descriptor, device=x.device)
     run(plan, BlockMixGradientArgs(out.mut(), g.ref(), x.ref()))
     return out
 

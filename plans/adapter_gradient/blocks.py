@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from kernels import adapter_gradient_blocks as kernel
+from kernels.adapter_gradient import blocks as kernel
 from kernels.target import SIMULATOR
 from plans.core.device import Device
 from plans.core.errors import InvalidProblem

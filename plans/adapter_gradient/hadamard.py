@@ -17,8 +17,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from kernels import adapter_gradient_dense, adapter_gradient_hadamard
-from kernels.adapter_gradient_hadamard import TILE, HadamardTile
+from kernels.adapter_gradient import dense, hadamard
+from kernels.adapter_gradient.hadamard import TILE, HadamardTile
 from plans.core.device import ALIGNMENT, Device
 from plans.core.errors import InvalidProblem
 from plans.core.operand import Operand
@@ -230,7 +230,7 @@ class _FusedProgram:
         if self.empty:
             return
         self.contraction = _Contraction(descriptor)
-        made = adapter_gradient_hadamard.hadamard_gradient(_tile(descriptor))
+        made = hadamard.hadamard_gradient(_tile(descriptor))
         self.launch = made.launcher((max(1, self.contraction.blocks), 1, 1))
 
     def bind(self, args: HadamardGradientArgs, workspace: Workspace) -> Launches:
@@ -255,7 +255,7 @@ class _DenseProgram:
 
     def _build(self) -> None:
         self.contraction = _Contraction(self.descriptor)
-        made = adapter_gradient_dense.contract_hadamard(_tile(self.descriptor))
+        made = dense.contract_hadamard(_tile(self.descriptor))
         self.launch = made.launcher((max(1, self.contraction.blocks), 1, 1))
 
     def bind(self, args: HadamardGradientArgs, workspace: Workspace) -> Launches:
@@ -282,8 +282,8 @@ class _PortableProgram(_DenseProgram):
         d, self.portable = self.descriptor, []
         for result in d.operands()[:4]:
             of_rows = result.name.startswith("d_a")
-            made = adapter_gradient_dense.hadamard_portable(d.out.value, d.element.value, of_rows)
-            blocks = -(-result.count // adapter_gradient_dense.THREADS)
+            made = dense.hadamard_portable(d.out.value, d.element.value, of_rows)
+            blocks = -(-result.count // dense.THREADS)
             self.portable.append(made.launcher((blocks, 1, 1)) if blocks else None)
 
     def _contract(self, d: TensorMut, args: HadamardGradientArgs, workspace: Workspace) -> Launches:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from kernels import adapter_gradient_low_rank as kernel
+from kernels.adapter_gradient import low_rank as kernel
 from kernels.target import SIMULATOR
 from plans.core.device import Device
 from plans.core.errors import InvalidProblem

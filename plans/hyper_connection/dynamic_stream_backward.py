@@ -1,7 +1,7 @@
 """The fast gradient of dynamic hyper-connections.
 
-See ``kernels/hyper_connection_stream_shares.py``, ``kernels/hyper_connection_spread_tile.py`` and
-``kernels/hyper_connection_project_backward.py``. x is read three times and d_out twice: the gradient of x needs that of
+See ``kernels/hyper_connection/stream_shares.py``, ``kernels/hyper_connection/spread_tile.py`` and
+``kernels/hyper_connection/project_backward.py``. x is read three times and d_out twice: the gradient of x needs that of
 the mixing weights, which are sums over all of a sample, and the projection's gradient is a sum over samples.
 """
 
@@ -11,17 +11,17 @@ from typing import Any
 
 import numpy as np
 
-from kernels import hyper_connection_project_backward as project_kernel
-from kernels import hyper_connection_spread_tile as spread_kernel
-from kernels import hyper_connection_stream as stream_kernel
-from kernels import hyper_connection_stream_shares as shares_kernel
-from kernels.hyper_connection_sums import GROUPS, sum_parts
-from kernels.hyper_connection_weights import sample_weights_by_thread_backward
+from kernels.hyper_connection import project_backward as project_kernel
+from kernels.hyper_connection import spread_tile as spread_kernel
+from kernels.hyper_connection import stream as stream_kernel
+from kernels.hyper_connection import stream_shares as shares_kernel
+from kernels.hyper_connection.sums import GROUPS, sum_parts
+from kernels.hyper_connection.weights import sample_weights_by_thread_backward
 from kernels.simulator import WARP
 from kernels.sinkhorn_thread import THREADS
 from plans.core import Device, ElementKind, Workspace
-from plans.hyper_connection_common import KINDS, NamedArguments, scratch_bytes, scratch_pointers, weights_count
-from plans.hyper_connection_stream import Launch, refuses_stream
+from plans.hyper_connection.common import KINDS, NamedArguments, scratch_bytes, scratch_pointers, weights_count
+from plans.hyper_connection.stream import Launch, refuses_stream
 from plans.sinkhorn import gradient_units, gradient_units_by_thread
 
 _BLOCKS = 4 * 132

@@ -1,6 +1,6 @@
 """Dynamic hyper-connections: a sample's own mixing weights from its streams, for any shape.
 
-What is computed is said in ``plans/hyper_connection_dynamic.py``. A sample's logits are alpha P / r + bias with P the
+What is computed is said in ``plans/hyper_connection/dynamic.py``. A sample's logits are alpha P / r + bias with P the
 projection of its flattened streams and r their root mean square; both lie in a line ``projected`` [n (n + 2) + 1].
 """
 
@@ -14,7 +14,7 @@ import numpy as np
 
 from kernels import sinkhorn, warp
 from kernels.elements import ELEMENTS
-from kernels.hyper_connection import THREADS, WARPS, post_weight, pre_weight
+from kernels.hyper_connection.static import THREADS, WARPS, post_weight, pre_weight
 from kernels.simulator import WARP
 from kernels.target import cuda, device, f32, f32p, i64, kernel_factory
 

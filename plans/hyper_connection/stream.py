@@ -1,7 +1,7 @@
 """The fast forward of hyper-connections: what the SKUs "stream" of several plans share.
 
 Samples of up to eight streams are read once and written once, at the speed of memory; see
-``kernels/hyper_connection_stream.py``.
+``kernels/hyper_connection/stream.py``.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from kernels import hyper_connection_stream as kernel
+from kernels.hyper_connection import stream as kernel
 from kernels.sinkhorn_thread import MAX_N
 from plans.core import Device, ElementKind, Workspace
-from plans.hyper_connection_common import KINDS
+from plans.hyper_connection.common import KINDS
 from plans.sinkhorn import SinkhornDescriptor, SinkhornMode, refuses_by_thread
 
 ALIGNMENT = 16
@@ -57,7 +57,7 @@ def refuses_stream(
 
 
 class Stream:
-    """One launch over all samples, in a role of ``kernels.hyper_connection_stream.stream``.
+    """One launch over all samples, in a role of ``kernels.hyper_connection.stream.stream``.
 
     ``static`` is None for a line of weights a sample, "given" for one for all, or Sinkhorn's mode, and then the kernel
     makes them. ``blocks`` walk over the samples, as many as the device holds at once where it is not said.

@@ -1,6 +1,6 @@
 """The fast gradient of static hyper-connections: the SKUs "stream" of their backward plan.
 
-See ``kernels/hyper_connection_stream_backward.py``.
+See ``kernels/hyper_connection/stream_backward.py``.
 """
 
 from __future__ import annotations
@@ -9,13 +9,13 @@ from typing import Any
 
 import numpy as np
 
-from kernels import hyper_connection_stream as stream_kernel
-from kernels import hyper_connection_stream_backward as kernel
-from kernels.hyper_connection_sums import finish_static
+from kernels.hyper_connection import stream as stream_kernel
+from kernels.hyper_connection import stream_backward as kernel
+from kernels.hyper_connection.sums import finish_static
 from kernels.simulator import WARP
 from plans.core import Device, ElementKind, Workspace
-from plans.hyper_connection_common import scratch_bytes, scratch_pointers, weights_count
-from plans.hyper_connection_stream import Launch, refuses_stream
+from plans.hyper_connection.common import scratch_bytes, scratch_pointers, weights_count
+from plans.hyper_connection.stream import Launch, refuses_stream
 from plans.sinkhorn import (
     SinkhornDescriptor,
     SinkhornMode,

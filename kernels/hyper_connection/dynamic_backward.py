@@ -1,7 +1,7 @@
 """The gradient of dynamic hyper-connections: from that of a sample's mixing weights to alpha, bias and projection.
 
-What is computed is said in ``plans/hyper_connection_dynamic_backward.py``; the gradient of x is finished by ``spread``
-in ``kernels/hyper_connection_backward.py``.
+What is computed is said in ``plans/hyper_connection/dynamic_backward.py``; the gradient of x is finished by ``spread``
+in ``kernels/hyper_connection/static_backward.py``.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ import numpy as np
 
 from kernels import sinkhorn, warp
 from kernels.elements import ELEMENTS
-from kernels.hyper_connection import THREADS, WARPS, block_sum, sigmoid
-from kernels.hyper_connection_dynamic import logit, mixing_logits
+from kernels.hyper_connection.dynamic import logit, mixing_logits
+from kernels.hyper_connection.static import THREADS, WARPS, block_sum, sigmoid
 from kernels.target import cuda, f32, f32p, i64, kernel_factory
 
 

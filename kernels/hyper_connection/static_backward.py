@@ -1,6 +1,6 @@
 """The gradient of hyper-connections: one block a sample, then sums over the samples in one order, for any shape.
 
-What is computed is said in ``plans/hyper_connection_backward.py`` and ``plans/hyper_connection_split_backward.py``.
+What is computed is said in ``static_backward.py`` and ``split_backward.py`` of ``plans/hyper_connection/``.
 Kernels come in roles: "full" for the whole connection, whose incoming gradient d is that of out [B, n, C], and "pre"
 for the part before the sublayer, whose d is that of the sublayer's input [B, C]. Without a norm gamma_element is None:
 then a / r is a, and da is d. Gradients with respect to the mixing weights lie as these do: s_pre, s_post, M.
@@ -16,7 +16,7 @@ import numpy as np
 
 from kernels import warp
 from kernels.elements import ELEMENTS
-from kernels.hyper_connection import THREADS, WARPS, block_sum, sigmoid, weighted_sum
+from kernels.hyper_connection.static import THREADS, WARPS, block_sum, sigmoid, weighted_sum
 from kernels.simulator import WARP
 from kernels.target import cuda, device, f32, f32p, i64, kernel_factory
 

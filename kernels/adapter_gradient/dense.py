@@ -1,6 +1,6 @@
 """Gradients of LoHa's factors from the gradient of the weight, D, where another kernel has made it.
 
-By the tiles of ``adapter_gradient_hadamard`` on tensor cores, or an element a thread for any kinds and extents.
+By the tiles of ``hadamard`` on tensor cores, or an element a thread for any kinds and extents.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 
 from kernels import bits, memory, warp
-from kernels.adapter_gradient_hadamard import (
+from kernels.adapter_gradient.hadamard import (
     FEATURES,
     PANEL,
     PRODUCTS,

@@ -1,6 +1,6 @@
 """The gradients of hyper-connections around a sublayer F.
 
-For example, after the forward of ``plans/hyper_connection_split.py``, from the gradient d_out of x':
+For example, after the forward of ``plans/hyper_connection/split.py``, from the gradient d_out of x':
 
     after = HyperConnectionPostBackwardDescriptor(320, 1280, 4, ElementKind.BF16)
     before = HyperConnectionPreBackwardDescriptor(320, 1280, 4, sinkhorn_iters=20, eps=1e-5, element=ElementKind.BF16)
@@ -15,16 +15,16 @@ from collections.abc import Callable
 
 import numpy as np
 
-from kernels import hyper_connection as forward_kernel
-from kernels import hyper_connection_backward as kernel
-from kernels.hyper_connection_dynamic_backward import column_sums
-from kernels.hyper_connection_stream import SM80_BYTES, SM90_BYTES
+from kernels.hyper_connection import static as forward_kernel
+from kernels.hyper_connection import static_backward as kernel
+from kernels.hyper_connection.dynamic_backward import column_sums
+from kernels.hyper_connection.stream import SM80_BYTES, SM90_BYTES
 from kernels.simulator import WARP
 from kernels.sinkhorn import extent_for, sinkhorn_backward
-from plans import hyper_connection_dynamic_stream_backward as dynamic
-from plans import hyper_connection_split_stream_backward as fast
 from plans.core import ArchSku, BackendKind, Device, ElementKind, Operand, Plan, PrecisionGuarantee, Sku, Workspace
-from plans.hyper_connection_common import (
+from plans.hyper_connection import dynamic_stream_backward as dynamic
+from plans.hyper_connection import split_stream_backward as fast
+from plans.hyper_connection.common import (
     NamedArguments,
     fp32_guarantee,
     gradients_of,
@@ -34,8 +34,8 @@ from plans.hyper_connection_common import (
     weight_parts,
     weights_count,
 )
-from plans.hyper_connection_dynamic_backward import DynamicUnwind, dynamic_reference, own_units, unwind_scratch
-from plans.hyper_connection_math import (
+from plans.hyper_connection.dynamic_backward import DynamicUnwind, dynamic_reference, own_units, unwind_scratch
+from plans.hyper_connection.math import (
     TINY,
     Pair,
     Projection,
@@ -46,13 +46,13 @@ from plans.hyper_connection_math import (
     weight_shares,
     x_gradient,
 )
-from plans.hyper_connection_split import (
+from plans.hyper_connection.split import (
     HyperConnectionPostDescriptor,
     HyperConnectionPreDescriptor,
     refuses_post,
     refuses_pre,
 )
-from plans.hyper_connection_stream import ALIGNMENT
+from plans.hyper_connection.stream import ALIGNMENT
 from plans.sinkhorn import gradient_units
 
 _F32 = ElementKind.F32
@@ -103,8 +103,8 @@ class HyperConnectionPreBackwardDescriptor(HyperConnectionPreDescriptor):
 
     da is ``d_aggregate``, with a norm (gamma d_aggregate - u mean(gamma d_aggregate u)) / r for u = a / r;
     d_x_j = d_streams_j + s_pre[j] da; s_pre's gradient is d_mixing's and sum_c da x_i; then as
-    :class:`plans.hyper_connection_backward.HyperConnectionBackwardDescriptor` or, for a dynamic H,
-    :class:`plans.hyper_connection_dynamic_backward.DynamicHyperConnectionBackwardDescriptor` say. ``d_x`` may be
+    :class:`plans.hyper_connection.static_backward.HyperConnectionBackwardDescriptor` or, for a dynamic H,
+    :class:`plans.hyper_connection.dynamic_backward.DynamicHyperConnectionBackwardDescriptor` say. ``d_x`` may be
     ``d_streams`` itself.
     """
 

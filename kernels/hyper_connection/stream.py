@@ -2,7 +2,7 @@
 
 A block walks over samples. A thread copies runs of eight neighbouring channels of every stream to places of its own,
 some samples ahead, so that data need no barrier; a sample's norm needs one. Streams are read and written in 16-byte
-accesses, arithmetic is fp32. What is computed is said in ``plans/hyper_connection.py``.
+accesses, arithmetic is fp32. What is computed is said in ``plans/hyper_connection/static.py``.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 
 from kernels import memory, warp
 from kernels.elements import ELEMENTS, parked8
-from kernels.hyper_connection_weights import static_line
+from kernels.hyper_connection.weights import static_line
 from kernels.simulator import WARP
 from kernels.target import blocks_by_shared, cuda, device, f32, f32p, i64, kernel_factory
 

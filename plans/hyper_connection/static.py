@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from kernels import hyper_connection as kernel
+from kernels.hyper_connection import static as kernel
 from kernels.sinkhorn import extent_for
 from plans.core import (
     ArchSku,
@@ -34,7 +34,7 @@ from plans.core import (
     Workspace,
 )
 from plans.core.plan import Arguments
-from plans.hyper_connection_common import (
+from plans.hyper_connection.common import (
     check_streams,
     fp32_guarantee,
     refuses_kinds,
@@ -42,8 +42,8 @@ from plans.hyper_connection_common import (
     weight_line,
     weights_count,
 )
-from plans.hyper_connection_math import Projection, aggregate_of, mixed_of, weights_of
-from plans.hyper_connection_stream import ALIGNMENT, StaticStreamProgram, refuses_stream, shape_of, stream_units
+from plans.hyper_connection.math import Projection, aggregate_of, mixed_of, weights_of
+from plans.hyper_connection.stream import ALIGNMENT, StaticStreamProgram, refuses_stream, shape_of, stream_units
 from plans.sinkhorn import SinkhornDescriptor, SinkhornMode, check_sinkhorn, sinkhorn_units, units_by_thread
 
 _F32 = ElementKind.F32
@@ -102,7 +102,7 @@ class HyperConnectionDescriptor:
     ) -> tuple[np.ndarray, np.ndarray]:
         """The result in float64 before its rounding, and its magnitude: M |x| + s_post times that of y.
 
-        See :func:`plans.hyper_connection_math.aggregate_of`.
+        See :func:`plans.hyper_connection.math.aggregate_of`.
         """
         eps = float(np.float32(self.eps))
         x, gamma, *logits = (v.astype(np.float64) for v in (x_expanded, rmsnorm_weight, h_pre, h_post, h_res))

@@ -8,7 +8,7 @@ For example, x' = M x + s_post F(s_pre x):
     ...                                                     # the sublayer: aggregate -> update
     HyperConnectionPostPlan.select(stream, after).run(stream, None, NamedArguments(after, **tensors))
 
-DeepSeek-AI, arXiv:2512.24880. The gradients are in ``plans/hyper_connection_split_backward.py``.
+DeepSeek-AI, arXiv:2512.24880. The gradients are in ``plans/hyper_connection/split_backward.py``.
 """
 
 from __future__ import annotations
@@ -18,9 +18,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from kernels import hyper_connection as kernel
+from kernels.hyper_connection import static as kernel
 from kernels.sinkhorn import extent_for
-from plans import hyper_connection_dynamic_stream as fast
 from plans.core import (
     ArchSku,
     BackendKind,
@@ -33,7 +32,8 @@ from plans.core import (
     Sku,
     Workspace,
 )
-from plans.hyper_connection_common import (
+from plans.hyper_connection import dynamic_stream as fast
+from plans.hyper_connection.common import (
     NamedArguments,
     check_streams,
     dynamic_operands,
@@ -45,16 +45,16 @@ from plans.hyper_connection_common import (
     weight_line,
     weights_count,
 )
-from plans.hyper_connection_dynamic import (
+from plans.hyper_connection.dynamic import (
     DynamicWeights,
     dynamic_weights,
     projected_units,
     stream_units,
     weight_units,
 )
-from plans.hyper_connection_math import Pair, Projection, aggregate_of, mixed_of, weights_of
-from plans.hyper_connection_stream import ALIGNMENT, Stream, refuses_stream, shape_of
-from plans.hyper_connection_stream import stream_units as fast_stream_units
+from plans.hyper_connection.math import Pair, Projection, aggregate_of, mixed_of, weights_of
+from plans.hyper_connection.stream import ALIGNMENT, Stream, refuses_stream, shape_of
+from plans.hyper_connection.stream import stream_units as fast_stream_units
 from plans.sinkhorn import SinkhornDescriptor, SinkhornMode, check_sinkhorn, sinkhorn_units, units_by_thread
 
 _F32 = ElementKind.F32
@@ -67,7 +67,7 @@ class HyperConnectionPreDescriptor:
     With a ``gamma`` (the kind of the norm's weight) aggregate = gamma a / sqrt(mean(a**2) + eps) for that sum a.
     With no ``projection`` H is static: s_pre = sigmoid(h_pre), s_post = 2 sigmoid(h_post), M = Sinkhorn(h_res), and
     ``mixing`` [1, n (n + 2)] is s_pre, s_post and M's rows. With a ``projection`` (the kind of that operand) H is
-    dynamic, as :class:`plans.hyper_connection_dynamic.DynamicHyperConnectionDescriptor` says, ``mixing`` has a line a
+    dynamic, as :class:`plans.hyper_connection.dynamic.DynamicHyperConnectionDescriptor` says, ``mixing`` has a line a
     sample, and ``projected`` is kept for the backward. ``element`` is the kind of x and aggregate; kinds are fp32 or
     bf16, mixing parameters and arithmetic fp32. In mode SOFTMAX eps is added to s_pre.
     """

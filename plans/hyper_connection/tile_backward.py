@@ -11,17 +11,17 @@ from typing import Any
 
 import numpy as np
 
-from kernels import hyper_connection_spread_tile as spread_kernel
-from kernels import hyper_connection_stream as stream_kernel
-from kernels import hyper_connection_stream_shares as shares_kernel
-from kernels.hyper_connection import mixing_weights
-from kernels.hyper_connection_sums import GROUPS, finish_static, sum_parts
+from kernels.hyper_connection import spread_tile as spread_kernel
+from kernels.hyper_connection import stream as stream_kernel
+from kernels.hyper_connection import stream_shares as shares_kernel
+from kernels.hyper_connection.static import mixing_weights
+from kernels.hyper_connection.sums import GROUPS, finish_static, sum_parts
 from kernels.simulator import WARP
 from kernels.sinkhorn import extent_for
 from plans.core import Device, ElementKind, Workspace
-from plans.hyper_connection_common import scratch_bytes, scratch_pointers, weights_count
-from plans.hyper_connection_dynamic_stream_backward import shape_of, spread_grid
-from plans.hyper_connection_stream import Launch, refuses_stream
+from plans.hyper_connection.common import scratch_bytes, scratch_pointers, weights_count
+from plans.hyper_connection.dynamic_stream_backward import shape_of, spread_grid
+from plans.hyper_connection.stream import Launch, refuses_stream
 from plans.sinkhorn import (
     SinkhornMode,
     gradient_units,

@@ -16,11 +16,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from kernels import hyper_connection as static_kernel
-from kernels import hyper_connection_dynamic as kernel
+from kernels.hyper_connection import dynamic as kernel
+from kernels.hyper_connection import static as static_kernel
 from kernels.simulator import WARP
 from kernels.sinkhorn import extent_for
-from plans import hyper_connection_dynamic_stream as fast
 from plans.core import (
     ArchSku,
     BackendKind,
@@ -32,8 +31,8 @@ from plans.core import (
     Sku,
     Workspace,
 )
-from plans.hyper_connection import HyperConnectionDescriptor
-from plans.hyper_connection_common import (
+from plans.hyper_connection import dynamic_stream as fast
+from plans.hyper_connection.common import (
     NamedArguments,
     dynamic_operands,
     fp32_guarantee,
@@ -42,7 +41,7 @@ from plans.hyper_connection_common import (
     scratch_pointers,
     weights_count,
 )
-from plans.hyper_connection_math import (
+from plans.hyper_connection.math import (
     Pair,
     Projection,
     aggregate_of,
@@ -51,7 +50,8 @@ from plans.hyper_connection_math import (
     projected_of,
     weights_of,
 )
-from plans.hyper_connection_stream import ALIGNMENT
+from plans.hyper_connection.static import HyperConnectionDescriptor
+from plans.hyper_connection.stream import ALIGNMENT
 from plans.sinkhorn import SinkhornDescriptor, SinkhornMode, sinkhorn_units
 
 _F32 = ElementKind.F32

@@ -1,7 +1,7 @@
 """The fast forward of dynamic hyper-connections: the projection on tensor cores, weights by thread, streamed samples.
 
-See ``kernels/hyper_connection_project.py``, ``kernels/hyper_connection_weights.py`` and
-``kernels/hyper_connection_stream.py``. x is read twice: its mixing weights depend on all of a sample.
+See ``kernels/hyper_connection/project.py``, ``kernels/hyper_connection/weights.py`` and
+``kernels/hyper_connection/stream.py``. x is read twice: its mixing weights depend on all of a sample.
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from kernels import hyper_connection_project as project_kernel
-from kernels import hyper_connection_weights as weights_kernel
+from kernels.hyper_connection import project as project_kernel
+from kernels.hyper_connection import weights as weights_kernel
 from kernels.sinkhorn_thread import THREADS
 from plans.core import Device, ElementKind, Workspace
-from plans.hyper_connection_common import KINDS, NamedArguments, scratch_bytes, scratch_pointers, weights_count
-from plans.hyper_connection_stream import Launch, Stream, refuses_stream, shape_of, stream_units
+from plans.hyper_connection.common import KINDS, NamedArguments, scratch_bytes, scratch_pointers, weights_count
+from plans.hyper_connection.stream import Launch, Stream, refuses_stream, shape_of, stream_units
 from plans.sinkhorn import sinkhorn_units, units_by_thread
 
 _BLOCKS = 4 * 132

@@ -1,7 +1,7 @@
 """The fast gradients of hyper-connections around a sublayer: the SKUs "stream" of their backward plans.
 
-See ``kernels/hyper_connection_stream_backward.py``; with a dynamic H what comes before the sublayer goes back as the
-whole connection does (``plans/hyper_connection_dynamic_stream_backward.py``).
+See ``kernels/hyper_connection/stream_backward.py``; with a dynamic H what comes before the sublayer goes back as the
+whole connection does (``plans/hyper_connection/dynamic_stream_backward.py``).
 """
 
 from __future__ import annotations
@@ -10,14 +10,14 @@ from typing import Any
 
 import numpy as np
 
-from kernels import hyper_connection_stream as stream_kernel
-from kernels import hyper_connection_stream_backward as kernel
-from kernels.hyper_connection_sums import finish_static, sum_parts
+from kernels.hyper_connection import stream as stream_kernel
+from kernels.hyper_connection import stream_backward as kernel
+from kernels.hyper_connection.sums import finish_static, sum_parts
 from kernels.simulator import WARP
 from plans.core import Device, Workspace
-from plans.hyper_connection_common import NamedArguments, scratch_bytes, scratch_pointers, weights_count
-from plans.hyper_connection_stream import Launch, refuses_stream
-from plans.hyper_connection_stream_backward import blocks_for
+from plans.hyper_connection.common import NamedArguments, scratch_bytes, scratch_pointers, weights_count
+from plans.hyper_connection.stream import Launch, refuses_stream
+from plans.hyper_connection.stream_backward import blocks_for
 from plans.sinkhorn import gradient_units, gradient_units_by_thread
 
 _F32_BYTES = 4

@@ -13,13 +13,11 @@ from collections.abc import Callable
 
 import numpy as np
 
-from kernels import hyper_connection as forward_kernel
-from kernels import hyper_connection_backward as kernel
-from kernels.hyper_connection_stream import SM80_BYTES, SM90_BYTES
+from kernels.hyper_connection import static as forward_kernel
+from kernels.hyper_connection import static_backward as kernel
+from kernels.hyper_connection.stream import SM80_BYTES, SM90_BYTES
 from kernels.simulator import WARP
 from kernels.sinkhorn import extent_for, sinkhorn_backward
-from plans import hyper_connection_stream_backward as stream
-from plans import hyper_connection_tile_backward as tile
 from plans.core import (
     ArchSku,
     BackendKind,
@@ -34,8 +32,9 @@ from plans.core import (
     Workspace,
 )
 from plans.core.plan import Arguments
-from plans.hyper_connection import HyperConnectionDescriptor, refuses
-from plans.hyper_connection_common import (
+from plans.hyper_connection import stream_backward as stream
+from plans.hyper_connection import tile_backward as tile
+from plans.hyper_connection.common import (
     fp32_guarantee,
     gradients_of,
     scratch_bytes,
@@ -45,7 +44,7 @@ from plans.hyper_connection_common import (
     weight_parts,
     weights_count,
 )
-from plans.hyper_connection_math import (
+from plans.hyper_connection.math import (
     Projection,
     full_gradients,
     gamma_gradient,
@@ -53,7 +52,8 @@ from plans.hyper_connection_math import (
     weights_of,
     x_gradient,
 )
-from plans.hyper_connection_stream import ALIGNMENT
+from plans.hyper_connection.static import HyperConnectionDescriptor, refuses
+from plans.hyper_connection.stream import ALIGNMENT
 from plans.sinkhorn import SinkhornMode, gradient_units, sinkhorn_units
 
 _F32 = ElementKind.F32

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from plans.hyper_connection_common import sigmoid, weight_line, weight_parts
+from plans.hyper_connection.common import sigmoid, weight_line, weight_parts
 from plans.sinkhorn import SinkhornMode, sinkhorn_backward_reference, sinkhorn_reference
 
 TINY = 2.0**-100

@@ -1,6 +1,6 @@
 """The gradient of hyper-connections of few streams, static or around a sublayer, at the speed of memory.
 
-As in ``kernels/hyper_connection_stream.py`` samples wait in shared memory, here x and the incoming gradient d of each.
+As in ``kernels/hyper_connection/stream.py`` samples wait in shared memory, here x and the incoming gradient d of each.
 A thread adds up the gradients of the parameters over all samples of its block in registers, so that a block writes one
 line of sums; a second kernel adds the blocks' lines in their order and goes back through Sinkhorn. The number of
 blocks, and with it the order of every sum, does not depend on the device.
@@ -16,7 +16,7 @@ import numpy as np
 
 from kernels import memory, warp
 from kernels.elements import ELEMENTS
-from kernels.hyper_connection_stream import (
+from kernels.hyper_connection.stream import (
     MOST_THREADS,
     RUN,
     Shape,
@@ -26,8 +26,8 @@ from kernels.hyper_connection_stream import (
     parking,
     weight_ring,
 )
-from kernels.hyper_connection_sums import line_sums
-from kernels.hyper_connection_weights import static_line
+from kernels.hyper_connection.sums import line_sums
+from kernels.hyper_connection.weights import static_line
 from kernels.simulator import WARP
 from kernels.target import cuda, device, f32, f32p, i64, kernel_factory
 

@@ -1,7 +1,7 @@
 """Lines of mixing weights of few streams, a thread a line: what the streaming kernels take.
 
-What is computed is said in ``plans/hyper_connection.py`` and ``plans/hyper_connection_dynamic.py``; weights lie as in
-``kernels/hyper_connection.py``.
+What is computed is said in ``static.py`` and ``dynamic.py`` of ``plans/hyper_connection/``; weights lie as in
+``kernels/hyper_connection/static.py``.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Callable
 import numpy as np
 
 from kernels import warp
-from kernels.hyper_connection import post_weight, pre_weight, sigmoid
+from kernels.hyper_connection.static import post_weight, pre_weight, sigmoid
 from kernels.sinkhorn_thread import THREADS, logit_gradient, matrix_steps
 from kernels.target import cuda, device, f32, f32p, i64, kernel_factory
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import numpy as np
 
 from kernels import warp
-from kernels.hyper_connection import THREADS, sigmoid
+from kernels.hyper_connection.static import THREADS, sigmoid
 from kernels.simulator import WARP
 from kernels.sinkhorn_thread import logit_gradient
 from kernels.target import cuda, device, f32, f32p, i64, kernel_factory

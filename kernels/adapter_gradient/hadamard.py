@@ -4,7 +4,7 @@ For a delta (a1 b1) * (a2 b2), a_i [out, rank] and b_i [rank, in], and D = g^T x
 
     d_a1 = (D * (a2 b2)) b1^T    d_b1 = a1^T (D * (a2 b2))    and the same with 1 and 2 exchanged.
 
-A block accumulates a tile of D over all rows of g and x on tensor cores (``matmul_pipeline``), multiplies it in
+A block accumulates a tile of D over all rows of g and x on tensor cores (``matmul.pipeline``), multiplies it in
 registers with the tile of the other product, which it makes anew, and contracts what that gives with both factors. On
 its way through shared memory that is two bf16 parts, what it rounds to and what rounding left. Tiles' contributions are
 parts of sums that ``partial_sums`` adds up in order.

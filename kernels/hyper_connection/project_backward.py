@@ -11,7 +11,7 @@ import numpy as np
 
 from kernels import memory, tensor_core, warp
 from kernels.elements import ELEMENTS
-from kernels.hyper_connection_project import exact_parts
+from kernels.hyper_connection.project import exact_parts
 from kernels.simulator import WARP
 from kernels.target import SIMULATOR, cuda, device, f32p, i64, kernel_factory
 

@@ -1,7 +1,7 @@
 """Hyper-connections, forward: a static H's mixing weights once, then one block a sample, fp32 FMA, for any shape.
 
-What is computed is said in ``plans/hyper_connection.py``. Mixing weights lie as s_pre [n], s_post [n], M [n, n]: one
-such line for all samples (``pitch`` 0) or one a sample (``pitch`` n (n + 2)).
+What is computed is said in ``plans/hyper_connection/static.py``. Mixing weights lie as s_pre [n], s_post [n], M [n, n]:
+one such line for all samples (``pitch`` 0) or one a sample (``pitch`` n (n + 2)).
 """
 
 from __future__ import annotations

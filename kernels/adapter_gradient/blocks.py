@@ -1,7 +1,7 @@
 """The gradient of a matrix that mixes blocks of rows: d_w[l, m] = sum_{t, e} g[t, l, e] x[t, m, e].
 
 For LoKr's w1. A small result over a long sum: reading g and x is all the work. Neither passes through shared memory, as
-both lie with e contiguous and a sum does not ask in which order its terms come (see ``matmul_narrow``). Warps and
+both lie with e contiguous and a sum does not ask in which order its terms come (see ``matmul.narrow``). Warps and
 blocks share the pairs of a row and 32 of its e, and add up in order (``partial_sums``).
 """
 

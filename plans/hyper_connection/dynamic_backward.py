@@ -13,14 +13,14 @@ from collections.abc import Callable
 
 import numpy as np
 
-from kernels import hyper_connection as forward_kernel
-from kernels import hyper_connection_backward as kernel
-from kernels import hyper_connection_dynamic_backward as dynamic_kernel
+from kernels.hyper_connection import dynamic_backward as dynamic_kernel
+from kernels.hyper_connection import static as forward_kernel
+from kernels.hyper_connection import static_backward as kernel
 from kernels.simulator import WARP
 from kernels.sinkhorn import extent_for
-from plans import hyper_connection_dynamic_stream_backward as fast
 from plans.core import ArchSku, BackendKind, Device, ElementKind, Operand, Plan, PrecisionGuarantee, Sku, Workspace
-from plans.hyper_connection_common import (
+from plans.hyper_connection import dynamic_stream_backward as fast
+from plans.hyper_connection.common import (
     NamedArguments,
     fp32_guarantee,
     gradients_of,
@@ -28,8 +28,8 @@ from plans.hyper_connection_common import (
     scratch_pointers,
     weights_count,
 )
-from plans.hyper_connection_dynamic import DynamicHyperConnectionDescriptor, refuses
-from plans.hyper_connection_math import (
+from plans.hyper_connection.dynamic import DynamicHyperConnectionDescriptor, refuses
+from plans.hyper_connection.math import (
     DynamicGradients,
     Pair,
     Projection,
@@ -40,7 +40,7 @@ from plans.hyper_connection_math import (
     logits_of,
     x_gradient,
 )
-from plans.hyper_connection_stream import ALIGNMENT
+from plans.hyper_connection.stream import ALIGNMENT
 from plans.sinkhorn import gradient_units
 
 _F32 = ElementKind.F32
@@ -49,7 +49,7 @@ _F32 = ElementKind.F32
 class DynamicHyperConnectionBackwardDescriptor(DynamicHyperConnectionDescriptor):
     """The gradients of x, gamma, projection, alpha and bias for the gradient ``d_out`` of out.
 
-    With dM, dp and dq of a sample as in the static form (:class:`plans.hyper_connection_backward.
+    With dM, dp and dq of a sample as in the static form (:class:`plans.hyper_connection.static_backward.
     HyperConnectionBackwardDescriptor`, without the sum over b): dH through sigmoids and every Sinkhorn iteration;
     dP = dH alpha / r; dr = -sum(dH alpha P) / r**2; d_bias = sum_b dH; d_alpha = sum_b sum(dH P) / r over the rows of a
     group; d_projection = sum_b dP x^T; and to d_x come projection^T dP + dr x / (r n C).

@@ -15,8 +15,8 @@ import numpy as np
 
 from kernels import memory, tensor_core, warp
 from kernels.elements import ELEMENTS
-from kernels.hyper_connection_project import exact_parts
-from kernels.hyper_connection_stream import gamma_runs
+from kernels.hyper_connection.project import exact_parts
+from kernels.hyper_connection.stream import gamma_runs
 from kernels.simulator import WARP
 from kernels.target import SIMULATOR, blocks_by_shared, cuda, device, f32p, i64, kernel_factory
 

@@ -1,6 +1,6 @@
 """What every sample adds to the gradients of its mixing weights, at the speed of memory: dynamic H, few streams.
 
-As in ``kernels/hyper_connection_stream_backward.py`` a block walks over samples that wait in shared memory. All sums of
+As in ``kernels/hyper_connection/stream_backward.py`` a block walks over samples that wait in shared memory. All sums of
 a sample are linear in products of x and d, so that they need nothing but one reduction over the block; the norm's part
 is put together from them afterwards.
 """
@@ -15,7 +15,7 @@ import numpy as np
 
 from kernels import memory, warp
 from kernels.elements import ELEMENTS
-from kernels.hyper_connection_stream import (
+from kernels.hyper_connection.stream import (
     RUN,
     Shape,
     gamma_runs,
