@@ -20,6 +20,7 @@ class Limit(enum.Enum):
     COPY_AND_A_HALF = "1.5 x copy"
     FILL = "fill"
     PEER = "lycoris-lora"
+    PEFT = "PEFT"
     TORCH = "torch"
     CUBLAS = "cuBLAS"
     CUDNN = "cuDNN"

@@ -25,6 +25,7 @@ TITLES = {
     "beside lycoris-lora": "Beside lycoris-lora",
     "products": "Products, beside cuBLAS",
     "layers": "Linear layers with live adapters, beside the bare one by cuBLAS",
+    "layers beside peers": "Linear layers with live adapters, beside lycoris-lora and PEFT",
     "convolutions": "Convolutions, beside cuDNN",
     "launch cost": "Cost of a launch, CPU time",
     "hyper-connections": "Hyper-connections",

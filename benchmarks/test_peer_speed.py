@@ -63,19 +63,23 @@ def peer_problem(row: WeightRow) -> dict[str, Any]:
     }
 
 
-@pytest.fixture(scope="module")
-def peer(device: Device, request: pytest.FixtureRequest) -> dict[str, Any]:
-    """The peer's times of the rows that were selected, and its versions."""
+def ask_peer(problems: list[dict[str, Any]]) -> dict[str, Any]:
+    """What `peer.py` answers; skips where there is no peer."""
     if "LYCORIS_PEER_SITE" not in os.environ:
         pytest.skip("LYCORIS_PEER_SITE is not set; wanted the folder that holds lycoris-lora (docs/benchmarks.md)")
     if importlib.util.find_spec("torch") is None:
         pytest.skip("lycoris-lora needs torch, which this Python does not have")
-    rows = [item.callspec.params["row"] for item in request.session.items if item.path == request.path]
-    problems = json.dumps([peer_problem(row) for row in rows])
-    command = [sys.executable, str(PEER)]
-    done = subprocess.run(command, input=problems, capture_output=True, text=True, check=False, timeout=SECONDS_ALLOWED)
+    command, text = [sys.executable, str(PEER)], json.dumps(problems)
+    done = subprocess.run(command, input=text, capture_output=True, text=True, check=False, timeout=SECONDS_ALLOWED)
     assert done.returncode == 0, f"{PEER.name} failed:\n{done.stderr}"
     return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def peer(device: Device, request: pytest.FixtureRequest) -> dict[str, Any]:
+    """The peer's times of the rows that were selected, and its versions."""
+    items = [item for item in request.session.items if item.path == request.path]
+    return ask_peer([peer_problem(item.callspec.params["row"]) for item in items if "row" in item.callspec.params])
 
 
 @pytest.mark.benchmark(group="beside lycoris-lora")

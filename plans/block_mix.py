@@ -59,14 +59,17 @@ class BlockMixDescriptor:
         if min(self.rows, self.out_blocks, self.in_blocks, self.width) < 0:
             raise InvalidProblem(
                 f"block mix: {self.rows} rows, {self.out_blocks} x {self.in_blocks} blocks of {self.width}: wanted "
-                "none negative"
+                "none negative; give the tensors' own extents"
             )
         if self.x_stride and self.x_stride < self.in_blocks * self.width:
             wanted = self.in_blocks * self.width
-            raise InvalidProblem(f"block mix: x has row stride {self.x_stride}, wanted at least its {wanted} elements")
+            raise InvalidProblem(
+                f"block mix: x has row stride {self.x_stride}, wanted at least its {wanted} elements; "
+                "give 0 where it is contiguous"
+            )
         for name, kind in (("x", self.element), ("w", self.weight), ("out", self.out)):
             if kind not in _FLOATS:
-                raise InvalidProblem(f"block mix: {name} of {kind.value}, wanted bf16, f16 or f32")
+                raise InvalidProblem(f"block mix: {name} of {kind.value}, wanted bf16, f16 or f32; cast it first")
 
     def operands(self) -> tuple[Operand, ...]:
         """``out``, ``x``, ``w``."""

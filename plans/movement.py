@@ -65,14 +65,18 @@ class WindowDescriptor:
         axes = len(self.shape)
         if any(len(part) != axes for part in (self.source_shape, self.shifts, self.signs)):
             raise InvalidProblem(
-                f"window: {self.source_shape}, {self.shifts}, {self.signs}: wanted {axes} numbers each"
+                f"window: source_shape {self.source_shape}, shifts {self.shifts}, signs {self.signs}, wanted {axes} "
+                "numbers each; give one for each axis of shape"
             )
         if not set(self.signs) <= {1, -1} or min((*self.shape, *self.source_shape), default=0) < 0:
             raise InvalidProblem(
-                f"window: signs {self.signs}, shape {self.shape}; wanted 1 or -1, and no negative extent"
+                f"window: signs {self.signs}, shape {self.shape} of {self.source_shape}, wanted 1 or -1, and no "
+                "negative extent; give the tensors' own"
             )
         if self.diagonal is not None and axes < 2:
-            raise InvalidProblem(f"window: a diagonal of shape {self.shape}, wanted two axes or more")
+            raise InvalidProblem(
+                f"window: a diagonal of shape {self.shape}, wanted two axes or more; leave diagonal out"
+            )
 
     def operands(self) -> tuple[Operand, ...]:
         """``out`` and ``source``."""
@@ -151,9 +155,9 @@ class TakeDescriptor:
 
     def __post_init__(self) -> None:
         if min(self.outer, self.n, self.chosen, self.inner) < 0:
-            raise InvalidProblem(f"take: {self}, wanted no negative extent")
+            raise InvalidProblem(f"take: {self}, wanted no negative extent; give the tensors' own")
         if self.index not in _INTEGERS:
-            raise InvalidProblem(f"take: operand index holds {self.index.value}, wanted i32 or i64")
+            raise InvalidProblem(f"take: operand index holds {self.index.value}, wanted i32 or i64; give whole numbers")
 
     @property
     def out_shape(self) -> tuple[int, int, int]:

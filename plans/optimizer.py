@@ -153,12 +153,16 @@ class UpdateDescriptor:
     def __post_init__(self) -> None:
         if len(self.counts) != len(self.groups) or min((*self.counts, *self.groups), default=0) < 0:
             raise InvalidProblem(
-                f"update: {len(self.counts)} counts, {len(self.groups)} groups, wanted equal, none < 0"
+                f"update: {len(self.counts)} counts, {len(self.groups)} groups, wanted equal, none < 0; "
+                "give both for each parameter"
             )
         if self.master and self.kind is F32:
             raise InvalidProblem("update: an fp32 copy of fp32 parameters; leave master out")
         if self.stochastic and (self.master or self.kind is not ElementKind.BF16):
-            raise InvalidProblem(f"update: stochastic rounding to {self.kind.value}, wanted bf16 without an fp32 copy")
+            raise InvalidProblem(
+                f"update: stochastic rounding to {self.kind.value}, wanted bf16 without an fp32 copy; "
+                "leave stochastic out"
+            )
 
     def operands(self) -> tuple[Operand, ...]:
         """Each tensor's ``parameter``, ``gradient`` and so on, then ``table``, ``blocks``, ``groups`` and ``scale``."""

@@ -75,17 +75,26 @@ class PointwiseDescriptor:
     def __post_init__(self) -> None:
         arguments = len(self.sources) + self.scalars
         if any(number >= arguments for number in expression.leaves(self.outputs)):
-            raise InvalidProblem(f"pointwise: {self.outputs} reads beyond its {arguments} arguments")
+            raise InvalidProblem(
+                f"pointwise: {self.outputs} reads beyond its {arguments} arguments; "
+                "give a source or a scalar for each leaf"
+            )
         if len(self.outputs) != len(self.targets) or not self.targets:
-            raise InvalidProblem(f"pointwise: {len(self.targets)} targets, wanted {len(self.outputs)}, one an output")
+            raise InvalidProblem(
+                f"pointwise: {len(self.targets)} targets, wanted {len(self.outputs)}, one an output; give one for each"
+            )
         for view in (*self.sources, *self.targets):
             if view.stride is not None and (len(view.stride) != len(self.shape) or min(view.stride, default=0) < 0):
                 raise InvalidProblem(
-                    f"pointwise: strides {view.stride}, wanted one, not negative, an axis of {self.shape}"
+                    f"pointwise: strides {view.stride}, wanted one, not negative, an axis of {self.shape}; "
+                    "give the tensor's"
                 )
         for view in self.targets:
             if view.stride and any(s == 0 and extent > 1 for s, extent in zip(view.stride, self.shape, strict=True)):
-                raise InvalidProblem(f"pointwise: a target has strides {view.stride}; wanted each element once")
+                raise InvalidProblem(
+                    f"pointwise: a target has strides {view.stride}, wanted each element once; "
+                    "write to a tensor of its own"
+                )
 
     def operands(self) -> tuple[Operand, ...]:
         """``out0``, ... and then ``x0``, ..."""

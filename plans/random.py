@@ -86,7 +86,7 @@ class RandomDescriptor:
 
     def __post_init__(self) -> None:
         if self.count < 0:
-            raise InvalidProblem(f"random: {self.count} elements, wanted 0 or more")
+            raise InvalidProblem(f"random: {self.count} elements, wanted 0 or more; give the tensor's count")
 
     def operands(self) -> tuple[Operand, ...]:
         """``out``."""
@@ -119,7 +119,7 @@ class RandomArgs(Arguments):
 
 def _number(name: str, value: int) -> int:
     if not 0 <= value < 2**63:
-        raise InvalidProblem(f"random: {name} {value}, wanted 0 to 2**63 - 1")
+        raise InvalidProblem(f"random: {name} {value}, wanted 0 to 2**63 - 1; give another")
     return value
 
 
@@ -135,7 +135,7 @@ class DropoutDescriptor:
 
     def __post_init__(self) -> None:
         if self.count < 0:
-            raise InvalidProblem(f"dropout: {self.count} elements, wanted 0 or more")
+            raise InvalidProblem(f"dropout: {self.count} elements, wanted 0 or more; give the tensor's count")
 
     def operands(self) -> tuple[Operand, ...]:
         """``out`` and ``x``; out may be x."""

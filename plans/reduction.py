@@ -86,10 +86,13 @@ class ReductionDescriptor:
 
     def __post_init__(self) -> None:
         if min(self.outer, self.n, self.inner) < 0:
-            raise InvalidProblem(f"reduction: extents {self.shape}, wanted none of them negative")
+            raise InvalidProblem(
+                f"reduction: extents {self.shape}, wanted none of them negative; give the tensor's own"
+            )
         if not self.kinds or any(k >= self._leaves for k in expression.leaves([self.value])):
             raise InvalidProblem(
-                f"reduction: {self.value} over {len(self.kinds)} sources reads others, or there are none"
+                f"reduction: {self.value} over {len(self.kinds)} sources reads others, or there are none; "
+                "give one for each leaf"
             )
 
     @property

@@ -130,10 +130,14 @@ class RowsDescriptor:
     def __post_init__(self) -> None:
         recipe = self.recipe
         if min(self.rows, self.n) < 0:
-            raise InvalidProblem(f"{recipe.name}: {self.rows} rows of {self.n}, wanted 0 or more")
+            raise InvalidProblem(
+                f"{recipe.name}: {self.rows} rows of {self.n}, wanted 0 or more; give the tensor's own"
+            )
         for names, kinds in ((recipe.sources, self.kinds), (self.targets, self.out_kinds)):
             if len(names) != len(kinds):
-                raise InvalidProblem(f"{recipe.name}: {len(kinds)} kinds given for {', '.join(names)}")
+                raise InvalidProblem(
+                    f"{recipe.name}: {len(kinds)} kinds given for {', '.join(names)}; give one for each"
+                )
 
     @property
     def category(self) -> OpCategory:

@@ -63,9 +63,11 @@ class SinkhornMode(enum.Enum):
 def check_sinkhorn(where: str, iterations: int, eps: float) -> None:
     """Raise :class:`InvalidProblem` unless iterations are 1 to 1000 and eps, as fp32, lies in (0, 1)."""
     if not 1 <= iterations <= MAX_ITERATIONS:
-        raise InvalidProblem(f"{where}: sinkhorn iterations {iterations}, wanted 1 to {MAX_ITERATIONS}")
+        raise InvalidProblem(
+            f"{where}: sinkhorn iterations {iterations}, wanted 1 to {MAX_ITERATIONS}; give another number"
+        )
     if not 0 < np.float32(eps) < 1:
-        raise InvalidProblem(f"{where}: eps {eps}, wanted a finite number in (0, 1) that fp32 holds")
+        raise InvalidProblem(f"{where}: eps {eps}, wanted a finite number in (0, 1) that fp32 holds; give another")
 
 
 def sinkhorn_reference(logits: np.ndarray, iterations: int, eps: float, mode: SinkhornMode) -> np.ndarray:
@@ -137,7 +139,9 @@ class SinkhornDescriptor:
 
     def __post_init__(self) -> None:
         if min(self.batch, self.n) < 1:
-            raise InvalidProblem(f"sinkhorn: batch {self.batch} and n {self.n}, wanted both positive")
+            raise InvalidProblem(
+                f"sinkhorn: batch {self.batch} and n {self.n}, wanted both positive; skip what is empty"
+            )
         check_sinkhorn("sinkhorn", self.iterations, self.eps)
 
     @property

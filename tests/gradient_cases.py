@@ -57,6 +57,10 @@ def _bias() -> Tensor:
     return tensor.from_numpy(_BIAS, kind=ElementKind.F32)
 
 
+def _directions(rows):
+    return rows / np.sqrt((rows**2).sum(1, keepdims=True))
+
+
 def _softmax(x, axis=-1):
     powers = np.exp(x - x.max(axis, keepdims=True))
     return powers / powers.sum(axis, keepdims=True)
@@ -192,6 +196,12 @@ OTHERS = [
     _case("hadamard_linear", lambda x, *f: tensor.hadamard_linear(x, _weight(), f, 0.5, _bias()),
           lambda x, a, b, c, d: x @ (_WEIGHT + 0.5 * (a @ b) * (c @ d)).T + _BIAS,
           (2, 3, 6), (4, 3), (3, 6), (4, 3), (3, 6)),
+    _case("decomposed_linear",
+          lambda x, d, u, m: tensor.decomposed_linear(x, _weight(), d, u, m, 0.5, _bias()),
+          lambda x, d, u, m: x @ (m[:, None] * _directions(_WEIGHT + 0.5 * u @ d)).T + _BIAS,
+          (2, 3, 6), (2, 6), (4, 2), (4,)),
+    _case("decomposed_linear, eight ranks", lambda x, d, u, m: tensor.decomposed_linear(x, _weight(), d, u, m, 0.5),
+          lambda x, d, u, m: x @ (m[:, None] * _directions(_WEIGHT + 0.5 * u @ d)).T, (3, 6), (8, 6), (4, 8), (4,)),
     _case("kronecker_linear", lambda x, w1, w2: tensor.kronecker_linear(x, _weight(), w1, [w2], _bias()),
           lambda x, w1, w2: x @ (_WEIGHT + np.kron(w1, w2)).T + _BIAS, (2, 3, 6), (2, 3), (2, 2)),
     _case("kronecker_linear, factored", lambda x, w1, a, b: tensor.kronecker_linear(x, _weight(), w1, [a, b]),

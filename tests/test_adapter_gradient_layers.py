@@ -113,6 +113,41 @@ def test_a_scalar_is_trained_too(name):
     near(grads["scalar"], exact, size)
 
 
+def test_dora_trains_magnitude_and_factors():
+    rng = np.random.default_rng(11)
+    weight, x, g = (rng.standard_normal(s).astype(BF16.values) for s in ((OUT, IN), (ROWS, IN), (ROWS, OUT)))
+    layer = AdaptedLinear(tensor.from_numpy(weight.astype(np.float64), kind=BF16))
+    base = layer.weight.array()
+    module = LoConModule.new_linear(IN, OUT, 8, 4.0, weight_decompose=True, base=base)
+    for factor, array in module.factors.items():
+        put(module, factor, rng.standard_normal(array.shape) * 0.3)
+    layer.add("a", module)
+    layer.train()
+    for _, parameter in layer.parameters():
+        parameter.requires_grad_()
+    y = layer(tensor.from_numpy(x.astype(np.float64), kind=BF16))
+    y.backward(tensor.from_numpy(g.astype(np.float64), kind=BF16))
+    weight, x, g = (array.astype(np.float64) for array in (weight, x, g))
+    values = {key: array.numpy().astype(np.float64) for key, array in module.parameters().items()}
+
+    def through(values):
+        moved = weight + module.scale() * delta(values)
+        return values["dora_scale"].reshape(-1, 1) * moved / np.sqrt((moved**2).sum(1, keepdims=True))
+
+    near(y.numpy().astype(np.float64), x @ through(values).T, np.abs(x) @ np.abs(through(values)).T)
+    for name, parameter in layer.parameters():
+        step = rng.standard_normal(parameter.shape)
+        ends = []
+        for sign in (1e-6, -1e-6):
+            key = name.removeprefix("a.")
+            ends.append((g * (x @ through(values | {key: values[key] + sign * step}).T)).sum())
+        slope, found = (ends[0] - ends[1]) / 2e-6, (parameter.grad.numpy() * step).sum()
+        # What is rounded to 8 bits on the way (outputs, the gradient of the product, t, u): errors of single elements
+        # are independent, so that their sum grows as its terms' root mean square does.
+        size = np.linalg.norm(g) * np.linalg.norm(x @ (through(values) - through(values | {key: values[key] + step})).T)
+        assert abs(found - slope) < 2.0**-6 * size, name
+
+
 @pytest.mark.parametrize(
     ("reason", "call"),
     [

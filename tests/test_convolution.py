@@ -159,7 +159,7 @@ def test_the_technique_follows_the_channels(device):
         ({"stride": (0, 1)}, r"stride \(0, 1\), wanted 2 numbers of at least 1"),
         ({"padding": (-1, 1)}, r"padding \(-1, 1\), wanted 2 numbers of at least 0"),
         ({"groups": 3}, "8 and 8 channels, wanted multiples of the 3 groups"),
-        ({"batch": -1}, "an extent is negative"),
+        ({"batch": -1}, "batch -1, .* wanted none negative and a group or more"),
         ({"weight_layout": "HWIO"}, "weight layout 'HWIO', wanted one of OHWI, OIHW"),
     ],
 )

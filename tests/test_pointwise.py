@@ -210,7 +210,7 @@ def test_a_shared_part_is_computed_once():
         (((leaf(0),), (4,), (View(F32, (-1,)),), (View(F32),)), r"strides \(-1,\), wanted one, not negative"),
         (
             ((leaf(0),), (4,), (View(F32),), (View(F32, (0,)),)),
-            r"a target has strides \(0,\); wanted each element once",
+            r"a target has strides \(0,\), wanted each element once",
         ),
     ],
 )

@@ -70,7 +70,7 @@ def test_two_processes_add_to_one_file(device, records, monkeypatch):
 
 def test_the_setting_is_on_or_off(monkeypatch):
     monkeypatch.setenv("LYCORIS_TUNE", "maybe")
-    with pytest.raises(ValueError, match="LYCORIS_TUNE is 'maybe', wanted on or off"):
+    with pytest.raises(ValueError, match="LYCORIS_TUNE is 'maybe', wanted on or off; set one of them, or unset it"):
         tuning.enabled()
     monkeypatch.setenv("LYCORIS_TUNE", "off")
     assert not tuning.enabled()

@@ -94,7 +94,7 @@ class Adapted:
     @mode.setter
     def mode(self, mode: str | None) -> None:
         if mode is not None and mode not in MODES:
-            raise RefusedInput(f"adapted layer: mode {mode!r}, wanted one of {', '.join(MODES)}, or None")
+            raise RefusedInput(f"adapted layer: mode {mode!r}, wanted one of {', '.join(MODES)}, or None; choose one")
         self._mode = mode
 
     @property
@@ -114,7 +114,9 @@ class Adapted:
         self._check(name, module)
         for which, value in dropouts.items():
             if which not in ("dropout", "rank_dropout", "module_dropout") or not 0 <= value < 1:
-                raise RefusedInput(f"add: {which} {value}, wanted dropout, rank_dropout or module_dropout in [0, 1)")
+                raise RefusedInput(
+                    f"add: {which} {value}, wanted dropout, rank_dropout or module_dropout in [0, 1); correct it"
+                )
         self._adapters[name] = Adapter(module, float(strength), tensors=module.tensors(), **dropouts)
         self._changed()
 
@@ -122,7 +124,7 @@ class Adapted:
         if module.algorithm == "norm" or module.layout is not WeightLayout.CHECKPOINT:
             raise RefusedInput(
                 f"add: adapter {name!r} is of {module.algorithm} in layout {module.layout.value}, wanted one of a "
-                "linear or convolution weight in checkpoint layout"
+                "linear or convolution weight in checkpoint layout; load it anew as one"
             )
         if not fits(module.shape, self.weight.shape):
             raise RefusedInput(

@@ -63,7 +63,7 @@ class HyperConnection(Module):
         generator: Generator | None = None,
     ) -> None:
         if n_streams < 1:
-            raise RefusedInput(f"HyperConnection: {n_streams} streams, wanted 1 or more")
+            raise RefusedInput(f"HyperConnection: {n_streams} streams, wanted 1 or more; give another number")
         self.sublayer, self.norm_weight = sublayer, norm_weight
         self.n_streams, self.hidden_dim = n_streams, hidden_dim
         self.sinkhorn_iters, self.eps, self.mode = sinkhorn_iters, eps, mode
@@ -91,21 +91,24 @@ class HyperConnection(Module):
         if update.shape != (*lead, shape[2]) or update.kind is not x.kind:
             raise RefusedInput(
                 f"HyperConnection: the sublayer gave {update.kind.value} of shape {update.shape}, wanted "
-                f"{x.kind.value} of {(*lead, shape[2])}"
+                f"{x.kind.value} of {(*lead, shape[2])}; return what x is"
             )
         return tensor.reshape(connection.after(tensor.reshape(update, shape[0], shape[2]), mixing), *x.shape)
 
     def _check(self, x: Tensor) -> None:
         wanted = (self.n_streams, self.hidden_dim or (x.shape[-1] if x.shape else 0))
         if x.ndim < 2 or x.shape[-2:] != wanted or not x.size:
-            raise RefusedInput(f"HyperConnection: streams of shape {x.shape}, wanted [..., {wanted[0]}, {wanted[1]}]")
+            raise RefusedInput(
+                f"HyperConnection: streams of shape {x.shape}, wanted [..., {wanted[0]}, {wanted[1]}], none empty; "
+                "reshape them first"
+            )
         if x.kind not in KINDS:
             raise RefusedInput(f"HyperConnection: streams of {x.kind.value}, wanted f32 or bf16; convert them first")
         weight = self.norm_weight
         if weight is not None and (weight.shape != x.shape[-1:] or weight.kind not in KINDS):
             raise RefusedInput(
                 f"HyperConnection: norm_weight is {weight.kind.value} of shape {weight.shape}, wanted f32 or bf16 of "
-                f"{x.shape[-1:]}"
+                f"{x.shape[-1:]}; give the layer's own"
             )
 
     def _descriptor(self, shape: tuple[int, int, int], element: ElementKind) -> HyperConnectionPreDescriptor:

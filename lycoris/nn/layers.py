@@ -27,7 +27,9 @@ class Linear(Module):
         generator: Generator | None = None,
     ) -> None:
         if in_features < 1 or out_features < 1:
-            raise RefusedInput(f"Linear: {in_features} to {out_features} features, wanted 1 or more of each")
+            raise RefusedInput(
+                f"Linear: {in_features} to {out_features} features, wanted 1 or more of each; give the layer's widths"
+            )
         bound = 1 / math.sqrt(in_features)
         options = {"kind": kind, "device": device, "generator": generator, "requires_grad": True}
         self.weight = tensor.rand((out_features, in_features), -bound, bound, **options)
@@ -91,7 +93,9 @@ class GroupNorm(Module):
         self, groups: int, channels: int, eps: float = 1e-5, *, kind: ElementKind = F32, device: Device | None = None
     ) -> None:
         if groups < 1 or channels % groups:
-            raise RefusedInput(f"GroupNorm: {groups} groups of {channels} channels, wanted a divisor")
+            raise RefusedInput(
+                f"GroupNorm: {groups} groups of {channels} channels, wanted a divisor; give another number of groups"
+            )
         self.weight = tensor.ones((channels,), kind, device, requires_grad=True)
         self.bias = tensor.zeros((channels,), kind, device, requires_grad=True)
         self.groups, self.eps = groups, eps
@@ -106,7 +110,7 @@ class Dropout(Module):
 
     def __init__(self, p: float = 0.5, *, generator: Generator | None = None) -> None:
         if not 0 <= p < 1:
-            raise RefusedInput(f"Dropout: p is {p}, wanted 0 up to, not including, 1")
+            raise RefusedInput(f"Dropout: p is {p}, wanted 0 up to, not including, 1; give a probability there")
         self.p, self.generator = p, generator
 
     def forward(self, x: Tensor) -> Tensor:
@@ -127,7 +131,9 @@ class SelfAttention(Module):
         generator: Generator | None = None,
     ) -> None:
         if heads < 1 or width % heads:
-            raise RefusedInput(f"SelfAttention: {heads} heads of width {width}, wanted a divisor")
+            raise RefusedInput(
+                f"SelfAttention: {heads} heads of width {width}, wanted a divisor; give another number of heads"
+            )
         self.heads = heads
         self.qkv = Linear(width, 3 * width, kind=kind, device=device, generator=generator)
         self.out = Linear(width, width, kind=kind, device=device, generator=generator)

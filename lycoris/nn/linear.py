@@ -17,7 +17,7 @@ from lycoris import tensor
 from lycoris.algorithms.terms import linear_term
 from lycoris.errors import RefusedInput
 from lycoris.nn.adapted import Adapted, Adapter
-from lycoris.nn.linear_fused import fused_linear, is_fused
+from lycoris.nn.linear_fused import fused_decomposed, fused_linear, is_decomposed, is_fused
 from lycoris.nn.linear_sum import LinearSum, Ways, dense_of, is_plain_locon, locon_factors, low_rank_of, ways_of
 from lycoris.nn.routing import Routes, choice_tensor, routed
 from lycoris.tensor import Tensor, autograd
@@ -50,7 +50,10 @@ class AdaptedLinear(Adapted):
         self._refuse_merged("route")
         check_linear("route", x, self.weight, self.bias)
         if x.ndim != 2 or x.kind is not self.weight.kind:
-            raise RefusedInput(f"route: x {x.shape} of {x.kind.value}, wanted [rows, in] of {self.weight.kind.value}")
+            raise RefusedInput(
+                f"route: x {x.shape} of {x.kind.value}, wanted [rows, in] of {self.weight.kind.value}; "
+                "call to() or reshape() first"
+            )
         with autograd.no_grad():
             numbers = choice_tensor(choice, list(self._adapters), x.shape[0], x)
             x = x if x.is_contiguous and x.aligned else converted(x, x.kind)
@@ -134,6 +137,8 @@ class AdaptedLinear(Adapted):
         return linear_term(module.algorithm, factors, x, self.weight.shape, scale).to(x.kind)
 
     def _dora(self, x: Tensor, adapter: Adapter) -> Tensor:
+        if is_decomposed(adapter):
+            return fused_decomposed(x, self.weight, self.merged_bias(), adapter, self.training)
         return tensor.linear(x, self.decomposed(adapter).to(x.kind), self.merged_bias())
 
 

@@ -1,13 +1,14 @@
-"""A linear layer with one adapter that is trained, as one sum of base and adapter, in both directions."""
+"""A linear layer with one adapter that is trained: base and adapter as one sum in both directions."""
 
 from __future__ import annotations
 
 from lycoris import tensor
-from lycoris.formats.keys import MID, UP
+from lycoris.formats.keys import DORA, MID, UP
 from lycoris.nn.adapted import Adapter
 from lycoris.nn.linear_sum import locon_factors
 from lycoris.tensor import Tensor
 from lycoris.tensor.adapted import hadamard_linear, kronecker_linear
+from lycoris.tensor.decomposed import decomposed_linear
 from plans.adapter_gradient import MOST_RANK
 from plans.core import ElementKind
 
@@ -51,6 +52,20 @@ def fused_linear(
     if adapter.module.scalar is not None:
         up = (names[UP].reshape(*up.shape).to(ElementKind.F32) * names["scalar"]).to(kind)
     return tensor.low_rank_linear(x, weight, down, up, adapter.scale, bias)
+
+
+def is_decomposed(adapter: Adapter) -> bool:
+    """Whether `fused_decomposed` takes the adapter: DoRA by rows over a LoCon without Tucker core, at full strength."""
+    module = adapter.module
+    plain = module.algorithm == "locon" and MID not in adapter.tensors and module.scalar is None
+    return plain and module.wd_on_out and adapter.strength == 1
+
+
+def fused_decomposed(x: Tensor, weight: Tensor, bias: Tensor | None, adapter: Adapter, training: bool) -> Tensor:
+    """DoRA's x @ (m V / (|V| + 2**-23)).T + bias with gradients for x, factors and m; V is no tensor."""
+    down, up = locon_factors(adapter, x.kind, training)
+    magnitude = adapter.tensors[DORA].reshape(-1)
+    return decomposed_linear(x, weight, down, up, magnitude, adapter.module.scale(), bias)
 
 
 def _flat(x: Tensor) -> Tensor:

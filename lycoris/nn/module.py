@@ -92,12 +92,15 @@ class Module:
         """Set every tensor of the model. Raises RefusedInput where one does not fit, and changes nothing."""
         own = self.tensors()
         for name in sorted(own.keys() ^ arrays.keys()):
-            raise RefusedInput(f"load_state_dict: {name} is {'missing' if name in own else 'no tensor of the model'}")
+            where = "missing" if name in own else "no tensor of the model"
+            raise RefusedInput(f"load_state_dict: {name} is {where}; load what state_dict gave for such a model")
         for name, tensor in own.items():
             given = arrays[name]
             if given.shape != tensor.shape or given.dtype != tensor.kind.values:
                 found, wanted = f"{given.dtype} {given.shape}", f"{tensor.kind.values} {tensor.shape}"
-                raise RefusedInput(f"load_state_dict: {name} is {found}, wanted {wanted}")
+                raise RefusedInput(
+                    f"load_state_dict: {name} is {found}, wanted {wanted}; load what state_dict gave for such a model"
+                )
         with no_grad():
             for name, tensor in own.items():
                 tensor.copy_(from_numpy(arrays[name], tensor.device))

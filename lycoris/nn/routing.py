@@ -69,12 +69,12 @@ def choice_tensor(choice: Sequence[str | None] | Tensor, names: Sequence[str], r
     if isinstance(choice, Tensor):
         if choice.kind is not ElementKind.I32 or choice.shape != (rows,):
             raise RefusedInput(
-                f"choice: {choice.kind.value} of shape {choice.shape}, wanted i32 [{rows}]: an adapter's number for "
-                f"every row, {len(names)} for none"
+                f"choice: {choice.kind.value} of shape {choice.shape}, wanted i32 [{rows}]; give every row an "
+                f"adapter's number, {len(names)} for none"
             )
         return choice
     if len(choice) != rows:
-        raise RefusedInput(f"choice: {len(choice)} names for {rows} rows of x, wanted one for each, None for none")
+        raise RefusedInput(f"choice: {len(choice)} names for {rows} rows of x, wanted one for each; give None for none")
     numbers = {name: number for number, name in enumerate(names)} | {None: len(names)}
     unknown = [name for name in choice if name not in numbers]
     if unknown:

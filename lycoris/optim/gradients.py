@@ -53,7 +53,10 @@ def _gradients(operation: str, parameters: Sequence[Tensor]) -> list[Tensor]:
         raise RefusedInput(f"{operation}: no parameter has a gradient; call backward() first")
     for gradient in found:
         if gradient.kind is not F32 or not gradient.contiguous_ or not gradient.aligned:
-            raise RefusedInput(f"{operation}: a gradient of {gradient.kind.value}, wanted contiguous f32")
+            raise RefusedInput(
+                f"{operation}: a gradient of {gradient.kind.value} and strides {gradient.strides}, wanted contiguous, "
+                "aligned f32; let backward() make it"
+            )
     return found
 
 
@@ -88,7 +91,9 @@ def raw_statistics(tensors: Sequence[Tensor]) -> Tensor:
     device = same_device("statistics", tensors)
     kinds = {tensor.kind for tensor in tensors}
     if len(kinds) != 1:
-        raise RefusedInput(f"statistics: tensors of {', '.join(k.value for k in kinds)}, wanted one kind")
+        raise RefusedInput(
+            f"statistics: tensors of {', '.join(k.value for k in kinds)}, wanted one kind; call it for each kind"
+        )
     descriptor = StatisticsDescriptor(kinds.pop(), tuple(tensor.size for tensor in tensors))
     tables = _tables(device, descriptor.counts)
     out = empty((len(tensors) + 1, 4), F32, device)
@@ -120,7 +125,7 @@ def clip_by_norm(parameters: Sequence[Tensor], limit: float) -> Tensor:
     The gradients are left as they are: the step multiplies by it, without a pass of its own, or is skipped.
     """
     if limit <= 0:
-        raise RefusedInput(f"clip_by_norm: limit {limit}, wanted a positive number")
+        raise RefusedInput(f"clip_by_norm: limit {limit}, wanted a positive number; give another")
     found = raw_statistics(_gradients("clip_by_norm", parameters))
     with autograd.no_grad():
         return pointwise.apply(_CLIP, (found[-1, 0],), (float(limit),))
@@ -157,7 +162,7 @@ def _adjust(
 def clip_by_value(parameters: Sequence[Tensor], limit: float) -> None:
     """Every element of every gradient becomes the nearest number in [-limit, limit]; NaN stays."""
     if limit < 0:
-        raise RefusedInput(f"clip_by_value: limit {limit}, wanted 0 or more")
+        raise RefusedInput(f"clip_by_value: limit {limit}, wanted 0 or more; give another")
     _adjust("clip_by_value", parameters, limit=limit)
 
 
@@ -186,5 +191,5 @@ def normalize(parameters: Sequence[Tensor], eps: float = 1e-6) -> None:
 def add_noise(parameters: Sequence[Tensor], deviation: float, *, seed: int, step: int) -> None:
     """Normal noise of a deviation added to every gradient: the same for the same seed and step."""
     if deviation < 0:
-        raise RefusedInput(f"add_noise: deviation {deviation}, wanted 0 or more")
+        raise RefusedInput(f"add_noise: deviation {deviation}, wanted 0 or more; give another")
     _adjust("add_noise", parameters, deviation=deviation, seed=seed, step=step)

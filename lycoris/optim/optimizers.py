@@ -54,9 +54,11 @@ class Options:
 
     def __post_init__(self) -> None:
         if not 0 <= self.rate < float("inf") or self.decay < 0 or self.eps < 0:
-            raise RefusedInput(f"optimizer: {self}, wanted rate, decay and eps of 0 or more")
+            raise RefusedInput(f"optimizer: {self}, wanted rate, decay and eps of 0 or more; give others")
         if not all(0 <= beta < 1 for beta in (*self.betas, self.momentum)):
-            raise RefusedInput(f"optimizer: {self}, wanted betas and momentum of 0 up to, not including, 1")
+            raise RefusedInput(
+                f"optimizer: {self}, wanted betas and momentum of 0 up to, not including, 1; give others"
+            )
 
     def numbers(self, rule: Rule, factor: float, step: int) -> Numbers:
         """What the kernel reads at a step, from 1."""
@@ -121,7 +123,7 @@ class Optimizer:
             self.groups.append(_options(common | own))
             self._states += [self._state(parameter, number) for parameter in group["parameters"]]
         if not self._states:
-            raise RefusedInput("optimizer: no parameters given, wanted one or more")
+            raise RefusedInput("optimizer: no parameters given, wanted one or more; pass what is trained")
         if len({id(state.parameter) for state in self._states}) != len(self._states):
             raise RefusedInput("optimizer: a parameter is given twice; put it into one group")
         self.device = same_device("optimizer", self.parameters)
@@ -138,7 +140,10 @@ class Optimizer:
         if not parameter.requires_grad or not parameter.is_leaf:
             raise RefusedInput("optimizer: a tensor that is no leaf with requires_grad; pass the parameters themselves")
         if not parameter.is_contiguous or not parameter.aligned:
-            raise RefusedInput(f"optimizer: a parameter of strides {parameter.strides}, wanted it contiguous, aligned")
+            raise RefusedInput(
+                f"optimizer: a parameter of strides {parameter.strides}, wanted it contiguous, aligned; "
+                "make it by clone()"
+            )
         shape, device = parameter.shape, parameter.device
         second = zeros(shape, F32, device) if self.rule.moments == 2 else None
         narrow = parameter.kind is not F32 and not (self.stochastic and parameter.kind is ElementKind.BF16)
@@ -223,7 +228,10 @@ class Optimizer:
         for name, tensor in wanted.items():
             if given[name].shape != tensor.shape or given[name].dtype != np.float32:
                 found = f"{given[name].dtype} {given[name].shape}"
-                raise RefusedInput(f"optimizer state: {name} is {found}, wanted float32 {tensor.shape}")
+                raise RefusedInput(
+                    f"optimizer state: {name} is {found}, wanted float32 {tensor.shape}; "
+                    "load it into the optimizer that it was saved from"
+                )
         for name, tensor in wanted.items():
             tensor.copy_(from_numpy(given[name], self.device))
         self.steps = int(arrays["steps"])
@@ -233,7 +241,9 @@ def _options(given: Mapping[str, Any]) -> Options:
     known = {field.name for field in fields(Options)}
     for name in given:
         if name not in known:
-            raise RefusedInput(f"optimizer: no option {name!r}, wanted one of {', '.join(sorted(known))}")
+            raise RefusedInput(
+                f"optimizer: no option {name!r}, wanted one of {', '.join(sorted(known))}; correct the name"
+            )
     return Options(**given)
 
 
@@ -241,7 +251,7 @@ def _check_gradient(parameter: Tensor) -> None:
     gradient = parameter.grad
     if gradient.shape != parameter.shape or gradient.kind is not F32:
         found = f"{gradient.kind.value} {gradient.shape}"
-        raise RefusedInput(f"optimizer: a gradient of {found}, wanted f32 {parameter.shape}")
+        raise RefusedInput(f"optimizer: a gradient of {found}, wanted f32 {parameter.shape}; let backward() make it")
     if not gradient.contiguous_ or not gradient.aligned:
         parameter.grad = converted(gradient, F32)
 
@@ -249,7 +259,9 @@ def _check_gradient(parameter: Tensor) -> None:
 def flat_number(x: Tensor) -> Tensor:
     """A tensor of one element without axes."""
     if x.size != 1 or x.kind is not F32:
-        raise RefusedInput(f"optimizer: a scale of {x.kind.value} {x.shape}, wanted one f32 number")
+        raise RefusedInput(
+            f"optimizer: a scale of {x.kind.value} {x.shape}, wanted one f32 number; give what clip_by_norm gives"
+        )
     return x if not x.shape else x.detach().reshape(())
 
 

@@ -38,7 +38,7 @@ def warmup(schedule: Schedule, steps: int) -> Schedule:
 
 def _positive(name: str, steps: int) -> None:
     if steps < 1:
-        raise RefusedInput(f"{name}: {steps} steps, wanted 1 or more")
+        raise RefusedInput(f"{name}: {steps} steps, wanted 1 or more; give another number")
 
 
 SCHEDULES: dict[str, Callable[..., Schedule]] = {"constant": constant, "linear": linear, "cosine": cosine}

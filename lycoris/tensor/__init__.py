@@ -13,7 +13,7 @@
 | `launch` | plans on tensors, without gradients |
 | `autograd` | the graph, `backward`, `grad`, `no_grad`, `checkpoint` |
 | `pointwise`, `reductions`, `views`, `indexing`, `rows` | operations, each with its gradient |
-| `products`, `low_rank`, `adapted`, `mixing`, `convolution`, `losses` | likewise |
+| `products`, `low_rank`, `adapted`, `decomposed`, `mixing`, `convolution`, `losses` | likewise |
 | `creation`, `exchange` | constants, random numbers; NumPy, DLPack, CUDA array interface |
 | `methods` | which of them are methods and operators |
 
@@ -38,6 +38,7 @@ from lycoris.tensor.creation import (
     randn,
     zeros,
 )
+from lycoris.tensor.decomposed import decomposed_linear
 from lycoris.tensor.exchange import from_cuda_array, from_dlpack
 from lycoris.tensor.indexing import embedding, gather, index_select
 from lycoris.tensor.launch import empty
@@ -70,6 +71,7 @@ __all__ = [
     "clamp",
     "cross_entropy",
     "cross_entropy_loss",
+    "decomposed_linear",
     "default_generator",
     "dropout",
     "embedding",

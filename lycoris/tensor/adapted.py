@@ -42,7 +42,8 @@ def hadamard_linear(
     wanted = ((weight.shape[0], rank), (rank, weight.shape[1])) * 2
     if tuple(factor.shape for factor in factors) != wanted:
         raise RefusedInput(
-            f"hadamard_linear: factors {[factor.shape for factor in factors]}, wanted a1, b1, a2, b2 {list(wanted)}"
+            f"hadamard_linear: factors {[factor.shape for factor in factors]}, wanted a1, b1, a2, b2 {list(wanted)}; "
+            "give the factors of this weight"
         )
     _refuse_mixed("hadamard_linear", (x, weight, *factors))
     rows, matrix = matrix_of(x, weight.shape[1]), weight.detach()
@@ -92,7 +93,7 @@ def kronecker_linear(
     if (a * c, b * d) != weight.shape or len(seconds) > 2 or (len(seconds) == 2 and shapes[0][1] != shapes[1][0]):
         raise RefusedInput(
             f"kronecker_linear: w1 {w1.shape} and w2 {' @ '.join(map(str, shapes))} for a weight {weight.shape}, "
-            "wanted extents whose products are the weight's"
+            "wanted extents whose products are the weight's; give the factors of this weight"
         )
     _refuse_mixed("kronecker_linear", (x, weight, w1, *seconds))
     kind = x.kind

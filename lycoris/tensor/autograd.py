@@ -176,11 +176,15 @@ def _seeds(operation: str, tensors: Sequence[Tensor], gradients: Sequence[Tensor
         if gradient is None:
             if tensor.size != 1:
                 raise RefusedInput(
-                    f"{operation}: a tensor of shape {tensor.shape} needs a gradient, or reduce it first"
+                    f"{operation}: a tensor of shape {tensor.shape} without its gradient, wanted one element; "
+                    "give it, or reduce it first"
                 )
             gradient = tensor.detach().full_like(1)
         elif gradient.shape != tensor.shape:
-            raise RefusedInput(f"{operation}: gradient of shape {gradient.shape}, wanted the tensor's, {tensor.shape}")
+            raise RefusedInput(
+                f"{operation}: gradient of shape {gradient.shape}, wanted the tensor's, {tensor.shape}; "
+                "give one of that shape"
+            )
         made.append((edge(tensor), gradient))
     return made
 
@@ -299,7 +303,10 @@ def _replaced(node: Node, gradient: Tensor, returned: Tensor | None) -> Tensor:
     if returned is None:
         return gradient
     if returned.shape != node.shape:
-        raise RefusedInput(f"a hook of {node.name} gave a gradient of shape {returned.shape}, wanted {node.shape}")
+        raise RefusedInput(
+            f"a hook of {node.name} gave a gradient of shape {returned.shape}, wanted {node.shape}; "
+            "return that, or None"
+        )
     return returned.detach().to(node.kind)
 
 

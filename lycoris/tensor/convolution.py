@@ -98,7 +98,9 @@ def geometry_of(x: Sequence[int], weight: Sequence[int], window: Window) -> Conv
         (n,) * axes if isinstance(n, int) else tuple(n) for n in (window.stride, window.padding, window.dilation)
     ]
     if any(len(n) != axes for n in numbers):
-        raise RefusedInput(f"conv: {window}, wanted one number or {axes} for each of stride, padding and dilation")
+        raise RefusedInput(
+            f"conv: {window}, wanted one number or {axes} for each of stride, padding and dilation; give those"
+        )
     return Convolution(x[0], tuple(x[1:-1]), x[-1], weight[0], tuple(weight[2:]), *numbers, window.groups)
 
 

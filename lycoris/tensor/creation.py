@@ -163,7 +163,7 @@ def dropout(x: Tensor, p: float = 0.5, *, seed: int | None = None, generator: Ge
     The way back draws the same numbers again; no mask is kept. Raises RefusedInput unless 0 <= p < 1.
     """
     if not 0 <= p < 1:
-        raise RefusedInput(f"dropout: p is {p}, wanted 0 up to, not including, 1")
+        raise RefusedInput(f"dropout: p is {p}, wanted 0 up to, not including, 1; give a probability there")
     stream = _stream(seed, generator)
     out = _dropped(x.detach(), p, stream, x.kind)
     if not autograd.wanted((x,)):

@@ -167,7 +167,10 @@ def from_dlpack(x: Any, device: Device | None = None) -> Tensor:
     t = managed.contents.dl_tensor
     kind = _KINDS.get((t.code, t.bits))
     if kind is None or t.lanes != 1:
-        raise RefusedInput(f"from_dlpack: elements of type code {t.code}, {t.bits} bits; wanted one of {list(_KINDS)}")
+        raise RefusedInput(
+            f"from_dlpack: elements of type code {t.code}, {t.bits} bits, {t.lanes} lanes, wanted 1 of {list(_KINDS)}; "
+            "convert them first"
+        )
     _set_name(capsule, _USED)
     shape = tuple(t.shape[i] for i in range(t.ndim))
     strides = tuple(t.strides[i] for i in range(t.ndim)) if t.strides else contiguous_strides(shape)
@@ -204,10 +207,15 @@ def from_cuda_array(x: Any, device: Device | None = None) -> Tensor:
     dtype = np.dtype(given["typestr"])
     kind = {k.values: k for k in _TYPES}.get(dtype)
     if kind is None:
-        raise RefusedInput(f"from_cuda_array: elements of {dtype}, wanted one of {[str(k.values) for k in _TYPES]}")
+        raise RefusedInput(
+            f"from_cuda_array: elements of {dtype}, wanted one of {[str(k.values) for k in _TYPES]}; convert them first"
+        )
     shape, steps = tuple(given["shape"]), given.get("strides")
     if steps is not None and any(step % kind.itemsize for step in steps):
-        raise RefusedInput(f"from_cuda_array: strides of {steps} bytes for elements of {kind.itemsize}")
+        raise RefusedInput(
+            f"from_cuda_array: strides of {steps} bytes, wanted multiples of an element's {kind.itemsize}; "
+            "copy the array first"
+        )
     strides = contiguous_strides(shape) if steps is None else tuple(step // kind.itemsize for step in steps)
     if given.get("stream"):
         from cuda.core import Stream

@@ -17,7 +17,9 @@ from plans.movement import TakeArgs, TakeBackwardDescriptor, TakeBackwardPlan, T
 def index_select(x: Tensor, axis: int, index: Tensor) -> Tensor:
     """The elements ``index`` (one axis, i32 or i64) of an axis; NaN, or -1, where an index is outside."""
     if index.ndim != 1:
-        raise RefusedInput(f"index_select: an index of shape {index.shape}, wanted one axis")
+        raise RefusedInput(
+            f"index_select: an index of shape {index.shape}, wanted one axis; use reshape(-1), or gather"
+        )
     (at,) = normal_axes("index_select", x.ndim, axis)
     return _take("index_select", x, at, index, (*x.shape[:at], index.size, *x.shape[at + 1 :]), False)
 
@@ -26,21 +28,24 @@ def gather(x: Tensor, axis: int, index: Tensor) -> Tensor:
     """out[..., j, ...] = x[..., index[..., j, ...], ...] along an axis; other extents are x's."""
     (at,) = normal_axes("gather", x.ndim, axis)
     if index.ndim != x.ndim or index.shape[:at] + index.shape[at + 1 :] != x.shape[:at] + x.shape[at + 1 :]:
-        raise RefusedInput(f"gather: an index of shape {index.shape} along axis {axis} of {x.shape}")
+        raise RefusedInput(
+            f"gather: an index of shape {index.shape} along axis {axis} of {x.shape}, wanted x's other extents; "
+            "expand it first"
+        )
     return _take("gather", x, at, index, index.shape, True)
 
 
 def embedding(index: Tensor, table: Tensor) -> Tensor:
     """The rows of a table [n, width] at an index of any shape: [*index.shape, width]."""
     if table.ndim != 2:
-        raise RefusedInput(f"embedding: a table of shape {table.shape}, wanted a matrix")
+        raise RefusedInput(f"embedding: a table of shape {table.shape}, wanted a matrix; reshape it first")
     flat = views.reshape(index, -1) if index.size else views.reshape(index, 0)
     return views.reshape(index_select(table, 0, flat), *index.shape, table.shape[1])
 
 
 def _take(name: str, x: Tensor, at: int, index: Tensor, shape: Shape, elementwise: bool) -> Tensor:
     if index.kind not in (ElementKind.I32, ElementKind.I64):
-        raise RefusedInput(f"{name}: an index of {index.kind.value}, wanted i32 or i64")
+        raise RefusedInput(f"{name}: an index of {index.kind.value}, wanted i32 or i64; make it of whole numbers")
     device = same_device(name, (x, index))
     source, place = compact(x.detach()), compact(index)
     outer, n, inner = math.prod(x.shape[:at]), x.shape[at], math.prod(x.shape[at + 1 :])

@@ -26,7 +26,7 @@ def empty(shape: Sequence[int], kind: ElementKind = F32, device: Device | None =
     """Memory with undefined contents, from the stream-ordered pool of ``device`` or the first there is."""
     shape = tuple(shape)
     if min(shape, default=0) < 0:
-        raise RefusedInput(f"empty: shape {shape}, wanted no negative extent")
+        raise RefusedInput(f"empty: shape {shape}, wanted no negative extent; give 0 or more elements an axis")
     device = device or Device.open("auto")
     return Tensor(Storage(device.allocate(math.prod(shape) * kind.itemsize, stream_of(device))), shape, kind)
 
@@ -86,7 +86,10 @@ def broadcast_shape(operation: str, shapes: Sequence[Shape]) -> Shape:
     for extents in zip(*padded, strict=True):
         others = {extent for extent in extents if extent != 1}
         if len(others) > 1:
-            raise RefusedInput(f"{operation}: shapes {' and '.join(map(str, shapes))} do not broadcast")
+            raise RefusedInput(
+                f"{operation}: shapes {' and '.join(map(str, shapes))} do not broadcast, wanted equal extents or 1; "
+                "reshape one of them"
+            )
         found.append(others.pop() if others else 1)
     return tuple(found)
 

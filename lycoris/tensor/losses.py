@@ -44,10 +44,13 @@ def _pairwise(name: str, x: Tensor, target: Tensor, options: tuple[float, ...] =
     """The mean of a loss over all elements, in one pass; the gradients are one kernel each."""
     if x.shape != target.shape or x.kind not in FLOATS or target.kind not in FLOATS:
         raise RefusedInput(
-            f"{name}: {x.kind.value} {x.shape} and {target.kind.value} {target.shape}, wanted floats of one shape"
+            f"{name}: {x.kind.value} {x.shape} and {target.kind.value} {target.shape}, wanted floats of one shape; "
+            "reshape or convert one of them"
         )
     if not x.size:
-        raise RefusedInput(f"{name}: a tensor of shape {x.shape} has no element, so there is no mean")
+        raise RefusedInput(
+            f"{name}: a tensor of shape {x.shape} has no element, so there is no mean; skip what is empty"
+        )
     same_device(name, (x, target))
     expr, scale = _formula(name, options), 1 / x.size
     pair = (compact(x.detach()), compact(target.detach()))
@@ -91,14 +94,17 @@ def linear_cross_entropy(
     products.check_linear("linear_cross_entropy", x, weight, bias)
     if target.shape != x.shape[:-1] or chunk < 1:
         raise RefusedInput(
-            f"linear_cross_entropy: target {target.shape} and chunk {chunk}, wanted {x.shape[:-1]} and 1 up"
+            f"linear_cross_entropy: target {target.shape} and chunk {chunk}, wanted {x.shape[:-1]} and 1 up; "
+            "give each row a class"
         )
     inputs = (x, weight) if bias is None else (x, weight, bias)
     same_device("linear_cross_entropy", (*inputs, target))
     matrix, classes = products.matrix_of(x, weight.shape[1]), compact(target.detach())
     classes = views.reshape(classes, matrix.shape[0])
     if not matrix.shape[0]:
-        raise RefusedInput(f"linear_cross_entropy: x of shape {x.shape} has no row, so there is no mean")
+        raise RefusedInput(
+            f"linear_cross_entropy: x of shape {x.shape} has no row, so there is no mean; skip what is empty"
+        )
     tracked = autograd.wanted(inputs)
     found = _Chunks(
         matrix, weight.detach(), None if bias is None else bias.detach(), [t.requires_grad and tracked for t in inputs]

@@ -49,7 +49,7 @@ def low_rank_linear(
     if down.shape != (rank, weight.shape[1]) or up.shape != (weight.shape[0], rank):
         raise RefusedInput(
             f"low_rank_linear: down {down.shape} and up {up.shape}, wanted [rank, {weight.shape[1]}] and "
-            f"[{weight.shape[0]}, rank]"
+            f"[{weight.shape[0]}, rank]; give the factors of this weight"
         )
     inputs = (x, weight, down, up) if bias is None else (x, weight, down, up, bias)
     same_device("low_rank_linear", inputs)
@@ -63,7 +63,7 @@ def low_rank_linear(
         pairs = ((rows, flipped(matrix)), (t, flipped(high)))
         out = sum_of_products(pairs, (1.0, scale), kind, own)
     else:
-        out = _with_term(rows, flipped(matrix), low, high, scale, kind, own)
+        out = with_term(rows, flipped(matrix), low, high, scale, kind, own)
     out = shaped(out, shape)
     if not recorded:
         return out
@@ -75,7 +75,7 @@ def low_rank_linear(
         if edges[0] and trained and rank % _UNIT == 0:
             d_x = sum_of_products(((g, matrix), (u, low)), (1.0, scale), edges[0].kind)
         elif edges[0]:
-            d_x = _with_term(g, matrix, flipped(high), flipped(low), scale, edges[0].kind, None)
+            d_x = with_term(g, matrix, flipped(high), flipped(low), scale, edges[0].kind, None)
         d_weight = product(flipped(g), rows, edges[1].kind) if edges[1] else None
         factors = edges[2] or edges[3]
         pairs = ((u, rows) if edges[2] else None, (g, t) if edges[3] else None)
@@ -86,7 +86,7 @@ def low_rank_linear(
     return autograd.record("low_rank_linear", out, inputs, (rows, matrix, low, high), pull)
 
 
-def _with_term(
+def with_term(
     a: Tensor, b: Tensor, down: Tensor, up: Tensor, scale: float, kind: ElementKind, bias: Tensor | None
 ) -> Tensor:
     """The sum a @ b + scale * (a @ down.T) @ up.T (+ bias), in which a @ down.T is no tensor."""

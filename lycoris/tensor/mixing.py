@@ -19,7 +19,9 @@ def mix_blocks(x: Tensor, w: Tensor) -> Tensor:
     Raises RefusedInput where w's columns do not divide x's last axis.
     """
     if w.ndim != 2 or not x.shape or w.shape[1] == 0 or x.shape[-1] % w.shape[1]:
-        raise RefusedInput(f"mix_blocks: x {x.shape} and w {w.shape}, wanted [..., m * e] and [l, m]")
+        raise RefusedInput(
+            f"mix_blocks: x {x.shape} and w {w.shape}, wanted [..., m * e] and [l, m]; reshape one of them"
+        )
     same_device("mix_blocks", (x, w))
     width, rows = x.shape[-1] // w.shape[1], x.size // max(1, x.shape[-1])
     flat, matrix = shaped(_ready(x), (rows, x.shape[-1])), _ready(w)

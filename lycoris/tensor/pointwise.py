@@ -41,7 +41,9 @@ def result_kind(operation: str, tensors: Sequence[Tensor]) -> ElementKind:
     """The kind of a result: the operands', or f32 where they differ. Raises RefusedInput for integers."""
     for tensor in tensors:
         if tensor.kind not in FLOATS:
-            raise RefusedInput(f"{operation}: a tensor of {tensor.kind.value}, wanted bf16, f16 or f32")
+            raise RefusedInput(
+                f"{operation}: a tensor of {tensor.kind.value}, wanted bf16, f16 or f32; convert it first"
+            )
     kinds = {tensor.kind for tensor in tensors}
     return kinds.pop() if len(kinds) == 1 else ElementKind.F32
 
@@ -233,11 +235,17 @@ def in_place(name: str, x: Tensor, *operands: Tensor | Scalar) -> Tensor:
     x's shape.
     """
     if x.requires_grad and autograd.is_grad_enabled():
-        raise RefusedInput(f"{name}_: a tensor that requires a gradient is changed in place within no_grad() only")
+        raise RefusedInput(
+            f"{name}_: a tensor that requires a gradient is changed in place within no_grad() only; "
+            "enter it, or make a new tensor"
+        )
     tensors = [x, *(part for part in operands if isinstance(part, Tensor))]
     scalars = [float(part) for part in operands if not isinstance(part, Tensor)]
     if broadcast_shape(name, [tensor.shape for tensor in tensors]) != x.shape:
-        raise RefusedInput(f"{name}_: an operand of shape {tensors[1].shape} does not broadcast to {x.shape}")
+        raise RefusedInput(
+            f"{name}_: an operand of shape {tensors[1].shape} does not broadcast to {x.shape}; "
+            "make a new tensor, or reshape it"
+        )
     expr = leaf(len(tensors) + len(scalars) - 1) if name == "copy" else _symbolic(name, 1 + len(operands))
     compute((expr,), tensors, scalars, x)
     changed(x)

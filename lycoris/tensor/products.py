@@ -145,14 +145,17 @@ def matmul(a: Tensor, b: Tensor, scale: float = 1.0) -> Tensor:
     Raises RefusedInput where extents differ.
     """
     if not a.shape or not b.shape:
-        raise RefusedInput(f"matmul: shapes {a.shape} and {b.shape}, wanted an axis or more each")
+        raise RefusedInput(
+            f"matmul: shapes {a.shape} and {b.shape}, wanted an axis or more each; use mul for single numbers"
+        )
     if a.ndim == 1:
         return views.squeeze(matmul(views.unsqueeze(a, 0), b, scale), -2 if b.ndim > 1 else 0)
     if b.ndim == 1:
         return views.squeeze(matmul(a, views.unsqueeze(b, 1), scale), -1)
     if a.shape[-1] != b.shape[-2]:
         raise RefusedInput(
-            f"matmul: {a.shape} @ {b.shape}, wanted the first one's last extent, {a.shape[-1]}, before last"
+            f"matmul: {a.shape} @ {b.shape}, wanted the first one's last extent, {a.shape[-1]}, as the "
+            "second one's last but one; transpose or reshape one"
         )
     if b.ndim == 2:
         out = _product_op("matmul", views.reshape(a, _rows(a), a.shape[-1]) if a.ndim != 2 else a, b, scale)
@@ -173,7 +176,9 @@ def _rows(x: Tensor) -> int:
 def bmm(a: Tensor, b: Tensor, scale: float = 1.0) -> Tensor:
     """Products of a batch, times a number: [batch, m, k] @ [batch, k, n]."""
     if a.ndim != 3 or b.ndim != 3 or a.shape[0] != b.shape[0] or a.shape[2] != b.shape[1]:
-        raise RefusedInput(f"bmm: {a.shape} @ {b.shape}, wanted [batch, m, k] and [batch, k, n]")
+        raise RefusedInput(
+            f"bmm: {a.shape} @ {b.shape}, wanted [batch, m, k] and [batch, k, n]; use matmul to broadcast"
+        )
     return _product_op("bmm", a, b, scale)
 
 
@@ -201,9 +206,11 @@ def matrix_of(x: Tensor, columns: int) -> Tensor:
 def check_linear(name: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> Shape:
     """The result's shape. Raises RefusedInput where operands of a linear layer do not fit."""
     if weight.ndim != 2 or not x.shape or x.shape[-1] != weight.shape[1]:
-        raise RefusedInput(f"{name}: x {x.shape} and weight {weight.shape}, wanted [..., in] and [out, in]")
+        raise RefusedInput(
+            f"{name}: x {x.shape} and weight {weight.shape}, wanted [..., in] and [out, in]; transpose or reshape one"
+        )
     if bias is not None and bias.shape != weight.shape[:1]:
-        raise RefusedInput(f"{name}: bias {bias.shape}, wanted {weight.shape[:1]}")
+        raise RefusedInput(f"{name}: bias {bias.shape}, wanted {weight.shape[:1]}; give the layer's own")
     return (*x.shape[:-1], weight.shape[0])
 
 

@@ -22,7 +22,9 @@ def normal_axes(operation: str, ndim: int, axes: Axes) -> tuple[int, ...]:
         return tuple(range(ndim))
     given = (axes,) if isinstance(axes, int) else tuple(axes)
     if any(not -ndim <= axis < ndim for axis in given) or len({axis % (ndim or 1) for axis in given}) != len(given):
-        raise RefusedInput(f"{operation}: axes {given} of {ndim}, wanted -{ndim} to {ndim - 1}, each once")
+        raise RefusedInput(
+            f"{operation}: axes {given} of {ndim}, wanted -{ndim} to {ndim - 1}, each once; leave the others out"
+        )
     return tuple(sorted(axis % ndim for axis in given))
 
 
@@ -72,7 +74,10 @@ def min(x: Tensor, axes: Axes = None, keepdim: bool = False) -> Tensor:
 def _extremum(name: str, reduction: Reduction, x: Tensor, axes: Axes, keepdim: bool) -> Tensor:
     chosen = normal_axes(name, x.ndim, axes)
     if any(x.shape[axis] == 0 for axis in chosen):
-        raise RefusedInput(f"{name}: a tensor of shape {x.shape} has no element along axes {chosen}")
+        raise RefusedInput(
+            f"{name}: a tensor of shape {x.shape} has no element along axes {chosen}, wanted one or more; "
+            "skip what is empty"
+        )
     pointwise.result_kind(name, (x,))
     out = reduce(reduction, ITSELF, (compact(x.detach()),), chosen, reduced_shape(x.shape, chosen, keepdim), x.kind)
     if not autograd.wanted((x,)):

@@ -23,7 +23,7 @@ def launch(
     """A recipe over the last axis of contiguous tensors; results by row have fp32 and the other axes. No gradients."""
     first = sources[0]
     if not first.shape:
-        raise RefusedInput(f"{recipe.name}: a tensor without axes, wanted one or more")
+        raise RefusedInput(f"{recipe.name}: a tensor without axes, wanted one or more; call unsqueeze() first")
     device = same_device(recipe.name, sources)
     rows, n = math.prod(first.shape[:-1]), first.shape[-1]
     row_kinds = (F32,) * len(recipe.row_outputs)
@@ -88,7 +88,10 @@ def group_norm(
 ) -> Tensor:
     """Layer normalisation of each group of channels of [N, C, *space], times ``weight`` [C], plus ``bias`` [C]."""
     if x.ndim < 2 or groups < 1 or x.shape[1] % groups:
-        raise RefusedInput(f"group_norm: {groups} groups of shape {x.shape}, wanted a divisor of the channels")
+        raise RefusedInput(
+            f"group_norm: {groups} groups of shape {x.shape}, wanted a divisor of the channels; "
+            "give another number of groups"
+        )
     n, channels, *space = x.shape
     y = layer_norm(views.reshape(x, n, groups, -1 if x.size else 0), eps=eps)
     y = views.reshape(y, x.shape)
@@ -104,7 +107,9 @@ def _norm(x: Tensor, affine: tuple[Tensor, ...], forward: Recipe, backward: Reci
     pointwise.result_kind(forward.name, (x, *affine))
     for name, column in zip(forward.columns, affine, strict=True):
         if column.shape != x.shape[-1:]:
-            raise RefusedInput(f"{forward.name}: {name} has shape {column.shape}, wanted {x.shape[-1:]}")
+            raise RefusedInput(
+                f"{forward.name}: {name} has shape {column.shape}, wanted {x.shape[-1:]}; give the layer's own"
+            )
     source = compact(x.detach())
     columns = [compact(column.detach()) for column in affine]
     y, *statistics = launch(forward, (source, *columns), (x.kind,), (eps,))
@@ -155,9 +160,13 @@ def cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
     ``target`` holds classes as i32 or i64, or whole numbers. Raises RefusedInput for other shapes.
     """
     if target.shape != logits.shape[:-1]:
-        raise RefusedInput(f"cross_entropy: target of shape {target.shape}, wanted {logits.shape[:-1]}")
+        raise RefusedInput(
+            f"cross_entropy: target of shape {target.shape}, wanted {logits.shape[:-1]}; give each row a class"
+        )
     if logits.kind not in FLOATS:
-        raise RefusedInput(f"cross_entropy: logits of {logits.kind.value}, wanted bf16, f16 or f32")
+        raise RefusedInput(
+            f"cross_entropy: logits of {logits.kind.value}, wanted bf16, f16 or f32; convert them first"
+        )
     source, classes = compact(logits.detach()), compact(target.detach())
     losses, lse = launch(loss.CROSS_ENTROPY, (source, classes), ())
     if not autograd.wanted((logits,)):

@@ -145,7 +145,10 @@ class Tensor:
     def item(self) -> float | int:
         """The only element. Raises RefusedInput where there are others."""
         if self.size != 1:
-            raise RefusedInput(f"item: a tensor of shape {self.shape} has {self.size} elements, wanted one")
+            raise RefusedInput(
+                f"item: a tensor of shape {self.shape} has {self.size} elements, wanted one; "
+                "use numpy(), or reduce it first"
+            )
         return self.numpy().reshape(()).astype(np.float64 if self.kind in FLOATS else np.int64).item()
 
     def array(self) -> DeviceArray:
@@ -156,7 +159,7 @@ class Tensor:
 
     def __len__(self) -> int:
         if not self.shape:
-            raise RefusedInput("len: a tensor without axes has no length")
+            raise RefusedInput("len: a tensor without axes has no length; use item()")
         return self.shape[0]
 
     def __float__(self) -> float:

@@ -39,7 +39,10 @@ def _extents(x: Tensor, shape: Sequence[int] | tuple[Sequence[int]]) -> Shape:
         if rest and x.size % rest == 0:
             given = tuple(x.size // rest if extent == -1 else extent for extent in given)
     if math.prod(given) != x.size or min(given, default=0) < 0:
-        raise RefusedInput(f"reshape: a tensor of shape {x.shape} holds {x.size} elements, {given} was asked for")
+        raise RefusedInput(
+            f"reshape: a tensor of shape {x.shape} holds {x.size} elements, {given} was asked for; "
+            "give extents of that product"
+        )
     return given
 
 
@@ -65,7 +68,7 @@ def permute(x: Tensor, *axes: int | Sequence[int]) -> Tensor:
     """The axes in another order."""
     given = tuple(axes[0]) if len(axes) == 1 and not isinstance(axes[0], int) else tuple(axes)
     if normal_axes("permute", x.ndim, given) != tuple(range(x.ndim)):
-        raise RefusedInput(f"permute: axes {given}, wanted all {x.ndim}, each once")
+        raise RefusedInput(f"permute: axes {given}, wanted all {x.ndim}, each once; add those that are missing")
     order = tuple(axis % x.ndim for axis in given)
     inverse = tuple(order.index(i) for i in range(x.ndim))
     shape, strides = (tuple(values[axis] for axis in order) for values in (x.shape, x.strides))
@@ -93,7 +96,9 @@ def expand(x: Tensor, *shape: int | Sequence[int]) -> Tensor:
     missing = len(given) - x.ndim
     wanted = tuple(x.shape[i - missing] if e == -1 and i >= missing else e for i, e in enumerate(given))
     if missing < 0 or broadcast_shape("expand", [x.shape, wanted]) != wanted:
-        raise RefusedInput(f"expand: shape {x.shape} does not repeat to {given}")
+        raise RefusedInput(
+            f"expand: shape {x.shape} does not repeat to {given}, wanted 1 or the same extents; reshape it first"
+        )
     before = x.shape
 
     def pull(g: Tensor, edges: Sequence[autograd.Node | None]) -> list[Tensor]:
@@ -105,7 +110,9 @@ def expand(x: Tensor, *shape: int | Sequence[int]) -> Tensor:
 def unsqueeze(x: Tensor, axis: int) -> Tensor:
     """One more axis, of extent 1."""
     if not -x.ndim - 1 <= axis <= x.ndim:
-        raise RefusedInput(f"unsqueeze: axis {axis} of {x.ndim + 1}, wanted {-x.ndim - 1} to {x.ndim}")
+        raise RefusedInput(
+            f"unsqueeze: axis {axis} of {x.ndim + 1}, wanted {-x.ndim - 1} to {x.ndim}; give one of those"
+        )
     at = axis % (x.ndim + 1)
     shape, strides = (*x.shape[:at], 1, *x.shape[at:]), (*x.strides[:at], 0, *x.strides[at:])
     return _view("unsqueeze", x, shape, strides, x.offset, lambda g, edges: [squeeze(g, at)])
@@ -115,7 +122,10 @@ def squeeze(x: Tensor, axis: int) -> Tensor:
     """One axis less, which has extent 1."""
     (at,) = normal_axes("squeeze", x.ndim, axis)
     if x.shape[at] != 1:
-        raise RefusedInput(f"squeeze: axis {axis} of shape {x.shape} has extent {x.shape[at]}, wanted 1")
+        raise RefusedInput(
+            f"squeeze: axis {axis} of shape {x.shape} has extent {x.shape[at]}, wanted 1; "
+            "give another axis, or use reshape"
+        )
     shape, strides = x.shape[:at] + x.shape[at + 1 :], x.strides[:at] + x.strides[at + 1 :]
     return _view("squeeze", x, shape, strides, x.offset, lambda g, edges: [unsqueeze(g, at)])
 
@@ -124,7 +134,10 @@ def narrow(x: Tensor, axis: int, start: int, length: int, step: int = 1) -> Tens
     """Elements start, start + step, ... of an axis, ``length`` of them; a view."""
     (at,) = normal_axes("narrow", x.ndim, axis)
     if length < 0 or step < 1 or start < 0 or (length and start + (length - 1) * step >= x.shape[at]):
-        raise RefusedInput(f"narrow: {length} from {start} in steps of {step} of an axis of {x.shape[at]}")
+        raise RefusedInput(
+            f"narrow: {length} from {start} in steps of {step} of an axis of {x.shape[at]}, wanted steps of 1 or more within; "
+            "take fewer"
+        )
     if (start, length, step) == (0, x.shape[at], 1):
         return x
     shape, strides, whole = list(x.shape), list(x.strides), (x.shape, x.strides)
@@ -141,7 +154,7 @@ def getitem(x: Tensor, index: Index | tuple[Index, ...]) -> Tensor:
     parts = index if isinstance(index, tuple) else (index,)
     used = sum_of_axes(parts)
     if used > x.ndim:
-        raise RefusedInput(f"index: {used} axes of {x.ndim}")
+        raise RefusedInput(f"index: {used} axes of {x.ndim}, wanted no more than there are; leave the others out")
     if Ellipsis in parts:
         at = parts.index(Ellipsis)
         parts = (*parts[:at], *(slice(None),) * (x.ndim - used), *parts[at + 1 :])
@@ -159,7 +172,9 @@ def getitem(x: Tensor, index: Index | tuple[Index, ...]) -> Tensor:
         elif isinstance(part, int):
             extent = x.shape[axis]
             if not -extent <= part < extent:
-                raise RefusedInput(f"index: {part} of an axis of {extent}")
+                raise RefusedInput(
+                    f"index: {part} of an axis of {extent}, wanted one within; count from 0, or back from -1"
+                )
             x = squeeze(narrow(x, axis, part % extent, 1), axis)
             continue
         else:
@@ -179,10 +194,10 @@ def split(x: Tensor, sizes: int | Sequence[int], axis: int = 0) -> list[Tensor]:
     extent = x.shape[at]
     if isinstance(sizes, int):
         if sizes < 1:
-            raise RefusedInput(f"split: parts of {sizes}, wanted 1 or more")
+            raise RefusedInput(f"split: parts of {sizes}, wanted 1 or more; give another size")
         sizes = [min(sizes, extent - start) for start in range(0, extent, sizes)]
     if sum(sizes) != extent:
-        raise RefusedInput(f"split: parts of {list(sizes)}, an axis of {extent}")
+        raise RefusedInput(f"split: parts of {list(sizes)}, an axis of {extent}, wanted that sum; change a part")
     starts = [sum(sizes[:i]) for i in range(len(sizes))]
     return [narrow(x, at, start, size) for start, size in zip(starts, sizes, strict=True)]
 
@@ -190,7 +205,7 @@ def split(x: Tensor, sizes: int | Sequence[int], axis: int = 0) -> list[Tensor]:
 def cat(tensors: Sequence[Tensor], axis: int = 0) -> Tensor:
     """Tensors one after the other along an axis; of one kind, and equal in the other extents."""
     if not tensors:
-        raise RefusedInput("cat: no tensors, wanted one or more")
+        raise RefusedInput("cat: no tensors, wanted one or more; leave the call out")
     device, first = same_device("cat", tensors), tensors[0]
     (at,) = normal_axes("cat", first.ndim, axis)
     for other in tensors[1:]:
@@ -200,7 +215,8 @@ def cat(tensors: Sequence[Tensor], axis: int = 0) -> Tensor:
         )
         if not same or other.kind is not first.kind:
             raise RefusedInput(
-                f"cat: {other.kind.value} {other.shape} along axis {axis} of {first.kind.value} {first.shape}"
+                f"cat: {other.kind.value} {other.shape} along axis {axis} of {first.kind.value} {first.shape}, wanted "
+                "one kind and the same other extents; call to() or reshape() first"
             )
     sizes = [tensor.shape[at] for tensor in tensors]
     out = empty((*first.shape[:at], sum(sizes), *first.shape[at + 1 :]), first.kind, device)
@@ -239,10 +255,14 @@ def _window(
 def pad(x: Tensor, widths: Sequence[tuple[int, int]], value: float = 0) -> Tensor:
     """``value`` before and after each axis, one pair of widths an axis; a negative width takes elements away."""
     if len(widths) != x.ndim:
-        raise RefusedInput(f"pad: {len(widths)} pairs of widths, wanted one for each of {x.ndim} axes")
+        raise RefusedInput(
+            f"pad: {len(widths)} pairs of widths, wanted one for each of {x.ndim} axes; give (0, 0) for those to keep"
+        )
     shape = tuple(extent + before + after for extent, (before, after) in zip(x.shape, widths, strict=True))
     if min(shape, default=0) < 0:
-        raise RefusedInput(f"pad: widths {list(widths)} leave {shape} of {x.shape}")
+        raise RefusedInput(
+            f"pad: widths {list(widths)} leave {shape} of {x.shape}, wanted no negative extent; take fewer away"
+        )
     return _window("pad", x, shape, tuple(-before for before, _ in widths), (1,) * x.ndim, value)
 
 
@@ -256,5 +276,5 @@ def flip(x: Tensor, axes: Axes = None) -> Tensor:
 def triu(x: Tensor, diagonal: int = 0) -> Tensor:
     """The last two axes' elements on and above a diagonal, zeros below."""
     if x.ndim < 2:
-        raise RefusedInput(f"triu: a tensor of shape {x.shape}, wanted two axes or more")
+        raise RefusedInput(f"triu: a tensor of shape {x.shape}, wanted two axes or more; call unsqueeze() first")
     return _window("triu", x, x.shape, (0,) * x.ndim, (1,) * x.ndim, 0, diagonal)

@@ -60,17 +60,19 @@ class BlockMixGradientDescriptor:
         if min(self.rows, self.out_blocks, self.in_blocks, self.width) < 0:
             raise InvalidProblem(
                 f"block mix gradient: {self.rows} rows, {self.out_blocks} x {self.in_blocks} blocks of {self.width}: "
-                "wanted none negative"
+                "wanted none negative; give the tensors' own extents"
             )
         for name, stride, blocks in (("g", self.g_stride, self.out_blocks), ("x", self.x_stride, self.in_blocks)):
             if stride and stride < blocks * self.width:
                 raise InvalidProblem(
                     f"block mix gradient: {name} has row stride {stride}, wanted at least its {blocks * self.width} "
-                    "elements"
+                    "elements; give 0 where it is contiguous"
                 )
         for name, kind in (("g and x", self.element), ("d_w", self.out)):
             if kind not in _FLOATS:
-                raise InvalidProblem(f"block mix gradient: {name} of {kind.value}, wanted bf16, f16 or f32")
+                raise InvalidProblem(
+                    f"block mix gradient: {name} of {kind.value}, wanted bf16, f16 or f32; cast it first"
+                )
 
     def operands(self) -> tuple[Operand, ...]:
         """``d_w``, ``g``, ``x``."""

@@ -68,16 +68,21 @@ class HadamardGradientDescriptor:
     def __post_init__(self) -> None:
         extents = (self.rows, self.out_features, self.in_features, self.rank)
         if min(extents) < 0:
-            raise InvalidProblem(f"Hadamard gradient: rows, out, in, rank {extents}: wanted none negative")
+            raise InvalidProblem(
+                f"Hadamard gradient: rows, out, in, rank {extents}: wanted none negative; give the tensors' own"
+            )
         for name, kind in (("g, x and factors", self.element), ("gradients", self.out)):
             if kind not in _FLOATS:
-                raise InvalidProblem(f"Hadamard gradient: {name} of {kind.value}, wanted bf16, f16 or f32")
+                raise InvalidProblem(f"Hadamard gradient: {name} of {kind.value}, wanted bf16, f16 or f32; cast first")
         for name, stride, least in (
             ("g", self.g_stride, self.out_features),
             ("x", self.x_stride, self.in_features),
         ):
             if stride and stride < least:
-                raise InvalidProblem(f"Hadamard gradient: {name} has stride {stride}, wanted at least {least}")
+                raise InvalidProblem(
+                    f"Hadamard gradient: {name} has stride {stride}, wanted at least {least}; "
+                    "give 0 where it is contiguous"
+                )
 
     @property
     def empty(self) -> bool:

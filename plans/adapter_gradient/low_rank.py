@@ -74,11 +74,11 @@ class LowRankGradientDescriptor:
         if min(extents) < 0 or self.parts not in (1, 2):
             raise InvalidProblem(
                 f"low-rank gradient: rows, out, in, rank {extents} in {self.parts} parts: wanted none negative, and "
-                "1 or 2 parts"
+                "1 or 2 parts; give the tensors' own"
             )
         for name, kind in (("g and x", self.element), ("gradients", self.out)):
             if kind not in _FLOATS:
-                raise InvalidProblem(f"low-rank gradient: {name} of {kind.value}, wanted bf16, f16 or f32")
+                raise InvalidProblem(f"low-rank gradient: {name} of {kind.value}, wanted bf16, f16 or f32; cast first")
         for name, stride, least in (
             ("g", self.g_stride, self.out_features),
             ("x", self.x_stride, self.in_features),
@@ -86,7 +86,10 @@ class LowRankGradientDescriptor:
             ("t", self.inner_stride, self._part * (self.parts - 1) + self.rank),
         ):
             if stride and stride < least:
-                raise InvalidProblem(f"low-rank gradient: {name} has stride {stride}, wanted at least {least}")
+                raise InvalidProblem(
+                    f"low-rank gradient: {name} has stride {stride}, wanted at least {least}; "
+                    "give 0 where it is contiguous"
+                )
 
     @property
     def _part(self) -> int:

@@ -50,11 +50,16 @@ class _Problem:
     def __post_init__(self) -> None:
         check_epilogue(self.epilogue, self.geometry.out_channels)
         if any(step.gates for step in self.epilogue):
-            raise InvalidProblem("convolution: a gate in the epilogue, wanted none: it takes a product")
+            raise InvalidProblem(
+                "convolution: a gate in the epilogue, wanted none: it takes a product; "
+                "gate the result by a pass of its own"
+            )
         for operand in self.operands():
             if operand.element not in EPILOGUE_KINDS:
                 wanted = ", ".join(kind.value for kind in EPILOGUE_KINDS)
-                raise InvalidProblem(f"convolution: {operand.name} of {operand.element.value}, wanted one of {wanted}")
+                raise InvalidProblem(
+                    f"convolution: {operand.name} of {operand.element.value}, wanted one of {wanted}; cast it first"
+                )
 
     @property
     def epilogue_name(self) -> str:
@@ -204,7 +209,10 @@ class Conv2dWeightGradientDescriptor(_Problem):
     def __post_init__(self) -> None:
         super().__post_init__()
         if any(not isinstance(step, Residual) for step in self.epilogue):
-            raise InvalidProblem("convolution: the epilogue of a weight's gradient takes residuals only")
+            found = ", ".join(type(step).__name__ for step in self.epilogue)
+            raise InvalidProblem(
+                f"convolution: an epilogue of {found}; a weight's gradient takes residuals only; leave the others out"
+            )
 
     def _tensors(self) -> tuple[Operand, ...]:
         g = self.geometry

@@ -51,23 +51,33 @@ class Convolution:
     def __post_init__(self) -> None:
         axes = len(self.extents)
         if not 1 <= axes <= 3:
-            raise InvalidProblem(f"convolution: {axes} axes, wanted one to three")
+            raise InvalidProblem(
+                f"convolution: {axes} axes, wanted one to three; give extents of the spatial axes alone"
+            )
         for name, default in (("stride", 1), ("padding", 0), ("dilation", 1)):
             object.__setattr__(self, name, getattr(self, name) or (default,) * axes)
         for name, least in (("kernel", 1), ("stride", 1), ("padding", 0), ("dilation", 1)):
             found = getattr(self, name)
             if len(found) != axes or min(found) < least:
-                raise InvalidProblem(f"convolution: {name} {found}, wanted {axes} numbers of at least {least}")
+                raise InvalidProblem(
+                    f"convolution: {name} {found}, wanted {axes} numbers of at least {least}; give one an axis"
+                )
         if min(self.batch, *self.extents, self.in_channels, self.out_channels) < 0 or self.groups < 1:
+            found = f"batch {self.batch}, extents {self.extents}, channels {self.in_channels} and {self.out_channels}"
             raise InvalidProblem(
-                "convolution: an extent is negative or there is no group, wanted 0 or more and 1 or more"
+                f"convolution: {found}, {self.groups} groups, wanted none negative and a group or more; "
+                "give the tensors' own extents"
             )
         if self.in_channels % self.groups or self.out_channels % self.groups:
             channels = f"{self.in_channels} and {self.out_channels}"
-            raise InvalidProblem(f"convolution: {channels} channels, wanted multiples of the {self.groups} groups")
+            raise InvalidProblem(
+                f"convolution: {channels} channels, wanted multiples of the {self.groups} groups; "
+                "give as many as divide both"
+            )
         if self.weight_layout not in WEIGHT_LAYOUTS:
             raise InvalidProblem(
-                f"convolution: weight layout {self.weight_layout!r}, wanted one of {', '.join(WEIGHT_LAYOUTS)}"
+                f"convolution: weight layout {self.weight_layout!r}, wanted one of {', '.join(WEIGHT_LAYOUTS)}; "
+                "convert the weight to one"
             )
 
     @functools.cached_property

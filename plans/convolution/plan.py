@@ -22,7 +22,7 @@ class _ConvolutionPlan(Plan):
         super().check(where, args)
         for number in args.numbers:
             if not abs(number) <= _LARGEST:
-                raise InvalidProblem(f"{where}: beta {number:g}, wanted a finite fp32 value")
+                raise InvalidProblem(f"{where}: beta {number:g}, wanted a finite fp32 value; give another")
 
 
 class Conv2dPlan(_ConvolutionPlan):

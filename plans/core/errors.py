@@ -44,5 +44,5 @@ class NoSku(PlanError):
 
     def __init__(self, plan: str, descriptor: object, refusals: dict[str, str]) -> None:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in refusals.items())
-        super().__init__(f"{plan}: no SKU for {descriptor} ({reasons})")
+        super().__init__(f"{plan}: no SKU for {descriptor} ({reasons}); give what one of them takes")
         self.refusals = refusals

@@ -31,7 +31,7 @@ def enabled() -> bool:
     """Whether choices that are not recorded are measured: not in the simulator, nor where it is turned off."""
     setting = os.environ.get("LYCORIS_TUNE", "on")
     if setting not in ("on", "off"):
-        raise ValueError(f"LYCORIS_TUNE is {setting!r}, wanted on or off")
+        raise ValueError(f"LYCORIS_TUNE is {setting!r}, wanted on or off; set one of them, or unset it")
     return setting == "on" and not SIMULATOR
 
 

@@ -47,11 +47,13 @@ def check_streams(where: str, batch: int, hidden_dim: int, n_streams: int) -> No
     """Raise :class:`InvalidProblem` unless all are positive and there is a channel a stream."""
     if min(batch, hidden_dim, n_streams) < 1:
         raise InvalidProblem(
-            f"{where}: batch {batch}, hidden_dim {hidden_dim} and n_streams {n_streams}, wanted all positive"
+            f"{where}: batch {batch}, hidden_dim {hidden_dim} and n_streams {n_streams}, wanted all positive; "
+            "skip what is empty"
         )
     if hidden_dim < n_streams:
         raise InvalidProblem(
-            f"{where}: hidden_dim {hidden_dim} < n_streams {n_streams}, wanted at least one channel a stream"
+            f"{where}: hidden_dim {hidden_dim} < n_streams {n_streams}, wanted at least one channel a stream; "
+            "give fewer streams"
         )
 
 

@@ -67,10 +67,14 @@ class Segment:
 
     def __post_init__(self) -> None:
         if self.layout not in LAYOUTS:
-            raise InvalidProblem(f"matmul: layout {self.layout!r}, wanted one of {', '.join(LAYOUTS)}")
+            raise InvalidProblem(
+                f"matmul: layout {self.layout!r}, wanted one of {', '.join(LAYOUTS)}; name how A and B lie"
+            )
         strides = (self.a_stride, self.b_stride, self.a_batch_stride, self.b_batch_stride)
         if min(self.k, *strides) < 0:
-            raise InvalidProblem(f"matmul: k {self.k} and strides {strides}, wanted none negative")
+            raise InvalidProblem(
+                f"matmul: k {self.k} and strides {strides}, wanted none negative; give A's and B's own"
+            )
 
     @property
     def a_transposed(self) -> bool:
@@ -151,20 +155,32 @@ class SegmentedMatmulDescriptor:
 
     def __post_init__(self) -> None:
         if min(self.m, self.n, self.batch or 0, self.out_stride, self.out_batch_stride) < 0:
-            raise InvalidProblem(f"matmul: m {self.m}, n {self.n}, batch {self.batch}: wanted none negative")
+            strides = (self.out_stride, self.out_batch_stride)
+            raise InvalidProblem(
+                f"matmul: m {self.m}, n {self.n}, batch {self.batch}, strides {strides} of out, wanted none negative; "
+                "give the result's own"
+            )
         if not self.segments:
-            raise InvalidProblem("matmul: no segments given, wanted at least one")
+            raise InvalidProblem("matmul: no segments given, wanted at least one; give each product A @ B as one")
         for term in self.low_rank:
             if term.rank < 1 or not 0 <= term.of < len(self.segments) or self.segments[term.of].a_transposed:
-                raise InvalidProblem(f"matmul: {term}, wanted a positive rank and a segment with A stored [m, k]")
+                raise InvalidProblem(
+                    f"matmul: {term}, wanted a positive rank and a segment with A stored [m, k]; "
+                    "give such a segment, or leave it out"
+                )
         check_epilogue(self.epilogue, self.n)
         wanted = ", ".join(kind.value for kind in EPILOGUE_KINDS)
         for operand in self.operands():
             if operand.element not in EPILOGUE_KINDS:
-                raise InvalidProblem(f"matmul: {operand.name} of {operand.element.value}, wanted one of {wanted}")
+                raise InvalidProblem(
+                    f"matmul: {operand.name} of {operand.element.value}, wanted one of {wanted}; cast it first"
+                )
         out = self.operands()[0]
         if out.count and self.batch is not None and not _apart(out.shape, out.strides):
-            raise InvalidProblem(f"matmul: out with strides {out.strides} writes some elements twice")
+            raise InvalidProblem(
+                f"matmul: out with strides {out.strides} writes some elements twice, wanted each once; "
+                "give 0 where it is contiguous"
+            )
 
     @property
     def gated(self) -> bool:

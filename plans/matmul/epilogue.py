@@ -77,13 +77,15 @@ assert FUNCTIONS.keys() == ACTIVATIONS.keys()
 
 def _known(function: str) -> None:
     if function not in FUNCTIONS:
-        raise InvalidProblem(f"matmul: activation {function!r}, wanted one of {', '.join(FUNCTIONS)}")
+        raise InvalidProblem(
+            f"matmul: activation {function!r}, wanted one of {', '.join(FUNCTIONS)}; apply others to the result"
+        )
 
 
 def _floating(name: str, kind: ElementKind) -> None:
     if kind not in EPILOGUE_KINDS:
         raise InvalidProblem(
-            f"matmul: {name} of {kind.value}, wanted one of {', '.join(k.value for k in EPILOGUE_KINDS)}"
+            f"matmul: {name} of {kind.value}, wanted one of {', '.join(k.value for k in EPILOGUE_KINDS)}; cast it first"
         )
 
 
@@ -304,7 +306,10 @@ def matrix_strides(name: str, shape: tuple[int, ...], row_stride: int, batch_str
     """Strides of [rows, columns] or [batch, rows, columns]; 0 means contiguous. Refused where rows would overlap."""
     rows, columns = shape[-2:]
     if row_stride and row_stride < columns:
-        raise InvalidProblem(f"matmul: {name} has row stride {row_stride}, wanted at least its {columns} columns")
+        raise InvalidProblem(
+            f"matmul: {name} has row stride {row_stride}, wanted at least its {columns} columns; "
+            "give 0 where it is contiguous"
+        )
     row = row_stride or columns
     if len(shape) == 2:
         return (row, 1)
@@ -316,13 +321,17 @@ def check_epilogue(steps: Epilogue, columns: int) -> None:
     for step in steps:
         if not isinstance(step, Step):
             raise InvalidProblem(
-                f"matmul: epilogue step {step!r}, wanted steps of plans.matmul (Bias, Activation, ...)"
+                f"matmul: epilogue step {step!r}, wanted steps of plans.matmul (Bias, Activation, ...); wrap it in one"
             )
     gates = sum(step.gates for step in steps)
     if gates > 1:
-        raise InvalidProblem(f"matmul: {gates} gates in the epilogue, wanted at most one")
+        raise InvalidProblem(
+            f"matmul: {gates} gates in the epilogue, wanted at most one; gate the result by a pass of its own"
+        )
     if gates and columns % 2:
-        raise InvalidProblem(f"matmul: a gate of {columns} columns, wanted an even number: gates and values in halves")
+        raise InvalidProblem(
+            f"matmul: a gate of {columns} columns, wanted an even number: gates and values in halves; give both"
+        )
 
 
 def step_operands(steps: Epilogue, extents: Extents) -> list[Operand | None]:

@@ -135,7 +135,10 @@ class GroupedMatmulPlan(Contract):
         Raises a :class:`plans.core.PlanError` that names member, operand, found and wanted.
         """
         if len(args.members) != len(self._members):
-            raise InvalidProblem(f"{self.name}: {len(args.members)} members given, wanted {len(self._members)}")
+            raise InvalidProblem(
+                f"{self.name}: {len(args.members)} members given, wanted {len(self._members)}; "
+                "give one for each descriptor"
+            )
         found: set[Extent] = set()
         for i, (member, own) in enumerate(zip(self._members, args.members, strict=True)):
             where = f"{self.name}: member {i}"

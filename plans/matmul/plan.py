@@ -76,7 +76,7 @@ def check_numbers(where: str, descriptor: SegmentedMatmulDescriptor, args: Segme
     ):
         if len(pairs) != wanted or len(scales) != wanted:
             found = f"{len(pairs)} {name} and {len(scales)} scales"
-            raise InvalidProblem(f"{where}: {found} given, wanted {wanted} of each")
+            raise InvalidProblem(f"{where}: {found} given, wanted {wanted} of each; give those of the descriptor")
     for number in (*args.scales, *args.low_rank_scales, *args.numbers):
         if not abs(number) <= _LARGEST:
-            raise InvalidProblem(f"{where}: scale or beta {number:g}, wanted a finite fp32 value")
+            raise InvalidProblem(f"{where}: scale or beta {number:g}, wanted a finite fp32 value; give another")
