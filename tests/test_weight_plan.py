@@ -233,7 +233,7 @@ def test_wrong_operands_are_refused_by_name(device, poisoned):
          "weight: operand base is a ndarray; wanted a TensorRef"),
         ({"base": None}, InvalidProblem, "weight: 3 operands given, wanted 4: out, base, source0.w1, source0.w2"),
         ({"source0.w1": TensorMut(small.pointer(np.uint16), (2, 2), (2, 1), BF16, 3, device.ordinal)},
-         BufferTooSmall, "weight: source0.w1: the buffer holds 3 elements, wanted 4: pass the whole tensor"),
+         BufferTooSmall, "weight: source0.w1: the buffer holds 3 elements, wanted 4; pass the whole tensor"),
     ]  # fmt: skip
     for changes, error, message in rows:
         with pytest.raises(error, match="^" + re.escape(message)):
@@ -263,7 +263,7 @@ def test_a_small_workspace_is_refused(device):
         with pytest.raises(WorkspaceTooSmall) as refused:
             plan.run(device.stream(), workspace, args)
         assert str(refused.value) == (
-            f"weight: workspace of {size} bytes, wanted {needed}: allocate plan.workspace_size() bytes"
+            f"weight: workspace of {size} bytes, wanted {needed}; allocate plan.workspace_size() bytes"
         )
 
 

@@ -135,8 +135,8 @@ def narrow(x: Tensor, axis: int, start: int, length: int, step: int = 1) -> Tens
     (at,) = normal_axes("narrow", x.ndim, axis)
     if length < 0 or step < 1 or start < 0 or (length and start + (length - 1) * step >= x.shape[at]):
         raise RefusedInput(
-            f"narrow: {length} from {start} in steps of {step} of an axis of {x.shape[at]}, wanted steps of 1 or more within; "
-            "take fewer"
+            f"narrow: {length} from {start} in steps of {step} of an axis of {x.shape[at]}, wanted steps of 1 or more "
+            "within it; take fewer"
         )
     if (start, length, step) == (0, x.shape[at], 1):
         return x

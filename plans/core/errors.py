@@ -23,7 +23,7 @@ class BufferTooSmall(PlanError):
     """An operand's buffer ends before what it should hold."""
 
     def __init__(self, operand: str, needed: int, got: int, unit: str = "elements") -> None:
-        super().__init__(f"{operand}: the buffer holds {got} {unit}, wanted {needed}: pass the whole tensor")
+        super().__init__(f"{operand}: the buffer holds {got} {unit}, wanted {needed}; pass the whole tensor")
         self.needed, self.got = needed, got
 
 
@@ -31,7 +31,7 @@ class WorkspaceTooSmall(PlanError):
     """The workspace is smaller than ``plan.workspace_size()``."""
 
     def __init__(self, plan: str, needed: int, got: int) -> None:
-        super().__init__(f"{plan}: workspace of {got} bytes, wanted {needed}: allocate plan.workspace_size() bytes")
+        super().__init__(f"{plan}: workspace of {got} bytes, wanted {needed}; allocate plan.workspace_size() bytes")
         self.needed, self.got = needed, got
 
 
