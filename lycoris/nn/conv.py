@@ -4,8 +4,9 @@
     layer.add("style", module, strength=0.8)
     y = layer(x)                                        # x [N, *axes, C]
 
-Separate: LoCon's term is a convolution with its down factor, a product with its up factor (its Tucker core between
-them), and is what the base's convolution begins with; every other adapter is a convolution with its delta.
+Separate: a LoCon is a convolution with its down factor (or a product with it and a convolution with its Tucker core),
+then a product with its up factor; every other adapter is a convolution with its delta. Their sum stays in fp32 and is
+added to the base's before the one rounding.
 """
 
 from __future__ import annotations
@@ -18,7 +19,11 @@ from lycoris.nn.adapted import Adapted, Adapter
 from lycoris.ops.weight import delta
 from lycoris.tensor import Tensor, autograd, from_array
 from lycoris.tensor.convolution import Extents, Window, channels_last, conv, convolved, geometry_of, ready
+from lycoris.tensor.launch import shaped
+from lycoris.tensor.products import flipped, sum_of_products
 from lycoris.tensor.views import permute
+from plans.convolution import Convolution
+from plans.core import ElementKind
 
 
 class AdaptedConv(Adapted):
@@ -75,32 +80,42 @@ class AdaptedConv(Adapted):
         if mode == "merged" or dora or not found:
             weight: Tensor = self._kept("merged, channels last", lambda: channels_last(self.merged_weight()))
             return convolved(x, weight, geometry, x.kind, bias)
-        term = None
-        for adapter in found:
-            term = self._separate(x, adapter, term)
         weight = self._kept("base, channels last", lambda: channels_last(self.weight))
-        return convolved(x, weight, geometry, x.kind, bias, term)
+        return convolved(x, weight, geometry, x.kind, bias, self._terms(x, found, geometry))
+
+    def _terms(self, x: Tensor, found: list[Adapter], geometry: Convolution) -> Tensor:
+        """The adapters' terms, summed in fp32: LoCons' as one product, then a convolution with each other's delta."""
+        factored = [adapter for adapter in found if self._factored(adapter)]
+        term = self._products(x, factored) if factored else None
+        for weight in self._kept("deltas", lambda: [self._delta(a) for a in found if not self._factored(a)]):
+            term = convolved(x, weight, geometry, ElementKind.F32, None, term)
+        return term
+
+    def _products(self, x: Tensor, factored: list[Adapter]) -> Tensor:
+        """The sum of scale * inner @ up.T over LoCons, fp32, [N, *output axes, out]."""
+        with autograd.no_grad():
+            inner = [ready(self._inner(x, adapter)) for adapter in factored]
+            ups = [ready(_matrix(adapter, UP, x)) for adapter in factored]
+        rows, out = inner[0].size // max(1, inner[0].shape[-1]), self.weight.shape[0]
+        flat = [shaped(t, (rows, t.shape[-1])) for t in inner]
+        total = sum_of_products(
+            [(t, flipped(up)) for t, up in zip(flat, ups, strict=True)], [a.scale for a in factored], ElementKind.F32
+        )
+        return shaped(total, (*inner[0].shape[:-1], out))
+
+    def _delta(self, adapter: Adapter) -> Tensor:
+        """An adapter's scaled delta in the weight's kind, channels last."""
+        shape, kind = self.weight.shape, self.weight.kind
+        if adapter.module.algorithm == "ia3":
+            merged = from_array(adapter.module.merge_into(self.weight.array(), adapter.strength))
+            return channels_last(merged - self.weight.detach())
+        binding, factors, scale = adapter.module.weight_term(shape)
+        made = delta(binding.source, factors, shape, scale * adapter.strength, kind)
+        return channels_last(from_array(made.reshape(shape)))
 
     def _conv(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         w = self.window
         return conv(x, weight, bias, w.stride, w.padding, w.dilation, w.groups)
-
-    def _separate(self, x: Tensor, adapter: Adapter, before: Tensor | None) -> Tensor:
-        """An adapter's term, plus the one before."""
-        if self._factored(adapter):
-            term = tensor.linear(self._inner(x, adapter) * adapter.scale, _matrix(adapter, UP, x))
-            return term if before is None else term + before
-        binding, factors, scale = adapter.module.weight_term(self.weight.shape)
-        if adapter.module.algorithm == "ia3":
-            merged = adapter.module.merge_into(self.weight.array(), adapter.strength)
-            weight, scale = (from_array(merged) - self.weight.detach()), 1.0
-        else:
-            weight, scale = (
-                from_array(delta(binding.source, factors, self.weight.shape, scale, x.kind)),
-                adapter.strength,
-            )
-        weight = channels_last((weight.reshape(*self.weight.shape) * scale).to(x.kind))
-        return convolved(x, weight, geometry_of(x.shape, self.weight.shape, self.window), x.kind, None, before)
 
     def _factored(self, adapter: Adapter) -> bool:
         """Whether the term is computed by factors: LoCon without groups or a scalar."""
