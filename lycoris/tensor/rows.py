@@ -164,9 +164,7 @@ def cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
             f"cross_entropy: target of shape {target.shape}, wanted {logits.shape[:-1]}; give each row a class"
         )
     if logits.kind not in FLOATS:
-        raise RefusedInput(
-            f"cross_entropy: logits of {logits.kind.value}, wanted bf16, f16 or f32; convert them first"
-        )
+        raise RefusedInput(f"cross_entropy: logits of {logits.kind.value}, wanted bf16, f16 or f32; convert them first")
     source, classes = compact(logits.detach()), compact(target.detach())
     losses, lse = launch(loss.CROSS_ENTROPY, (source, classes), ())
     if not autograd.wanted((logits,)):
