@@ -38,11 +38,11 @@ def check(device, poisoned, rng, descriptor, scales=None):
     """Small integers have to come out exactly, normal numbers within the guarantee."""
     if all(isinstance(step, Bias | Residual) for step in descriptor.epilogue):
         problem = make(device, descriptor, small_integers(rng), scales)
-        run(problem, poisoned, WGMMA_BACKEND)
+        run(problem, poisoned, WGMMA_BACKEND, workspace=False)
         if all(abs(scale) in (1.0, 0.5, 0.0) for scale in scales or (1.0,)):
             assert_exact(problem)
     problem = make(device, descriptor, gaussian(rng), scales)
-    plan = run(problem, poisoned, WGMMA_BACKEND)
+    plan = run(problem, poisoned, WGMMA_BACKEND, workspace=False)
     assert plan.chosen is WGMMA
     assert_kept(problem, plan)
 
@@ -156,7 +156,7 @@ def test_small_products_are_left_to_other_skus(device):
 
 def test_equal_runs_are_equal_bit_for_bit(device, poisoned, rng):
     problem = make(device, of_shape(150, 96, 264, out=F32), gaussian(rng))
-    run(problem, poisoned, WGMMA_BACKEND)
+    run(problem, poisoned, WGMMA_BACKEND, workspace=False)
     first = problem.found()
-    run(problem, poisoned, WGMMA_BACKEND)
+    run(problem, poisoned, WGMMA_BACKEND, workspace=False)
     np.testing.assert_array_equal(first, problem.found())
