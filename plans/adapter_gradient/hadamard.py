@@ -329,6 +329,7 @@ class HadamardGradientPlan(Plan):
             name="wgmma, then contracted",
             backend=BackendKind.WGMMA,
             arch=ArchSku.SM90A,
+            proven=False,
             refuses=_dense_refuses,
             guarantee=_tile_guarantee,
             build=functools.partial(_DenseProgram, WGMMA),

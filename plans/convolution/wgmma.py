@@ -160,6 +160,7 @@ WGMMA = Sku(
     name="wgmma",
     backend=BackendKind.WGMMA,
     arch=ArchSku.SM90A,
+    proven=False,
     refuses=_refuses,
     guarantee=_guarantee,
     build=WgmmaProgram,

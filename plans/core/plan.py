@@ -6,6 +6,7 @@ declared by the descriptor as data; every check and its message comes from that 
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
@@ -56,7 +57,8 @@ class Sku:
 
     ``refuses(descriptor)`` answers with the reason the user will read, or with "". ``guarantee`` and
     ``workspace`` are functions of the descriptor; ``build(descriptor, device)`` compiles. ``suits(descriptor)`` says
-    whether it is the fast choice where it accepts: rows that do come first.
+    whether it is the fast choice where it accepts: rows that do come first. One that is not ``proven`` has not run on a
+    GPU yet, and is chosen only where its technique is asked for, or with LYCORIS_UNPROVEN=on.
     """
 
     name: str
@@ -68,6 +70,7 @@ class Sku:
     workspace: Callable[[Any], int] = lambda _descriptor: 0
     alignment: int = 0
     suits: Callable[[Any], bool] = lambda _descriptor: True
+    proven: bool = True
 
 
 class Contract:
@@ -184,6 +187,9 @@ class Plan(Contract):
             return f"needs compute capability {sku.arch.value}, found {device.arch}"
         if sku.arch is ArchSku.SM90A and not preference.allow_sm90a:
             return "preference leaves sm_90a out"
+        asked = preference.prefer_backend is sku.backend or os.environ.get("LYCORIS_UNPROVEN") == "on"
+        if not sku.proven and not asked:
+            return "has not run on a GPU yet: ask for it by prefer_backend, or set LYCORIS_UNPROVEN=on"
         if reason := sku.refuses(descriptor):
             return reason
         needed, allowed = sku.workspace(descriptor), preference.max_workspace_bytes

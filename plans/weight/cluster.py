@@ -119,6 +119,7 @@ CLUSTER = Sku(
     name="cluster",
     backend=BackendKind.CLUSTER,
     arch=ArchSku.SM90A,
+    proven=False,
     refuses=refuses,
     guarantee=tiles.tensor_core_guarantee,
     build=ClusterProgram,
