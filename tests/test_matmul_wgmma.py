@@ -160,14 +160,3 @@ def test_equal_runs_are_equal_bit_for_bit(device, poisoned, rng):
     first = problem.found()
     run(problem, poisoned, WGMMA_BACKEND, workspace=False)
     np.testing.assert_array_equal(first, problem.found())
-
-
-def test_unproven_kernels_are_chosen_only_where_they_are_asked_for(device, monkeypatch):
-    def reason(preference=None):
-        descriptor = of_shape(256, 256, 256)
-        return SegmentedMatmulPlan._reason_against(WGMMA, descriptor, preference or PlanPreference(), device)
-
-    assert reason().startswith("has not run on a GPU yet: ask for it by prefer_backend")
-    assert reason(PlanPreference(prefer_backend=WGMMA_BACKEND)) == ""
-    monkeypatch.setenv("LYCORIS_UNPROVEN", "on")
-    assert reason() == ""

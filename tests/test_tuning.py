@@ -15,7 +15,7 @@ TIMES = {"a": 3.0, "b": 1.0, "c": 2.0}
 @pytest.fixture
 def records(tmp_path, monkeypatch):
     monkeypatch.setenv("LYCORIS_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setattr(tuning, "_known", {})
+    monkeypatch.setattr(tuning.CHOICES, "_known", {})
     return tmp_path / "cache"
 
 
@@ -32,10 +32,10 @@ def choose(device, problem=(1, 2), candidates=("a", "b", "c"), measuring=True):
 def test_the_fastest_is_measured_once_and_kept(device, records, monkeypatch):
     assert choose(device) == ("b", ["a", "b", "c"])
     assert choose(device) == ("b", [])
-    monkeypatch.setattr(tuning, "_known", {})  # as another process
+    monkeypatch.setattr(tuning.CHOICES, "_known", {})  # as another process
     assert choose(device) == ("b", [])
     assert choose(device, (1, 3), ("c", "a"))[0] == "c"
-    monkeypatch.setattr(tuning, "_known", {})
+    monkeypatch.setattr(tuning.CHOICES, "_known", {})
     assert choose(device, measuring=False) == ("b", [])
 
 
@@ -52,18 +52,18 @@ def test_a_choice_that_is_no_candidate_any_more_is_measured_again(device, record
 def test_a_damaged_record_counts_as_none(device, records, monkeypatch):
     choose(device)
     (path,) = records.iterdir()
-    path.write_text('{"choices": {"fam')
-    monkeypatch.setattr(tuning, "_known", {})
+    path.write_text('{"records": {"fam')
+    monkeypatch.setattr(tuning.CHOICES, "_known", {})
     assert choose(device) == ("b", ["a", "b", "c"])
 
 
 def test_two_processes_add_to_one_file(device, records, monkeypatch):
     choose(device, (1,))
-    first = tuning._known.copy()
-    monkeypatch.setattr(tuning, "_known", {})
-    tuning._known[next(iter(first))] = {}  # a process that had read the file before the first wrote
+    first = tuning.CHOICES._known.copy()
+    monkeypatch.setattr(tuning.CHOICES, "_known", {})
+    tuning.CHOICES._known[next(iter(first))] = {}  # a process that had read the file before the first wrote
     choose(device, (2,))
-    monkeypatch.setattr(tuning, "_known", {})
+    monkeypatch.setattr(tuning.CHOICES, "_known", {})
     assert choose(device, (1,)) == ("b", [])
     assert choose(device, (2,)) == ("b", [])
 

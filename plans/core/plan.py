@@ -6,7 +6,6 @@ declared by the descriptor as data; every check and its message comes from that 
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from plans.core.device import Device, device_error, driver_errors
 from plans.core.errors import NoSku, WorkspaceTooSmall
 from plans.core.operand import Operand, check_operands, check_overlaps, extents
 from plans.core.precision import PrecisionGuarantee
+from plans.core.proof import proven
 from plans.core.sku import ArchSku, BackendKind, KernelSku
 from plans.core.tensor import TensorMut, TensorRef
 from plans.core.workspace import NO_WORKSPACE, Workspace
@@ -57,8 +57,8 @@ class Sku:
 
     ``refuses(descriptor)`` answers with the reason the user will read, or with "". ``guarantee`` and
     ``workspace`` are functions of the descriptor; ``build(descriptor, device)`` compiles. ``suits(descriptor)`` says
-    whether it is the fast choice where it accepts: rows that do come first. One that is not ``proven`` has not run on a
-    GPU yet, and is chosen only where its technique is asked for, or with LYCORIS_UNPROVEN=on.
+    whether it is the fast choice where it accepts: rows that do come first. One with a ``proof``, a test file, is
+    chosen where its technique is asked for, and else only on devices where that file has passed (`plans.core.proof`).
     """
 
     name: str
@@ -70,7 +70,7 @@ class Sku:
     workspace: Callable[[Any], int] = lambda _descriptor: 0
     alignment: int = 0
     suits: Callable[[Any], bool] = lambda _descriptor: True
-    proven: bool = True
+    proof: str = ""
 
 
 class Contract:
@@ -187,9 +187,8 @@ class Plan(Contract):
             return f"needs compute capability {sku.arch.value}, found {device.arch}"
         if sku.arch is ArchSku.SM90A and not preference.allow_sm90a:
             return "preference leaves sm_90a out"
-        asked = preference.prefer_backend is sku.backend or os.environ.get("LYCORIS_UNPROVEN") == "on"
-        if not sku.proven and not asked:
-            return "has not run on a GPU yet: ask for it by prefer_backend, or set LYCORIS_UNPROVEN=on"
+        if sku.proof and preference.prefer_backend is not sku.backend and not proven(device, sku.proof):
+            return f"waits for {sku.proof} to pass on {device.name}: run that, or ask for it by prefer_backend"
         if reason := sku.refuses(descriptor):
             return reason
         needed, allowed = sku.workspace(descriptor), preference.max_workspace_bytes

@@ -214,4 +214,5 @@ def with_low_rank(second: Sku) -> Sku:
         build=functools.partial(LowRankProgram, second=second),
         workspace=lambda descriptor: _own_bytes(descriptor) + second.workspace(expanded(descriptor)),
         suits=lambda descriptor: second.suits(expanded(descriptor)),
+        proof=second.proof and "tests/test_matmul_low_rank.py",
     )
