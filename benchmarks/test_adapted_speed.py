@@ -14,6 +14,7 @@ import pytest
 from cases import Limit
 from cuda.core import EventOptions
 from measure import Result, record, side_by_side
+from right import assert_layer
 from timing import rotations
 from torch_limit import TorchReplay
 
@@ -119,6 +120,12 @@ class LayerReplay:
 
         self._graph, self._count, self._held = capture(work, device), count, (layers, inputs)
 
+    def assert_right(self, rng: np.random.Generator) -> None:
+        """The last call's output, some rows of it, against float64."""
+        layers, inputs = self._held
+        last = len(inputs) - 1
+        assert_layer(layers[last % len(layers)], inputs[last], self._graph.result[last], rng)
+
     def seconds(self) -> float:
         """Launch the graph and wait for it: device seconds of one call."""
         options = EventOptions(timing_enabled=True)
@@ -141,6 +148,7 @@ def bare(row: Row) -> TorchReplay:
 def test_layer_speed(row: Row, device: Device, rng: np.random.Generator, benchmark: Any):
     ours, limit = LayerReplay(device, rng, row), bare(row)
     seconds, limit_seconds = side_by_side(benchmark, ours, limit)
+    ours.assert_right(rng)
     shape = f"{row.tokens} x {row.out}x{row.channels}"
     record(benchmark, Result(row.work, shape, row.adapter, row.mode, seconds, Limit.CUBLAS, limit_seconds, row.gate))
 
@@ -152,7 +160,9 @@ def test_three_adapters_cost_little_more_than_one(shape, device: Device, rng: np
     one, three = (Row(TOKENS, *shape, "LoCon r=16", 0.0, count=count) for count in (1, 3))
     single, limit = LayerReplay(device, rng, one), bare(one)
     singles = sorted(single.seconds() for _ in range(15))
-    seconds, limit_seconds = side_by_side(benchmark, LayerReplay(device, rng, three), limit)
+    ours = LayerReplay(device, rng, three)
+    seconds, limit_seconds = side_by_side(benchmark, ours, limit)
+    ours.assert_right(rng)
     gate = singles[7] / limit_seconds + 0.03
     name = f"{TOKENS} x {three.out}x{three.channels}"
     record(benchmark, Result(three.work, name, three.adapter, "separate", seconds, Limit.CUBLAS, limit_seconds, gate))

@@ -16,6 +16,7 @@ from cases import Limit
 from cuda.core import EventOptions
 from measure import Result, record, side_by_side
 from operand_buffers import Rotated
+from right import assert_gradients, assert_product
 from test_adapted_speed import LARGE, TOKENS, Row, random_layer, random_tensor
 from timing import Replay, rotations
 from torch_limit import TorchReplay
@@ -133,6 +134,7 @@ def _name(value: Any) -> str:
 def test_gradients_that_read(plan, descriptor, make, device: Device, rng: np.random.Generator, benchmark: Any):
     with Rotated(device, plan, descriptor, make, rng) as runs:
         seconds, limit = side_by_side(benchmark, Replay(device, runs.calls), Replay(device, runs.copy_calls))
+        assert_gradients(runs)
         chosen = runs.plan.chosen.name
     record(benchmark, Result(plan.name, _name(descriptor), "", chosen, seconds, Limit.COPY, limit, None))
 
@@ -151,6 +153,7 @@ def test_hadamard_gradients(shape, backend, device: Device, rng: np.random.Gener
     preference = PlanPreference(prefer_backend=backend)
     with Rotated(device, HadamardGradientPlan, descriptor, make, rng, preference=preference) as runs:
         seconds, limit_seconds = side_by_side(benchmark, Replay(device, runs.calls), limit)
+        assert_gradients(runs)
         chosen = runs.plan.chosen.name
     name = f"{TOKENS} x {shape[0]}x{shape[1]}"
     result = Result("Hadamard gradient", name, "LoHa r=16", chosen, seconds, Limit.CUBLAS, limit_seconds, None)
@@ -167,5 +170,6 @@ def test_long_sums(extents, device: Device, rng: np.random.Generator, benchmark:
     limit = TorchReplay(lambda a, b: a.t() @ b, [(k, m), (k, n)])
     with Rotated(device, MatmulPlan, descriptor, lambda t: MatmulArgs(*t), rng) as runs:
         seconds, limit_seconds = side_by_side(benchmark, Replay(device, runs.calls), limit)
+        assert_product(runs, rng)
         chosen = runs.plan.chosen.name
     record(benchmark, Result("A^T B", str(extents), "LoKr", chosen, seconds, Limit.CUBLAS, limit_seconds, None))

@@ -16,6 +16,7 @@ from cases import Limit
 from measure import Result, record, side_by_side
 from operand_buffers import Rotated
 from problem import Call, random_values
+from right import assert_convolution, assert_product, assert_written
 from timing import Replay
 from torch_limit import TorchReplay
 
@@ -133,6 +134,8 @@ def test_product_speed(row: Row, device: Device, rng: np.random.Generator, bench
     with Rotated(device, family, descriptor, arguments_of(descriptor), rng, preference=PREFERENCE) as runs:
         ours = Replay(device, with_down_products(device, rng, runs, row))
         seconds, limit_seconds = side_by_side(benchmark, ours, limit)
+        assert_written(runs)
+        assert_product(runs, rng)
         kernel = runs.plan.chosen.name
     work = "linear" if not row.adapters else f"linear, {row.adapters} LoCon r={RANK}"
     operations = 2 * row.tokens * row.out * row.channels
@@ -162,6 +165,8 @@ def test_convolution_speed(name: str, device: Device, rng: np.random.Generator, 
     descriptor = Conv2dDescriptor(geometry)
     with Rotated(device, Conv2dPlan, descriptor, lambda t: Conv2dArgs(*t), rng, preference=PREFERENCE) as runs:
         seconds, limit_seconds = side_by_side(benchmark, Replay(device, runs.calls), limit)
+        assert_written(runs)
+        assert_convolution(runs)
         kernel = runs.plan.chosen.name
     result = Result("conv 3x3", name, "", kernel, seconds, Limit.CUDNN, limit_seconds, gate_of(1.1))
     operations = 2 * geometry.out_pixels * geometry.out_channels * geometry.taps * geometry.group_in

@@ -10,6 +10,7 @@ import pytest
 from cases import Limit
 from measure import Result, record, side_by_side
 from operand_buffers import Rotated
+from right import assert_written
 from timing import Replay
 
 from plans.catalogue_training import EXAMPLES
@@ -61,6 +62,7 @@ def test_training_kernel_speed(plan, text, descriptor, device: Device, rng: np.r
     with Rotated(device, plan, descriptor, MAKE[plan](descriptor), rng, VALUES) as runs:
         ours, limit = Replay(device, runs.calls), Replay(device, runs.copy_calls)
         seconds, limit_seconds = side_by_side(benchmark, ours, limit)
+        assert_written(runs)
         chosen = runs.plan.chosen.name
     gate = GATE if any(name in text for name in GATED) else None
     record(benchmark, Result(text, "", plan.name, chosen, seconds, Limit.COPY, limit_seconds, gate))
