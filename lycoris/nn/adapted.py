@@ -15,6 +15,7 @@ import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
+from typing import Self
 
 from lycoris.algorithms import LycorisModule
 from lycoris.algorithms.terms import diff_weight
@@ -172,9 +173,10 @@ class Adapted:
         if self._base is not None:
             raise RefusedInput(f"{operation}: the adapters are merged into the weight; call unmerge() first")
 
-    def train(self, training: bool = True) -> None:
-        """Whether the layer is being trained: dropouts take part, and the default mode is "separate"."""
+    def train(self, training: bool = True) -> Self:
+        """Whether the layer is being trained: dropouts take part, and the default mode is "separate". Gives itself."""
         self.training = bool(training)
+        return self
 
     def parameters(self) -> Iterator[tuple[str, Tensor]]:
         """(adapter.factor, tensor) for everything that is trained; the base is not."""
