@@ -48,6 +48,7 @@ class Rotated:
             self._copies = [(self._take(half), self._take(half)) for _ in self._sets]
             failed.pop_all()
         self.arguments = [make(self._tensors(buffers)) for buffers in self._sets]
+        device.synchronize(self._stream)  # other streams take over what was filled here
 
     def __enter__(self) -> Self:
         return self

@@ -47,13 +47,14 @@ MAKE: dict[type, Callable[[Any], Callable]] = {
     TakeBackwardPlan: lambda d: lambda t: TakeArgs(*t),
     WindowPlan: lambda d: lambda t: WindowArgs(*t),
     RandomPlan: lambda d: lambda t: RandomArgs(t[0], 0.0, 1.0, 1, 0),
-    DropoutPlan: lambda d: lambda t: DropoutArgs(*t, 0.1, 1 / 0.9, 1, 0),
+    DropoutPlan: lambda d: lambda t: DropoutArgs(*t[:2], 0.1, 1 / 0.9, 1, 0, *t[2:]),
 }
 ROWS = [row for row in EXAMPLES if row[0] in MAKE]
 VALUES = {
     "index": lambda rng, shape: rng.integers(0, 32000, shape),
     "target": lambda rng, shape: rng.integers(0, 4096, shape),
     "rstd": lambda rng, shape: rng.uniform(0.5, 2, shape),
+    "origin": lambda rng, shape: np.zeros(shape),
 }
 
 
@@ -76,8 +77,8 @@ def test_adamw_speed(device: Device, rng: np.random.Generator, benchmark: Any):
     numbers = np.array([Numbers(1e-3, 0.9, 0.999, 1e-8, 0.01, 10.0, 31.6)], np.float32)
 
     def make(tensors: list) -> UpdateArgs:
-        members = [Member(p, g, m, v, w) for p, g, m, v, w in zip(*(tensors[k:-4:5] for k in range(5)), strict=True)]
-        table, *rest = tensors[-4:]
+        members = [Member(p, g, m, v, w) for p, g, m, v, w in zip(*(tensors[k:-5:5] for k in range(5)), strict=True)]
+        table, *rest = tensors[-5:]
         device.copy_in(table.owner, 0, descriptor.table(members).view(np.uint8).reshape(-1), stream)
         device.synchronize(stream)
         return UpdateArgs(members, table, *rest)
@@ -87,6 +88,7 @@ def test_adamw_speed(device: Device, rng: np.random.Generator, benchmark: Any):
         "blocks": lambda rng, shape: block_table(COUNTS),
         "groups": lambda rng, shape: numbers,
         "scale": lambda rng, shape: np.ones(shape),
+        "origin": VALUES["origin"],
     }
     with Rotated(device, UpdatePlan, descriptor, make, rng, values) as runs:
         ours, limit = Replay(device, runs.calls), Replay(device, runs.copy_calls)

@@ -28,10 +28,10 @@ def graph_of(device: Device, calls: Sequence[Callable[[Any], None]]) -> Any:
 
 
 class Replay:
-    """A graph of ``call(stream)`` for each call, to be launched again and again."""
+    """A graph of ``call(stream)`` for each call, to be launched again and again; keeps the calls, and their memory."""
 
     def __init__(self, device: Device, calls: Sequence[Callable[[Any], None]]) -> None:
-        self._stream, self._count = device.stream(), len(calls)
+        self._stream, self._calls, self._count = device.stream(), calls, len(calls)
         for call in calls[:2]:  # what the first call of a kernel loads is no part of the graph
             call(self._stream)
         self._stream.sync()

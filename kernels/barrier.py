@@ -30,9 +30,13 @@ barrier_arrive_remote = instruction(
     twin=twins.barrier_arrive_remote,
 )
 # (barrier, parity): waits until the phase of that parity is complete; a barrier begins in phase 0, so 1 passes at once.
+# Ten seconds in vain are a fault of the kernel's, or a tensor map's: it then fails instead of hanging.
 barrier_wait = instruction(
-    "{ .reg .pred done; WAIT_${:uid}: mbarrier.try_wait.parity.shared::cta.b64 done, [$0], $1; "
-    "@!done bra WAIT_${:uid}; }",
+    "{ .reg .pred done; .reg .b64 now, end; "
+    "mbarrier.try_wait.parity.shared::cta.b64 done, [$0], $1; @done bra DONE_${:uid}; "
+    "mov.u64 end, %globaltimer; add.u64 end, end, 10000000000; "
+    "AGAIN_${:uid}: mbarrier.try_wait.parity.shared::cta.b64 done, [$0], $1; @done bra DONE_${:uid}; "
+    "mov.u64 now, %globaltimer; setp.lt.u64 done, now, end; @done bra AGAIN_${:uid}; trap; DONE_${:uid}: }",
     "rr",
     twin=twins.barrier_wait,
 )
@@ -55,6 +59,12 @@ shared_load_remote = instruction(
     "rr",
     "r",
     twin=twins.shared_load_remote,
+)
+# (shared address, rank, word)
+shared_store_remote = instruction(
+    "{ .reg .b32 there; mapa.shared::cluster.u32 there, $0, $1; st.shared::cluster.b32 [there], $2; }",
+    "rrr",
+    twin=twins.shared_store_remote,
 )
 
 
@@ -111,7 +121,9 @@ def _numbered(first: int, count: int) -> str:
 
 
 tma_store_commit = instruction("cp.async.bulk.commit_group;", "", twin=twins.tma_store_commit)
-tma_prefetch_map = instruction("prefetch.tensormap [$0];", "l", twin=twins.nothing)
+# A map in device memory that the host has written becomes visible to the loads and stores of the thread's block (of
+# other threads after a barrier).
+tensor_map_acquire = instruction("fence.proxy.tensormap::generic.acquire.sys [$0], 128;", "l", twin=twins.nothing)
 # Orders a thread's ordinary writes to shared memory before later reads by TMA and wgmma.
 shared_visible_to_tma = instruction("fence.proxy.async.shared::cta;", "", twin=twins.nothing)
 # (shared address, 4 words): four 8x8 matrices of 16-bit values; lane 8 j + i gives the address of row i of matrix j.

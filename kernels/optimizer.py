@@ -102,8 +102,8 @@ _SGD = (12, (("mul", 2, 5), ("add", 1, 12), ("mul", 13, 4), ("sub", 0, 14)), (15
 def update(program, moments, kind, master, stochastic):
     """One step of every tensor: the program takes p, g, both moments and a group's numbers, and gives p and moments.
 
-    Parameters: table, blocks, groups [groups, 8], scale (of gradients; nothing happens unless it is finite), seed,
-    step. With ``master`` the fp32 copy is what is stepped, and the parameter is its rounding.
+    Parameters: table, blocks, groups [groups, 8], scale (of gradients; nothing happens unless it is finite), origin
+    (seed and step). With ``master`` the fp32 copy is what is stepped, and the parameter is its rounding.
     """
     step_of, second = evaluator(program), moments == 2
     read, write = _piece_io(kind)
@@ -111,7 +111,7 @@ def update(program, moments, kind, master, stochastic):
     parameter_at = _pointer_at(kind)
     round_eight = _round_eight if stochastic else _not_rounded
 
-    def kernel(table, blocks, groups, scale, seed, step):
+    def kernel(table, blocks, groups, scale, origin):
         p, g, m, v = (cuda.local.array(RUN, np.float32), cuda.local.array(RUN, np.float32),
                       cuda.local.array(RUN, np.float32), cuda.local.array(RUN, np.float32))  # fmt: skip
         factor = scale[0]
@@ -147,10 +147,10 @@ def update(program, moments, kind, master, stochastic):
                 write32(other, index, left, v)
             if master:
                 write32(copy, index, left, p)
-            round_eight(p, index, step * np.int64(1 << 20) + tensor, seed)
+            round_eight(p, index, origin[1] * np.int64(1 << 20) + tensor, origin[0])
             write(parameter, index, left, p)
 
-    return kernel, (i64p, i32p, f32p, f32p, i64, i64), {"threads": THREADS}
+    return kernel, (i64p, i32p, f32p, f32p, i64p), {"threads": THREADS}
 
 
 @kernel_factory(("f32",), ("bf16",))

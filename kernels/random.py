@@ -14,7 +14,7 @@ from kernels import warp
 from kernels.elements import ELEMENTS
 from kernels.functions import log, square_root
 from kernels.ptx import instruction
-from kernels.target import SIMULATOR, cuda, device, f32, i64, kernel_factory
+from kernels.target import SIMULATOR, cuda, device, f32, i64, i64p, kernel_factory
 
 THREADS = 32 if SIMULATOR else 256
 RUN = 8
@@ -23,6 +23,7 @@ MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 INCREMENTS = (0x9E3779B9, 0xBB67AE85)
 ROUNDS = 10
 
+_OPTIONS = {"threads": THREADS}
 _M0, _M1 = (np.uint64(m) for m in MULTIPLIERS)
 _W0, _W1 = INCREMENTS
 _UNIT = np.float32(2.0**-24)
@@ -85,13 +86,17 @@ def draw8(fill, first, stream, seed, words, values):
         fill(words, 4 * half, values)
 
 
-@kernel_factory(("uniform", "f32"), ("normal", "bf16"))
-def random(distribution, kind):
-    """out[i] = low + width * number i. Parameters: out (aligned to 16 bytes), low, width, seed, stream, count."""
+@kernel_factory(("uniform", "f32", False), ("normal", "bf16", True))
+def random(distribution, kind, counted):
+    """out[i] = low + width * number i. Parameters: out (aligned to 16 bytes), low, width, seed, stream, count.
+
+    With ``counted`` a last one: an origin of two numbers, from which seed and stream are counted.
+    """
     fill, element = _DISTRIBUTIONS[distribution], ELEMENTS[kind]
     store8, store, pointer = element.store8, element.store, element.pointer
 
-    def kernel(out, low, width, seed, stream, count):
+    @device
+    def make(out, low, width, seed, stream, count):
         words = cuda.local.array(4, np.uint32)
         values = cuda.local.array(RUN, np.float32)
         first = (warp.block_x() * np.int64(THREADS) + np.int64(warp.thread_index())) * np.int64(RUN)
@@ -106,14 +111,21 @@ def random(distribution, kind):
                     if first + np.int64(k) < count:
                         store(out, first + np.int64(k), values[k])
 
-    return kernel, (pointer, f32, f32, i64, i64, i64), {"threads": THREADS}
+    def kernel(out, low, width, seed, stream, count):
+        make(out, low, width, seed, stream, count)
+
+    def kernel_counted(out, low, width, seed, stream, count, origin):
+        make(out, low, width, origin[0] + seed, origin[1] + stream, count)
+
+    parameters = (pointer, f32, f32, i64, i64, i64)
+    return (kernel_counted, (*parameters, i64p), _OPTIONS) if counted else (kernel, parameters, _OPTIONS)
 
 
-@kernel_factory(("bf16", "bf16"), ("f32", "f32"))
-def dropout(kind, out_kind):
+@kernel_factory(("bf16", "bf16", False), ("f32", "f32", True))
+def dropout(kind, out_kind, counted):
     """out[i] = source[i] * scale where number i is at least p, else 0.
 
-    Parameters: source, out (both aligned to 16 bytes), p, scale, seed, stream, count.
+    Parameters: source, out (both aligned to 16 bytes), p, scale, seed, stream, count; with ``counted`` an origin.
     """
     source_element, out_element = ELEMENTS[kind], ELEMENTS[out_kind]
     fetch8, unpack8, load, words_count = (
@@ -121,7 +133,8 @@ def dropout(kind, out_kind):
     )  # fmt: skip
     store8, store = out_element.store8, out_element.store
 
-    def kernel(source, out, p, scale, seed, stream, count):
+    @device
+    def drop(source, out, p, scale, seed, stream, count):
         fetched = cuda.local.array(words_count, np.uint32)
         words = cuda.local.array(4, np.uint32)
         chances = cuda.local.array(RUN, np.float32)
@@ -141,4 +154,11 @@ def dropout(kind, out_kind):
                         value = load(source, first + np.int64(k)) * scale
                         store(out, first + np.int64(k), value if chances[k] >= p else np.float32(0))
 
-    return kernel, (source_element.pointer, out_element.pointer, f32, f32, i64, i64, i64), {"threads": THREADS}
+    def kernel(source, out, p, scale, seed, stream, count):
+        drop(source, out, p, scale, seed, stream, count)
+
+    def kernel_counted(source, out, p, scale, seed, stream, count, origin):
+        drop(source, out, p, scale, origin[0] + seed, origin[1] + stream, count)
+
+    parameters = (source_element.pointer, out_element.pointer, f32, f32, i64, i64, i64)
+    return (kernel_counted, (*parameters, i64p), _OPTIONS) if counted else (kernel, parameters, _OPTIONS)

@@ -3,8 +3,8 @@
 Loads happen when they are asked for, products and stores when they are waited for: the orders in which a stage
 that is given back too soon, or a buffer written too soon, shows in the result.
 
-A shared address is the offset in the block's dynamic shared memory plus 1024. A simulated tensor map in memory is a
-number of :data:`MAPS`.
+A shared address is the offset in the block's dynamic shared memory plus 1024, and above it the block's rank in its
+cluster, as on a GPU. A simulated tensor map in memory is a number of :data:`MAPS`.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ import numpy as np
 from kernels.simulator import cluster_collective, collective, current_thread, warpgroup_collective
 
 _BASE = 1024
+_RANK_SHIFT = 24
+_OFFSET = (1 << _RANK_SHIFT) - 1
 MAP_WORDS = 16
 """64-bit words of a tensor map."""
 
@@ -37,14 +39,15 @@ class _Barrier:
             self.pending, self.phase = self.count, self.phase + 1
 
 
-def nothing() -> None:
+def nothing(*_operands) -> None:
     """A fence, a hint, or registers: the simulator has none of them."""
 
 
 def shared_address(array, index):
     """The address of an element of the block's dynamic shared memory."""
     dynamic = _dynamic(current_thread().block)
-    return np.uint32(_BASE + array.ctypes.data + int(index) * array.itemsize - dynamic.ctypes.data)
+    offset = _BASE + array.ctypes.data + int(index) * array.itemsize - dynamic.ctypes.data
+    return np.uint32(offset | int(cluster_rank()) << _RANK_SHIFT)
 
 
 def _dynamic(block) -> np.ndarray:
@@ -57,7 +60,7 @@ def _dynamic(block) -> np.ndarray:
 
 def _bytes_at(block, addresses: np.ndarray, width: int) -> np.ndarray:
     """Indices into the block's shared memory of ``width`` bytes at each address."""
-    start = np.asarray(addresses, np.int64) - _BASE
+    start = (np.asarray(addresses, np.int64) & _OFFSET) - _BASE
     size = len(_dynamic(block))
     if start.size and (start.min() < 0 or start.max() + width > size):
         raise IndexError(f"{block}: shared addresses {start.min()}..{start.max() + width} of {size} bytes")
@@ -65,7 +68,7 @@ def _bytes_at(block, addresses: np.ndarray, width: int) -> np.ndarray:
 
 
 def _barrier(block, address) -> _Barrier:
-    found = block.barriers.get(int(address))
+    found = block.barriers.get(int(address) & _OFFSET)
     if found is None:
         raise RuntimeError(f"{block}: no mbarrier was initialised at shared address {int(address)}")
     return found
@@ -74,7 +77,7 @@ def _barrier(block, address) -> _Barrier:
 def barrier_init(address, count) -> None:
     """Make a barrier."""
     assert int(address) % 8 == 0, address
-    current_thread().block.barriers[int(address)] = _Barrier(int(count), int(count))
+    current_thread().block.barriers[int(address) & _OFFSET] = _Barrier(int(count), int(count))
 
 
 def barrier_expect_bytes(address, nbytes) -> None:
@@ -118,6 +121,12 @@ def shared_load_remote(address, rank):
     """A word at the same shared address in another block of the cluster."""
     block = current_thread().block.cluster[int(rank)]
     return _dynamic(block)[_bytes_at(block, address, 4)].view(np.uint32)[0]
+
+
+def shared_store_remote(address, rank, word) -> None:
+    """A word to the same shared address in another block of the cluster."""
+    block = current_thread().block.cluster[int(rank)]
+    _dynamic(block)[_bytes_at(block, address, 4)] = np.array([word], np.uint32).view(np.uint8)
 
 
 def _swizzled(addresses: np.ndarray, span: int) -> np.ndarray:
@@ -269,7 +278,7 @@ def shared_store64(address, low, high) -> None:
 
 @dataclass(frozen=True)
 class Products:
-    """A committed group of wgmma: descriptors, and the element type's conversion to fp32."""
+    """A committed group of wgmma: descriptors, the element type's conversion to fp32, and which columns (0: all)."""
 
     a: int
     b: int
@@ -279,6 +288,8 @@ class Products:
     a_k_major: bool
     b_k_major: bool
     to_f32: object
+    first: int = 0
+    count: int = 0
 
 
 @dataclass(frozen=True)
@@ -305,8 +316,10 @@ def _operand(block, descriptor: int, k_major: bool, extent: int, to_f32) -> np.n
 def _multiply(block, matrix: np.ndarray, group: Products) -> np.ndarray:
     for step in range(group.steps):
         a = _operand(block, group.a + step * group.step_a, group.a_k_major, 64, group.to_f32)
-        b = _operand(block, group.b + step * group.step_b, group.b_k_major, matrix.shape[1], group.to_f32)
-        matrix = matrix + a @ b.T
+        columns = group.count or matrix.shape[1]
+        b = _operand(block, group.b + step * group.step_b, group.b_k_major, columns, group.to_f32)
+        matrix = matrix.copy()
+        matrix[:, group.first : group.first + columns] += a @ b.T
     return matrix
 
 

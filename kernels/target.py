@@ -118,13 +118,14 @@ class SimulatedLauncher(Launcher):
         self._kernel, self._grid, self._shared = kernel, grid, shared
 
     def __call__(self, stream: Any, arguments: tuple) -> None:
-        """Run to the end; arguments that a GPU would misread are refused."""
+        """Run to the end, or record that; arguments that a GPU would misread are refused."""
         kernel, rest = self._kernel, iter(arguments)
         nested = tuple(_take_argument(kernel.key, parameter, rest) for parameter in kernel.parameters)
         if unused := len(list(rest)):
             raise TypeError(f"{kernel.key}: {unused} of {len(arguments)} arguments too many")
         if stream is not None:
             stream.record(lambda: self(None, arguments))
+            return
         simulator.launch(kernel.function, self._grid, kernel.threads, self._shared, nested, kernel.cluster)
 
 

@@ -43,6 +43,10 @@ def _ldmatrix_transposed(array, index):
     return collective(_deal_transposed, (array, index))
 
 
+def _ldmatrix_ahead(array, index, offset):
+    return collective(_deal_plain, (array, index + np.int64(offset) // array.itemsize))
+
+
 def _ldmatrix_transposed_ahead(array, index, offset):
     return collective(_deal_transposed, (array, index + np.int64(offset) // array.itemsize))
 
@@ -104,6 +108,12 @@ ldmatrix_transposed = instruction(
 )
 # The same, `offset` bytes ahead: a constant offset becomes a part of the instruction, where LLVM would compute another
 # address.
+ldmatrix_ahead = instruction(
+    "{ .reg .b32 at; add.u32 at, $4, $5; ldmatrix.sync.aligned.m8n8.x4.shared.b16 {$0,$1,$2,$3}, [at]; }",
+    (SHARED, "r"),
+    "rrrr",
+    twin=_ldmatrix_ahead,
+)
 ldmatrix_transposed_ahead = instruction(
     "{ .reg .b32 at; add.u32 at, $4, $5; ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {$0,$1,$2,$3}, [at]; }",
     (SHARED, "r"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from kernels import functions
 from kernels.ptx import instruction
 from kernels.simulator import WARP, block_collective, collective, current_thread
 from kernels.target import SIMULATOR, cuda, device
@@ -114,3 +115,10 @@ def quad_sum(value):
     """The sum over four neighbouring lanes, in each of them."""
     value = value + shuffle_xor(value, np.uint32(1))
     return value + shuffle_xor(value, np.uint32(2))
+
+
+@device
+def quad_maximum(value):
+    """The largest of four neighbouring lanes' values, in each of them; NaN where one is."""
+    value = functions.maximum(value, shuffle_xor(value, np.uint32(1)))
+    return functions.maximum(value, shuffle_xor(value, np.uint32(2)))

@@ -13,7 +13,7 @@ from collections.abc import Callable
 import numpy as np
 
 from kernels import simulator_hopper as twins
-from kernels.target import SIMULATOR, types
+from kernels.target import SIMULATOR, device, types
 from kernels.tensor_core import HALVES_TO_F32
 
 DEPTH = 64
@@ -30,9 +30,21 @@ _K_MAJOR = (_SWIZZLE_128 | _ATOM << 32 | 1 << 16, 2)
 _MN_MAJOR = (_SWIZZLE_128 | _ATOM << 32 | (DEPTH * 128 >> 4) << 16, 2 * _ATOM)
 
 
-def descriptor_bits(k_major: bool) -> int:
-    """The constant part of an operand's descriptor; its start address / 16 is added to it."""
-    return (_K_MAJOR if k_major else _MN_MAJOR)[0]
+# In a block of a cluster a shared address has the block's rank above these bits, which a descriptor has no room for.
+_ADDRESS = (1 << 18) - 1
+_u32 = np.uint32
+
+
+@functools.cache
+def operand_descriptor(k_major: bool) -> Callable:
+    """A device function: the descriptor, uint64, of an operand at a shared address."""
+    constant = np.uint64((_K_MAJOR if k_major else _MN_MAJOR)[0])
+
+    @device
+    def describe(address):
+        return np.uint64(np.uint64(_u32(address & _u32(_ADDRESS)) >> _u32(4)) | constant)
+
+    return describe
 
 
 def step_words(k_major: bool) -> int:
@@ -84,10 +96,12 @@ def zero_sums(columns: int) -> Callable:
 
 
 @functools.cache
-def multiply_add(columns: int, steps: int, a_k_major: bool, b_k_major: bool, kind: str) -> Callable:
+def multiply_add(
+    columns: int, steps: int, a_k_major: bool, b_k_major: bool, kind: str, waits: bool = False
+) -> Callable:
     """A primitive ``sums = f(sums, a, b)``: issues ``steps`` products of 16 and commits them as a group.
 
-    ``a`` and ``b`` are descriptors. The sums may be used after :func:`wait_products`.
+    ``a`` and ``b`` are descriptors. The sums may be used after :func:`wait_products`, or at once if it ``waits``.
     """
     step_a, step_b = step_words(a_k_major), step_words(b_k_major)
     if SIMULATOR:
@@ -107,7 +121,7 @@ def multiply_add(columns: int, steps: int, a_k_major: bool, b_k_major: bool, kin
             f"wgmma.mma_async.sync.aligned.m64n{columns}k16.f32.{kind}.{kind} {registers}, a, b, "
             f"1, 1, 1, {int(not a_k_major)}, {int(not b_k_major)};"
         )
-    lines.append("wgmma.commit_group.sync.aligned; }")
+    lines.append(f"wgmma.commit_group.sync.aligned; {'wgmma.wait_group.sync.aligned 0; ' if waits else ''}}}")
 
     def code(signature, generate):
         def multiply_add(_context, _sums, _a, _b):
@@ -116,6 +130,48 @@ def multiply_add(columns: int, steps: int, a_k_major: bool, b_k_major: bool, kin
         return multiply_add
 
     return _emit(" ".join(lines), columns, "ll", code)
+
+
+@functools.cache
+def multiply_add_columns(columns: int, first: int, count: int, steps: int, kind: str) -> Callable:
+    """The same of ``count`` columns from ``first`` on, for K-major operands, and waits.
+
+    No other products may be under way: where some of a tuple's registers are a product's and others not, ptxas makes
+    all products of the kernel wait for each other.
+    """
+    if SIMULATOR:
+        step, to_f32 = step_words(True), HALVES_TO_F32[kind]
+
+        def multiply_twin(sums, a, b):
+            group = twins.Products(int(a), int(b), steps, step, step, True, True, to_f32, first, count)
+            return twins.wait_products(twins.Sums(sums.matrix, (*sums.pending, group)), 0)
+
+        return multiply_twin
+    multiply = multiply_add(count, steps, True, True, kind, True)
+    part, put = part_of_sums(columns, first // 2, count // 2), _with_part(columns, first // 2, count // 2)
+
+    @device
+    def multiply_columns(sums, a, b):
+        return put(sums, multiply(part(sums), a, b))
+
+    return multiply_columns
+
+
+def _with_part(columns: int, first: int, count: int) -> Callable:
+    """A primitive ``sums = f(sums, part)``: ``count`` of the sums from ``first`` on replaced."""
+    from numba.cuda.extending import intrinsic
+
+    tuple_type = _accumulators(columns)
+
+    def with_part(_context, _sums, _part):
+        def generate(context, builder, _signature, arguments):
+            sums = [builder.extract_value(arguments[0], i) for i in range(columns // 2)]
+            sums[first : first + count] = [builder.extract_value(arguments[1], i) for i in range(count)]
+            return context.make_tuple(builder, tuple_type, sums)
+
+        return tuple_type(tuple_type, types.UniTuple(types.float32, count)), generate
+
+    return intrinsic(with_part)
 
 
 @functools.cache

@@ -127,6 +127,7 @@ EXAMPLES: tuple[tuple[type[Plan], str, object], ...] = (
     ),
     (RandomPlan, "normal numbers, 3072x3072, bf16", RandomDescriptor(3072 * 3072, _BF16, Distribution.NORMAL)),
     (DropoutPlan, "dropout, 4096x3072, bf16", DropoutDescriptor(4096 * 3072, _BF16, _BF16)),
+    (DropoutPlan, "dropout in a graph, 4096x3072, bf16", DropoutDescriptor(4096 * 3072, _BF16, _BF16, counted=True)),
     (
         UpdatePlan,
         "AdamW over 1000 LoCon factors, bf16",

@@ -5,7 +5,7 @@ For example:
     descriptor = UpdateDescriptor(Rule.ADAMW, ElementKind.BF16, True, False, counts=(4096, 77), groups=(0, 1))
     plan = UpdatePlan.select(stream, descriptor)
     table = plan.descriptor.table(members)               # uploaded by the caller, as block_table(counts) is
-    plan.run(stream, None, UpdateArgs(members, table, blocks, numbers, scale, seed=0, step=1))
+    plan.run(stream, None, UpdateArgs(members, table, blocks, numbers, scale, origin))
 """
 
 from __future__ import annotations
@@ -165,7 +165,7 @@ class UpdateDescriptor:
             )
 
     def operands(self) -> tuple[Operand, ...]:
-        """Each tensor's ``parameter``, ``gradient`` and so on, then ``table``, ``blocks``, ``groups`` and ``scale``."""
+        """Each tensor's ``parameter``, ``gradient`` and so on, then the tables, ``groups``, ``scale``, ``origin``."""
         return self._operands
 
     @functools.cached_property
@@ -183,6 +183,7 @@ class UpdateDescriptor:
         rows.append(Operand("blocks", I32, (block_count(self.counts), 2)))
         rows.append(Operand("groups", F32, (max(self.groups, default=-1) + 1, kernel.NUMBERS)))
         rows.append(Operand("scale", F32, ()))
+        rows.append(Operand("origin", I64, (2,)))
         return tuple(rows)
 
     def table(self, members: Sequence[Member]) -> np.ndarray:
@@ -212,21 +213,22 @@ class UpdateDescriptor:
 class UpdateArgs(Arguments):
     """The members, the tables, the groups' numbers [groups, 8] and the gradients' scale, all on the device.
 
-    Nothing happens unless the scale is finite. ``seed`` and ``step`` choose the random bits of stochastic rounding.
+    Nothing happens unless the scale is finite. ``origin`` [seed, step] chooses the random bits of stochastic rounding.
     """
 
     def __init__(
         self, members: Sequence[Member], table: TensorRef, blocks: TensorRef, groups: TensorRef, scale: TensorRef,
-        seed: int = 0, step: int = 0,
+        origin: TensorRef,
     ) -> None:  # fmt: skip
         super().__init__()
-        self.members, self.table, self.blocks, self.groups, self.scale = list(members), table, blocks, groups, scale
-        self.rest = (seed, step)
+        self.members = list(members)
+        self.table, self.blocks, self.groups, self.scale, self.origin = table, blocks, groups, scale, origin
 
     def tensors(self) -> list[TensorRef]:
         """The members' tensors, then tables and numbers."""
         rows = [[m.parameter, m.gradient, m.first, m.second, m.master] for m in self.members]
-        return [*(t for row in rows for t in row if t is not None), self.table, self.blocks, self.groups, self.scale]
+        numbers = (self.table, self.blocks, self.groups, self.scale, self.origin)
+        return [*(t for row in rows for t in row if t is not None), *numbers]
 
 
 def refuses(d: Any) -> str:
@@ -249,8 +251,8 @@ class _UpdateProgram:
 
     def bind(self, args: UpdateArgs, workspace: Workspace) -> list[tuple[Callable, tuple]]:
         """The launch; none where there is no element."""
-        data = [tensor.data for tensor in (args.table, args.blocks, args.groups, args.scale)]
-        return [] if self.launch is None else [(self.launch, (*data, *args.rest))]
+        data = [tensor.data for tensor in (args.table, args.blocks, args.groups, args.scale, args.origin)]
+        return [] if self.launch is None else [(self.launch, tuple(data))]
 
 
 def one_launch(build: type, units: float, derivation: str, workspace: Callable = lambda d: 0) -> Sku:

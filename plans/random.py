@@ -37,6 +37,7 @@ from plans.core.plan import Arguments
 _KINDS = (ElementKind.BF16, ElementKind.F16, ElementKind.F32)
 _VECTOR_BYTES = 16
 _WORD = 2**32
+_ORIGIN = (Operand("origin", ElementKind.I64, (2,)),)
 
 
 class Distribution(enum.Enum):
@@ -76,11 +77,15 @@ def normal(words: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class RandomDescriptor:
-    """out[i] = round(low + width * number i) for ``count`` elements."""
+    """out[i] = round(low + width * number i) for ``count`` elements.
+
+    ``counted``: seed and stream are counted from an origin in device memory, which may change between two runs.
+    """
 
     count: int
     element: ElementKind
     distribution: Distribution
+    counted: bool = False
 
     category = OpCategory.RANDOM
 
@@ -89,8 +94,8 @@ class RandomDescriptor:
             raise InvalidProblem(f"random: {self.count} elements, wanted 0 or more; give the tensor's count")
 
     def operands(self) -> tuple[Operand, ...]:
-        """``out``."""
-        return (Operand("out", self.element, (self.count,), writes=True),)
+        """``out``, and ``origin`` [seed, stream] where it is counted."""
+        return (Operand("out", self.element, (self.count,), writes=True), *_ORIGIN[: self.counted])
 
     def reference(self, low: float, width: float, seed: int, number: int) -> tuple[np.ndarray, np.ndarray]:
         """The numbers in float64, and their magnitude."""
@@ -105,16 +110,22 @@ class RandomDescriptor:
 
 
 class RandomArgs(Arguments):
-    """The result, the affine map, the seed and the number of the stream, both 0 to 2**63 - 1."""
+    """The result, the affine map, the seed and the number of the stream, both 0 to 2**63 - 1, and their origin."""
 
-    def __init__(self, out: TensorMut, low: float, width: float, seed: int, number: int) -> None:
+    def __init__(
+        self, out: TensorMut, low: float, width: float, seed: int, number: int, origin: TensorRef | None = None
+    ) -> None:
         super().__init__()
-        self.out = out
+        self.out, self.origin = out, origin
         self.rest = (np.float32(low), np.float32(width), _number("seed", seed), _number("stream", number))
 
     def tensors(self) -> list[TensorRef]:
-        """``out``."""
-        return [self.out]
+        """``out`` and ``origin``."""
+        return [self.out, *_given(self.origin)]
+
+
+def _given(tensor: TensorRef | None) -> list[TensorRef]:
+    return [] if tensor is None else [tensor]
 
 
 def _number(name: str, value: int) -> int:
@@ -125,11 +136,15 @@ def _number(name: str, value: int) -> int:
 
 @dataclass(frozen=True)
 class DropoutDescriptor:
-    """out[i] = round(x[i] * scale) where uniform number i is at least p, else 0."""
+    """out[i] = round(x[i] * scale) where uniform number i is at least p, else 0.
+
+    ``counted`` as in :class:`RandomDescriptor`.
+    """
 
     count: int
     element: ElementKind
     out: ElementKind
+    counted: bool = False
 
     category = OpCategory.RANDOM
 
@@ -138,11 +153,12 @@ class DropoutDescriptor:
             raise InvalidProblem(f"dropout: {self.count} elements, wanted 0 or more; give the tensor's count")
 
     def operands(self) -> tuple[Operand, ...]:
-        """``out`` and ``x``; out may be x."""
+        """``out`` and ``x``, and ``origin`` where it is counted; out may be x."""
         same = "x" if self.out is self.element else ""
         return (
             Operand("out", self.out, (self.count,), writes=True, may_alias=same),
             Operand("x", self.element, (self.count,)),
+            *_ORIGIN[: self.counted],
         )
 
     def reference(self, x: np.ndarray, p: float, scale: float, seed: int, number: int) -> tuple[np.ndarray, np.ndarray]:
@@ -153,21 +169,30 @@ class DropoutDescriptor:
 
 
 class DropoutArgs(Arguments):
-    """The tensors, the probability of a zero, what the others are multiplied by, the seed and the stream's number."""
+    """The tensors, the probability of a zero, what others are multiplied by, seed, the stream's number, the origin."""
 
-    def __init__(self, out: TensorMut, x: TensorRef, p: float, scale: float, seed: int, number: int) -> None:
+    def __init__(
+        self,
+        out: TensorMut,
+        x: TensorRef,
+        p: float,
+        scale: float,
+        seed: int,
+        number: int,
+        origin: TensorRef | None = None,
+    ) -> None:
         super().__init__()
-        self.out, self.x = out, x
+        self.out, self.x, self.origin = out, x, origin
         self.rest = (np.float32(p), np.float32(scale), _number("seed", seed), _number("stream", number))
 
     def tensors(self) -> list[TensorRef]:
-        """``out`` and ``x``."""
-        return [self.out, self.x]
+        """``out``, ``x`` and ``origin``."""
+        return [self.out, self.x, *_given(self.origin)]
 
 
 def _refuses(d: RandomDescriptor | DropoutDescriptor) -> str:
     for operand in d.operands():
-        if operand.element not in _KINDS:
+        if operand.element not in _KINDS and operand not in _ORIGIN:
             return f"makes {', '.join(k.value for k in _KINDS)}, not {operand.element.value}"
     return ""
 
@@ -176,25 +201,26 @@ class _Program:
     """One launch, eight elements a thread."""
 
     def __init__(self, d: RandomDescriptor | DropoutDescriptor, device: Device) -> None:
-        self.count, self.launch = d.count, None
+        self.count, self.counted, self.launch = d.count, d.counted, None
         if d.count:
             self.launch = self.make(d).launcher((-(-d.count // (kernel.THREADS * kernel.RUN)), 1, 1))
 
     def make(self, d: RandomDescriptor) -> Callable:
         """The kernel."""
-        return kernel.random(d.distribution.value, d.element.value)
+        return kernel.random(d.distribution.value, d.element.value, d.counted)
 
     def bind(self, args: RandomArgs | DropoutArgs, workspace: Workspace) -> list[tuple[Callable, tuple]]:
         """The launch; none where there is nothing to make."""
         if self.launch is None:
             return []
-        data = [tensor.data for tensor in reversed(args.tensors())]
-        return [(self.launch, (*data, *args.rest, self.count))]
+        data = [tensor.data for tensor in args.tensors()]
+        origin = [data.pop()] if self.counted else []
+        return [(self.launch, (*reversed(data), *args.rest, self.count, *origin))]
 
 
 class _DropoutProgram(_Program):
     def make(self, d: DropoutDescriptor) -> Callable:
-        return kernel.dropout(d.element.value, d.out.value)
+        return kernel.dropout(d.element.value, d.out.value, d.counted)
 
 
 def _guarantee(units: float, derivation: str) -> PrecisionGuarantee:

@@ -35,7 +35,8 @@ def check(
             for o, value in zip(operands, values, strict=True)
         ]
         stream, size = device.stream(), plan.workspace_size()
-        plan.run(stream, Workspace(poisoned(size)) if size else None, arguments(tensors, scale))
+        workspace = Workspace(poisoned(size)) if size else None
+        plan.run(stream, workspace, arguments(tensors, scale))
         device.synchronize(stream)
         runs.append([gather(device, t, o) for t, o in zip(tensors, operands, strict=True) if o.writes])
     expected = descriptor.reference([v for v, o in zip(values, operands, strict=True) if not o.writes], scale)

@@ -23,7 +23,10 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def kernel_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Compiled kernels go to this run's temporary folder, which its workers share."""
+    """Compiled kernels go to this run's temporary folder, which its workers share, or where LYCORIS_CACHE_DIR says."""
+    if "LYCORIS_CACHE_DIR" in os.environ:
+        yield
+        return
     base = tmp_path_factory.getbasetemp()
     shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
     with pytest.MonkeyPatch.context() as patch:
@@ -55,6 +58,7 @@ def poisoned(device: Device) -> Callable[[int], DeviceBuffer]:
     return allocate
 
 
+_PROCESS = secrets.token_hex(8)
 _POINTERS = {np.uint16: u16p, np.uint32: u32p, np.float32: f32p, np.int32: i32p, np.int64: i64p}
 
 
@@ -83,5 +87,5 @@ def run_kernel(device: Device, poisoned: Callable) -> Callable:
 @functools.cache
 def _kernel(function, parameters, threads):
     # The key names a binary on disk: what a closure has captured has no name, so each function is one of its own.
-    key = f"{function.__module__}.{function.__qualname__} {id(function)} of process {os.getpid()}"
+    key = f"{function.__module__}.{function.__qualname__} {id(function)} of process {_PROCESS}"
     return Kernel(function, parameters, threads, key=key)

@@ -36,7 +36,8 @@ def run(device, poisoned, plan_class, descriptor, arrays, preference=None):
     """The plan and everything that it wrote, by name."""
     plan = plan_class.select(None, descriptor, preference, device=device)
     tensors, stream = tensors_of(device, poisoned, descriptor, arrays), device.stream()
-    plan.run(stream, Workspace(poisoned(plan.workspace_size())), NamedArguments(descriptor, **tensors))
+    workspace = Workspace(poisoned(plan.workspace_size()))
+    plan.run(stream, workspace, NamedArguments(descriptor, **tensors))
     device.synchronize(stream)
     found = {}
     for operand in descriptor.operands():

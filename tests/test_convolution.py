@@ -58,7 +58,8 @@ def solve(device, poisoned, problem, descriptor, draw, backend=None, beta=0.5):
     result = scatter(device, out, np.full(out.shape, np.nan))
     given = [(t, beta) if o.name.startswith("residual") else t for o, t in zip(operands[2:], tensors[2:], strict=True)]
     size, stream = plan.workspace_size(), device.stream()
-    plan.run(stream, Workspace(poisoned(size)) if size else None, Conv2dArgs(result, *tensors[:2], given))
+    workspace = Workspace(poisoned(size)) if size else None
+    plan.run(stream, workspace, Conv2dArgs(result, *tensors[:2], given))
     device.synchronize(stream)
     rest = iter(values[2:])
     arrays = [None if operand is None else next(rest) for operand in descriptor.step_operands]

@@ -10,7 +10,7 @@ import pytest
 from matmul_cases import BF16, F16, F32, gaussian
 from test_convolution import FORWARD, INPUT, check, solve
 
-from kernels.matmul.wgmma import WgmmaTile
+from kernels.matmul.wgmma_tile import WgmmaTile
 from kernels.target import SIMULATOR
 from plans.convolution import Conv2dDescriptor, Conv2dInputGradientDescriptor, Convolution
 from plans.convolution.wgmma import WGMMA, WgmmaProgram, box_width_of

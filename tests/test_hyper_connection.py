@@ -61,7 +61,8 @@ def tensors_of(device, poisoned, descriptor, arrays):
 def run(device, poisoned, descriptor, arrays):
     plan, tensors = plan_of(device, descriptor), tensors_of(device, poisoned, descriptor, arrays)
     stream = device.stream()
-    plan.run(stream, Workspace(poisoned(plan.workspace_size())), HyperConnectionArgs(**tensors))
+    workspace = Workspace(poisoned(plan.workspace_size()))
+    plan.run(stream, workspace, HyperConnectionArgs(**tensors))
     device.synchronize(stream)
     kind = descriptor.element
     return device.download(tensors["out"].owner, kind.storage, descriptor.shape, stream).view(kind.values)

@@ -56,7 +56,8 @@ def run(device, poisoned, descriptor, arrays):
     """Every gradient by name."""
     plan, tensors = plan_of(device, descriptor), tensors_of(device, poisoned, descriptor, arrays)
     stream = device.stream()
-    plan.run(stream, Workspace(poisoned(plan.workspace_size())), HyperConnectionBackwardArgs(**tensors))
+    workspace = Workspace(poisoned(plan.workspace_size()))
+    plan.run(stream, workspace, HyperConnectionBackwardArgs(**tensors))
     device.synchronize(stream)
     found = {}
     for operand in descriptor.operands()[: len(GRADIENT_OF)]:

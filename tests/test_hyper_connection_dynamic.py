@@ -85,7 +85,8 @@ def test_weights_of_many_streams_and_back(device, poisoned, rng, n, mode):
     m, iterations, flat = n * (n + 2), 1, 4096
     projected = np.abs(rng.standard_normal((1, m + 1))).astype(np.float32)
     alpha, bias, d = (rng.standard_normal(count).astype(np.float32) for count in (3, m, m))
-    read = [device.upload(array).pointer(np.float32) for array in (projected, alpha, bias, d)]
+    uploaded = [device.upload(array) for array in (projected, alpha, bias, d)]
+    read = [buffer.pointer(np.float32) for buffer in uploaded]
     weights, d_logits, lifts, logits, entered = (poisoned(4 * k) for k in (m, m, m + 1, n * n, n * n))
     pointers = [buffer.pointer(np.float32) for buffer in (weights, d_logits, lifts, logits, entered)]
     stream, eps = device.stream(), np.float32(EPS)

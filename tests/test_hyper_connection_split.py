@@ -168,7 +168,8 @@ def test_the_gradient_of_x_may_be_added_in_place(device, poisoned, rng):
     tensors, stream = tensors_of(device, poisoned, descriptor, arrays), device.stream()
     streams = device.upload(arrays["d_streams"]).tensor(F32, descriptor.shape)
     tensors |= {"d_x": streams, "d_streams": streams}
-    plan.run(stream, Workspace(poisoned(plan.workspace_size())), NamedArguments(descriptor, **tensors))
+    workspace = Workspace(poisoned(plan.workspace_size()))
+    plan.run(stream, workspace, NamedArguments(descriptor, **tensors))
     device.synchronize(stream)
     np.testing.assert_array_equal(device.download(streams.owner, np.float32, descriptor.shape), apart["d_x"])
 

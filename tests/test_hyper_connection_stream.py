@@ -67,7 +67,8 @@ def test_a_walk_gives_the_bits_of_a_block_a_sample(device, poisoned, rng, monkey
     x, y = (rng.standard_normal(s).astype(np.float32) for s in (shape, (batch, channels)))
     weights = rng.uniform(0.1, 1, (batch, m)).astype(np.float32)
     gamma, *logits = (rng.standard_normal(s).astype(np.float32) for s in (channels, n, n, n * n))
-    pointers = [device.upload(a).pointer(np.float32) for a in (x, y, weights, gamma, *logits)]
+    buffers = [device.upload(array) for array in (x, y, weights, gamma, *logits)]
+    pointers = [buffer.pointer(np.float32) for buffer in buffers]
     written = (batch, channels) if role == "pre" else shape
     results, stream = [], device.stream()
     for blocks in (batch, 1, 3):
@@ -101,7 +102,8 @@ def test_two_runs_of_a_thread(device, poisoned, rng, few_threads, element):
 
 def run_backward(device, poisoned, descriptor, program, arrays, workspace_bytes):
     tensors, stream = tensors_of(device, poisoned, descriptor, arrays), device.stream()
-    for launch, arguments in program.bind(HyperConnectionBackwardArgs(**tensors), Workspace(poisoned(workspace_bytes))):
+    workspace = Workspace(poisoned(workspace_bytes))
+    for launch, arguments in program.bind(HyperConnectionBackwardArgs(**tensors), workspace):
         launch(stream, arguments)
     device.synchronize(stream)
     return written(device, descriptor, tensors, stream)
@@ -163,7 +165,8 @@ def test_a_sample_in_pieces(device, poisoned, rng, few_threads, shape):
     arrays |= {name: exact[name][0].astype(np.float32) for name in ("projected", "mixing")}
     plan = DynamicHyperConnectionBackwardPlan.make(descriptor, PlanPreference(), device)
     tensors, stream = tensors_of(device, poisoned, descriptor, arrays), device.stream()
-    plan.run(stream, Workspace(poisoned(plan.workspace_size())), NamedArguments(descriptor, **tensors))
+    workspace = Workspace(poisoned(plan.workspace_size()))
+    plan.run(stream, workspace, NamedArguments(descriptor, **tensors))
     device.synchronize(stream)
     assert_kept(plan, written(device, descriptor, tensors, stream), descriptor.reference(**arrays))
 
@@ -182,7 +185,8 @@ def test_channels_in_several_launches(device, poisoned, rng, few_threads, plan_c
     plan, arrays = plan_class.make(descriptor, PlanPreference(), device), problem(rng, descriptor)
     assert plan.chosen.name == "stream"
     tensors, stream = tensors_of(device, poisoned, descriptor, arrays), device.stream()
-    plan.run(stream, Workspace(poisoned(plan.workspace_size())), NamedArguments(descriptor, **tensors))
+    workspace = Workspace(poisoned(plan.workspace_size()))
+    plan.run(stream, workspace, NamedArguments(descriptor, **tensors))
     device.synchronize(stream)
     assert_kept(plan, written(device, descriptor, tensors, stream), descriptor.reference(**arrays))
 

@@ -65,7 +65,7 @@ def test_blocks_share_out_all_tiles_of_all_results(run_kernel, rows, columns):
 
 
 @pytest.mark.parametrize("contiguous", [True, False])
-@pytest.mark.parametrize(("rows", "depth"), [(128, 32), (128, 64), (64, 32), (32, 16)])
+@pytest.mark.parametrize(("rows", "depth"), [(128, 32), (128, 64), (64, 32), (32, 16), (48, 80), (64, 96)])
 def test_units_keep_apart_and_meet_all_banks(run_kernel, rows, depth, contiguous):
     """Every unit has a place of its own, and eight lines' units of the same number lie in different 16-byte columns."""
     operand = Operand(rows, depth, contiguous, 8, False, False)

@@ -137,7 +137,9 @@ def test_a_measured_program_runs_over_operands_of_its_own(device, monkeypatch):
     launched = []
 
     def seconds(_device, launch):
-        launch(device.stream())
+        stream = device.stream()
+        launch(stream)
+        device.synchronize(stream)
         launched.append(launch)
         return 0.5
 

@@ -76,7 +76,7 @@ def test_every_tile(device, poisoned, rng, layout, gated):
     """Several tiles a block, more stages of K than are kept, results of one tile stored while the next is summed."""
     steps = (Gate("silu"),) if gated else ()
     descriptor = of_shape(264, 136 if SIMULATOR else 1288, 136, layout, epilogue=steps)
-    problem = make(device, descriptor, gaussian(rng))
+    problem, stream = make(device, descriptor, gaussian(rng)), device.stream()
     tiles = candidate_tiles(descriptor)
     assert len(tiles) >= 4
     for tile in tiles[::3] if SIMULATOR else tiles:
@@ -85,8 +85,8 @@ def test_every_tile(device, poisoned, rng, layout, gated):
             sku = dataclasses.replace(WGMMA, build=functools.partial(WgmmaProgram, tile=chosen))
             plan = SegmentedMatmulPlan(descriptor, sku, device)
             problem.args.bound.clear()
-            plan.run(device.stream(), None, problem.args)
-            device.synchronize(device.stream())
+            plan.run(stream, None, problem.args)
+            device.synchronize(stream)
             assert_kept(problem, plan)
 
 

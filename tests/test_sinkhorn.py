@@ -48,9 +48,9 @@ def iterations_for(n):
 
 def forward(device, poisoned, descriptor, logits, backend=None):
     plan = SinkhornPlan.select(None, descriptor, PlanPreference(prefer_backend=backend), device=device)
-    out = poisoned(logits.nbytes)
-    stream = device.stream()
-    plan.run(stream, None, SinkhornArgs(out.tensor(F32, logits.shape), device.upload(logits).tensor(F32, logits.shape)))
+    out, stream = poisoned(logits.nbytes), device.stream()
+    args = SinkhornArgs(out.tensor(F32, logits.shape), device.upload(logits).tensor(F32, logits.shape))
+    plan.run(stream, None, args)
     device.synchronize(stream)
     return plan, device.download(out, np.float32, logits.shape, stream)
 
@@ -58,9 +58,10 @@ def forward(device, poisoned, descriptor, logits, backend=None):
 def backward(device, poisoned, descriptor, logits, d_out, backend=None):
     plan = SinkhornBackwardPlan.select(None, descriptor, PlanPreference(prefer_backend=backend), device=device)
     result = poisoned(logits.nbytes)
-    tensors = (b.tensor(F32, logits.shape) for b in (result, device.upload(logits), device.upload(d_out)))
+    tensors = [b.tensor(F32, logits.shape) for b in (result, device.upload(logits), device.upload(d_out))]
     stream = device.stream()
-    plan.run(stream, Workspace(poisoned(plan.workspace_size())), SinkhornBackwardArgs(*tensors))
+    workspace = Workspace(poisoned(plan.workspace_size()))
+    plan.run(stream, workspace, SinkhornBackwardArgs(*tensors))
     device.synchronize(stream)
     return plan, device.download(result, np.float32, logits.shape, stream)
 

@@ -58,7 +58,9 @@ def test_the_result_may_take_the_base_s_place(device, rng):
     inputs = Inputs.random(descriptor, rng)
     exact, magnitude = inputs.reference(descriptor)
     plan, placed = select(descriptor, CLUSTER, device), Placed.of(descriptor, inputs, device, in_place=True)
-    plan.run(device.stream(), poisoned_workspace(plan, device), placed.args)
+    stream = device.stream()
+    plan.run(stream, poisoned_workspace(plan, device), placed.args)
+    device.synchronize(stream)
     assert_promised(placed.outcome(plan.precision_guarantee), exact, magnitude, BF16)
 
 

@@ -15,8 +15,9 @@ from collections.abc import Callable
 import numpy as np
 
 from kernels import barrier
-from kernels.matmul.wgmma import ROWS, WgmmaTile, persistent
+from kernels.matmul.wgmma import persistent
 from kernels.matmul.wgmma_store import STAGING_BYTES, WARP_ROWS, Rows, tile_store
+from kernels.matmul.wgmma_tile import ROWS, WgmmaTile
 from kernels.target import device, i64, kernel_factory, types
 from kernels.wgmma import DEPTH
 

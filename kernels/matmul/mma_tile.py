@@ -85,16 +85,19 @@ class Operand:
         return self.rows * self.depth // UNIT
 
 
-def _swizzle(units_of_line: int) -> tuple[int, int]:
-    """(shift, mask): unit u of line l lies at u ^ (l >> shift & mask), so that eight lines meet all 32 banks."""
-    mask = min(units_of_line, 8) - 1
-    return (3 - min(units_of_line, 8).bit_length() + 1, mask)
+def swizzle(units_of_line: int) -> tuple[int, int]:
+    """(shift, mask): unit u of line l lies at u ^ (l >> shift & mask), so that eight lines meet all 32 banks.
+
+    Units change places within groups of the largest power of two that divides a line, 8 at most.
+    """
+    group = min(units_of_line & -units_of_line, 8)
+    return (4 - group.bit_length(), group - 1)
 
 
 @functools.cache
 def place_of(operand: Operand) -> Callable:
     """``place(line, unit)``: where a unit begins, in elements from the tile's start."""
-    shift, mask = _swizzle(operand.units_of_line)
+    shift, mask = swizzle(operand.units_of_line)
     units_of_line = operand.units_of_line
 
     @device

@@ -22,13 +22,14 @@ from kernels import bits, memory, tensor_core
 from kernels.division import remainder
 from kernels.elements import ELEMENTS
 from kernels.target import cuda, device
+from kernels.weight.low_rank_stage import stage_of
 
 _PARTS = {"bf16": 1, "f16": 2, "f32": 3}
 STEP = 16
 MAX_HELD_WORDS = 64
-MAX_FETCHED_WORDS = 32
 ROWS_OF_LANE = 2
 RESULTS = 8 * ROWS_OF_LANE
+_EVERY_BIT, _SIGNLESS = np.uint32(0xFFFFFFFF), np.uint32(0x7FFF7FFF)
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,11 @@ class Product:
         return (1, 1) if self.native_f16 else (_PARTS[self.left], _PARTS[self.right])
 
     @property
+    def steps_at_once(self) -> int:
+        """Steps whose left factor one access brings."""
+        return 2 if self.vector == 8 else 1
+
+    @property
     def native_f16(self) -> bool:
         """Whether the fp16 instruction multiplies the factors as they are."""
         return self.left == self.right == "f16"
@@ -64,6 +70,11 @@ class Product:
         return self.vector > 2 and self.parts[0] == 1 and self.left != "f32" and tile.base != "walk"
 
     @property
+    def ranks(self) -> int:
+        """Ranks of all steps, zeros beyond the rank among them."""
+        return self.steps * STEP
+
+    @property
     def part_pairs(self) -> tuple[tuple[int, int], ...]:
         """Which parts are multiplied, smallest products first."""
         pairs = [(i, j) for i in range(self.parts[0]) for j in range(self.parts[1]) if i + j <= 2]
@@ -71,7 +82,7 @@ class Product:
 
     def shared_elements(self, tile: Tile) -> int:
         """16-bit elements of shared memory for the right factor."""
-        return self.parts[1] * self.steps * STEP * 32 * tile.groups
+        return self.parts[1] * self.ranks * 32 * tile.groups
 
     @property
     def held_words(self) -> int:
@@ -85,13 +96,15 @@ class Tile:
     """16 * warps rows by 32 * groups columns; ``ragged`` where weights are not whole tiles.
 
     ``base``: where a tile's base waits: "registers", "shared" memory, or in shared memory for two tiles at a time of a
-    "walk" over several below each other.
+    "walk" over several below each other. ``settled``: results that the tensor core's sum leaves in doubt are made again
+    (`weight/settle.py`).
     """
 
     warps: int
     groups: int
     ragged: bool
     base: str
+    settled: bool = False
 
     @property
     def rows(self) -> int:
@@ -114,22 +127,20 @@ def product(
     ``stage(p, shared, column0, columns, thread)`` brings the right factor to shared memory.
     ``hold(p, held, row, rows, lane)`` brings the left factor of the lane's rows to registers.
     ``multiply(p, shared, held, result, group, row, rows, lane)`` writes the lane's results of a group: eight of each of
-    the rows ``row`` and ``row + 8``.
+    the rows ``row`` and ``row + 8``. ``measure``, called alike, writes the sums of their terms' magnitudes, of leading
+    parts.
     ``periods``: positions of two parameters by which rows and columns are reduced first, as in a Kronecker product;
     their reciprocals are two positions further.
     """
     fragment = _left_fragment(spec, tile, at, periods)
-    steps = spec.steps
-    columns_of_tile = tile.columns
-    swizzle = np.uint32(min(columns_of_tile // 8, 8) - 1)
-    multiply_parts = _multiply_nothing
+    parts, plane = _multiply_nothing, spec.ranks * tile.columns
     for left_part, right_part in spec.part_pairs:
-        plane = right_part * steps * STEP * columns_of_tile
-        multiply_parts = _multiply_part(multiply_parts, spec, 4 * left_part, 2 * (shared_at + plane))
+        parts = _multiply_part(parts, spec, 4 * left_part, 2 * (shared_at + right_part * plane))
+    if tile.settled and spec.steps > 1:
+        parts = _from_zero(parts)
+    magnitudes = _multiply_part(_multiply_nothing, spec, 0, 2 * shared_at, magnitudes=True)
+    loads, words_at_once = spec.steps // spec.steps_at_once, 4 * spec.parts[0] * spec.steps_at_once
     holds = spec.held_words > 0
-    step_words = 4 * spec.parts[0]
-    steps_at_once = 2 if spec.vector == 8 else 1
-    loads, words_at_once = steps // steps_at_once, steps_at_once * step_words
 
     @device
     def hold(p, held, row, rows, lane):
@@ -137,8 +148,23 @@ def product(
             for load in range(loads):
                 fragment(p, held, held_at + words_at_once * load, row, rows, lane, load)
 
+    return SimpleNamespace(
+        stage=stage_of(spec, tile, shared_at, at, periods),
+        hold=hold,
+        multiply=_over_steps(parts, fragment, spec, tile, held_at),
+        measure=_over_steps(magnitudes, fragment, spec, tile, held_at),
+    )
+
+
+def _over_steps(parts: Callable, fragment: Callable, spec: Product, tile: Tile, held_at: int) -> Callable:
+    """``parts`` for all steps of a group and both pairs of its 8-column tiles, the results zero before."""
+    holds, columns_of_tile, steps_at_once = spec.held_words > 0, tile.columns, spec.steps_at_once
+    step_words = 4 * spec.parts[0]
+    loads, words_at_once = spec.steps // steps_at_once, steps_at_once * step_words
+    swizzle = np.uint32(min(columns_of_tile // 8, 8) - 1)
+
     @device
-    def multiply(p, shared, held, result, group, row, rows, lane):
+    def all_steps(p, shared, held, result, group, row, rows, lane):
         for i in range(RESULTS):
             result[i] = np.float32(0)
         # Units of eight columns are permuted by the row's last bits; bits of row, unit and group stay apart.
@@ -153,9 +179,9 @@ def product(
                 step_bytes = 2 * STEP * columns_of_tile * (load * steps_at_once + sub)
                 for pair in range(2):
                     index = np.int64(np.uint32(lane_at ^ np.uint32(8 * (4 * group + 2 * pair))))
-                    multiply_parts(shared, index, step_bytes, words, words_at + step_words * sub, result, pair)
+                    parts(shared, index, step_bytes, words, words_at + step_words * sub, result, pair)
 
-    return SimpleNamespace(stage=_stage(spec, tile, shared_at, at, periods), hold=hold, multiply=multiply)
+    return all_steps
 
 
 @device
@@ -163,9 +189,13 @@ def _multiply_nothing(shared, index, step_bytes, words, words_at, result, pair):
     pass
 
 
-def _multiply_part(rest: Callable, spec: Product, left_at: int, right_bytes: int) -> Callable:
-    """``rest``, then the product of one part of each factor for two of a group's four 8-column tiles."""
+def _multiply_part(rest: Callable, spec: Product, left_at: int, right_bytes: int, magnitudes: bool = False) -> Callable:
+    """``rest``, then the product of one part of each factor for two of a group's four 8-column tiles.
+
+    ``magnitudes``: without the factors' signs.
+    """
     mma = tensor_core.mma_f16 if spec.native_f16 else tensor_core.mma_bf16
+    kept = _SIGNLESS if magnitudes else _EVERY_BIT
 
     @device
     def multiply(shared, index, step_bytes, words, words_at, result, pair):
@@ -175,7 +205,8 @@ def _multiply_part(rest: Callable, spec: Product, left_at: int, right_bytes: int
         for half in range(2):
             i = 4 * pair + 2 * half
             c = mma(
-                words[a], words[a + 1], words[a + 2], words[a + 3], b[2 * half], b[2 * half + 1],
+                words[a] & kept, words[a + 1] & kept, words[a + 2] & kept, words[a + 3] & kept,
+                b[2 * half] & kept, b[2 * half + 1] & kept,
                 result[i], result[i + 1], result[i + 8], result[i + 9],
             )  # fmt: skip
             result[i] = c[0]
@@ -184,6 +215,22 @@ def _multiply_part(rest: Callable, spec: Product, left_at: int, right_bytes: int
             result[i + 9] = c[3]
 
     return multiply
+
+
+def _from_zero(parts: Callable) -> Callable:
+    """The same with each step summed from zero and then added: it cuts off no more than its own terms are worth."""
+
+    @device
+    def step(shared, index, step_bytes, words, words_at, result, pair):
+        own = cuda.local.array(RESULTS, np.float32)
+        for i in range(RESULTS):
+            own[i] = np.float32(0)
+        parts(shared, index, step_bytes, words, words_at, own, pair)
+        for row in range(ROWS_OF_LANE):
+            for i in range(4):
+                result[8 * row + 4 * pair + i] += own[8 * row + 4 * pair + i]
+
+    return step
 
 
 def _left_fragment(spec: Product, tile: Tile, at: int, periods: tuple[int, int] | None) -> Callable:
@@ -270,94 +317,3 @@ def _left_fragment(spec: Product, tile: Tile, at: int, periods: tuple[int, int] 
                         split(words, values[pair], values[pair + 1], word_at + 2 * side)
 
     return fragment
-
-
-def _stage(spec: Product, tile: Tile, shared_at: int, at: int, periods: tuple[int, int] | None) -> Callable:
-    """Copy the right factor's columns of a tile to shared memory: permuted, split into parts, zero beyond the rank."""
-    _, i_right, i_rank, _, _, i_next = range(at, at + 6)
-    i_period = periods[1] if periods else 0
-    i_reciprocal = i_period + 2
-    periodic, ragged, full, parts = periods is not None, tile.ragged, spec.full, spec.parts[1]
-    pack = bits.pack_f16 if spec.native_f16 else bits.pack_bf16
-    element = ELEMENTS[spec.right]
-    fetch8, unpack8, words_of_8 = element.fetch8_cached, element.unpack8, element.words
-    columns_of_tile, threads = tile.columns, 32 * tile.warps
-    chunks_in_row = columns_of_tile // 8
-    swizzle = np.uint32(min(chunks_in_row, 8) - 1)
-    chunks = spec.steps * STEP * chunks_in_row
-    rounds = -(-chunks // threads)
-    at_once = min(rounds, MAX_FETCHED_WORDS // words_of_8)
-    fetched_words = at_once * words_of_8
-    even = chunks % (threads * at_once) == 0
-    plane = spec.steps * STEP * columns_of_tile
-    as_stored = parts == 1
-    by_eight, interleaved = spec.vector == 8, spec.interleaved(tile)
-
-    @device
-    def locate(chunk):
-        return np.uint32(chunk // np.uint32(chunks_in_row)), np.uint32(chunk % np.uint32(chunks_in_row))
-
-    @device
-    def place_of_rank(k):
-        """Where the tensor core meets rank k, so that lanes hold neighbouring ranks of left."""
-        first, second = np.uint32(k & np.uint32(1)), np.uint32((k >> np.uint32(1)) & np.uint32(1))
-        if interleaved:
-            first, second = second, first
-        odd = np.uint32(first | (second << np.uint32(3)))
-        if by_eight:
-            lane = np.uint32((k >> np.uint32(3)) & np.uint32(3))
-            step = np.uint32((k & np.uint32(~31 & 0xFFFFFFFF)) | ((k & np.uint32(4)) << np.uint32(2)))
-        else:
-            lane = np.uint32((k >> np.uint32(2)) & np.uint32(3))
-            step = np.uint32(k & np.uint32(~15 & 0xFFFFFFFF))
-        return np.uint32(step | odd | (lane << np.uint32(1)))
-
-    @device
-    def fetch(p, column0, columns, chunk, words, to):
-        k, place = locate(chunk)
-        column = column0 + np.int64(place * np.uint32(8))
-        if ragged:
-            column = min(column, columns - np.int64(8))
-        if periodic:
-            column = np.int64(remainder(column, p[i_period], p[i_reciprocal]))
-        row = np.int64(k) if full else min(np.int64(k), p[i_rank] - np.int64(1))
-        fetch8(p[i_right], row * p[i_next] + column, words, to)
-        if not full and np.int64(k) >= p[i_rank]:
-            for i in range(words_of_8):
-                words[to + i] = np.uint32(0)
-
-    @device
-    def put(shared, chunk, words, source, values):
-        rank, place = locate(chunk)
-        k = place_of_rank(rank)
-        if not as_stored:
-            unpack8(words, source, values, 0)
-        base = np.uint32(k * np.uint32(columns_of_tile) + (place & np.uint32(3)) * np.uint32(2))
-        first_unit = np.uint32((place >> np.uint32(2)) * np.uint32(4))
-        for part in range(parts):
-            for j in range(4):
-                unit = np.uint32((first_unit + np.uint32(j)) ^ (k & swizzle))
-                index = shared_at + part * plane + np.int64(np.uint32(base + unit * np.uint32(8)))
-                if as_stored:
-                    memory.shared_store32(shared, index, words[source + j])
-                else:
-                    low, high = values[2 * j], values[2 * j + 1]
-                    memory.shared_store32(shared, index, pack(low, high))
-                    values[2 * j] = low - bits.bf16_to_f32(bits.f32_to_bf16(low))
-                    values[2 * j + 1] = high - bits.bf16_to_f32(bits.f32_to_bf16(high))
-
-    @device
-    def stage(p, shared, column0, columns, thread):
-        words = cuda.local.array(fetched_words, np.uint32)
-        values = cuda.local.array(8, np.float32)
-        for first in range(0, rounds, at_once):
-            for turn in range(at_once):
-                chunk = np.uint32(thread + np.uint32((first + turn) * threads))
-                if even or chunk < np.uint32(chunks):
-                    fetch(p, column0, columns, chunk, words, turn * words_of_8)
-            for turn in range(at_once):
-                chunk = np.uint32(thread + np.uint32((first + turn) * threads))
-                if even or chunk < np.uint32(chunks):
-                    put(shared, chunk, words, turn * words_of_8, values)
-
-    return stage

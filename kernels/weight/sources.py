@@ -14,8 +14,8 @@ the last parameter.
     dense       scale * diff[o, j]
     channel     scale * m[o or j // taps] * w
 
-Kronecker products and channels by column carry the reciprocals of their divisors (:mod:`kernels.division`) for kernels
-whose coordinates have 31 bits; here they have 64.
+Kronecker products and channels by column carry the reciprocals of their divisors (:mod:`kernels.division`), with which
+``narrow`` coordinates, of 31 bits, are divided.
 """
 
 from __future__ import annotations
@@ -25,11 +25,22 @@ from collections.abc import Callable
 
 import numpy as np
 
+from kernels.division import divide
 from kernels.double_float import add_pairs, multiply_add, multiply_pairs
 from kernels.elements import ELEMENTS
 from kernels.target import device, f32, i64, types
 
 Source = tuple
+
+
+@device
+def _wide_quotient(n, divisor, reciprocal):
+    return n // divisor
+
+
+@device
+def _narrow_quotient(n, divisor, reciprocal):
+    return np.int64(divide(np.uint32(n), reciprocal))
 
 
 def _factor_types(left: str, right: str) -> tuple:
@@ -57,7 +68,7 @@ def _dot(left: str, right: str, at: int) -> Callable:
     return dot
 
 
-def _low_rank(left: str, right: str) -> tuple[tuple, Callable]:
+def _low_rank(quotient: Callable, left: str, right: str) -> tuple[tuple, Callable]:
     dot = _dot(left, right, 0)
 
     @device
@@ -68,7 +79,7 @@ def _low_rank(left: str, right: str) -> tuple[tuple, Callable]:
     return (*_factor_types(left, right), f32), value
 
 
-def _hadamard(a: str, b: str, c: str, d: str) -> tuple[tuple, Callable]:
+def _hadamard(quotient: Callable, a: str, b: str, c: str, d: str) -> tuple[tuple, Callable]:
     first, second = _dot(a, b, 0), _dot(c, d, 6)
 
     @device
@@ -81,14 +92,14 @@ def _hadamard(a: str, b: str, c: str, d: str) -> tuple[tuple, Callable]:
     return (*_factor_types(a, b), *_factor_types(c, d), f32), value
 
 
-def _kronecker(w1: str, w2: str) -> tuple[tuple, Callable]:
+def _kronecker(quotient: Callable, w1: str, w2: str) -> tuple[tuple, Callable]:
     """Parameters: w1 [a, b], w2 [c, e], b, c, e, the reciprocals of c and e, scale."""
     load1, load2 = ELEMENTS[w1].load, ELEMENTS[w2].load
 
     @device
     def value(p, o, j, w):
-        row = o // p[3]
-        column = j // p[4]
+        row = quotient(o, p[3], p[5])
+        column = quotient(j, p[4], p[6])
         small = load1(p[0], row * p[2] + column)
         large = load2(p[1], (o - row * p[3]) * p[4] + (j - column * p[4]))
         high, low = multiply_pairs(small, np.float32(0), large, np.float32(0))
@@ -97,7 +108,7 @@ def _kronecker(w1: str, w2: str) -> tuple[tuple, Callable]:
     return (ELEMENTS[w1].pointer, ELEMENTS[w2].pointer, i64, i64, i64, i64, i64, f32), value
 
 
-def _kronecker_product(w1: str, left: str, right: str) -> tuple[tuple, Callable]:
+def _kronecker_product(quotient: Callable, w1: str, left: str, right: str) -> tuple[tuple, Callable]:
     """Parameters: w1 [a, b], b, c, e, their last two's reciprocals, the product's six, scale.
 
     w2 = left [c, rank] @ right [rank, e].
@@ -106,8 +117,8 @@ def _kronecker_product(w1: str, left: str, right: str) -> tuple[tuple, Callable]
 
     @device
     def value(p, o, j, w):
-        row = o // p[2]
-        column = j // p[3]
+        row = quotient(o, p[2], p[4])
+        column = quotient(j, p[3], p[5])
         small = load1(p[0], row * p[1] + column)
         large, large_low = dot(p, o - row * p[2], j - column * p[3])
         high, low = multiply_pairs(large, large_low, small, np.float32(0))
@@ -116,7 +127,7 @@ def _kronecker_product(w1: str, left: str, right: str) -> tuple[tuple, Callable]
     return (ELEMENTS[w1].pointer, i64, i64, i64, i64, i64, *_factor_types(left, right), f32), value
 
 
-def _dense(kind: str) -> tuple[tuple, Callable]:
+def _dense(quotient: Callable, kind: str) -> tuple[tuple, Callable]:
     """Parameters: diff [O, J], J, scale."""
     load = ELEMENTS[kind].load
 
@@ -127,7 +138,7 @@ def _dense(kind: str) -> tuple[tuple, Callable]:
     return (ELEMENTS[kind].pointer, i64, f32), value
 
 
-def _channel(kind: str, axis: str) -> tuple[tuple, Callable]:
+def _channel(quotient: Callable, kind: str, axis: str) -> tuple[tuple, Callable]:
     """Parameters: m [O] or [I], taps, its reciprocal, scale."""
     load = ELEMENTS[kind].load
     if axis == "out":
@@ -141,7 +152,7 @@ def _channel(kind: str, axis: str) -> tuple[tuple, Callable]:
 
         @device
         def value(p, o, j, w):
-            high, low = multiply_pairs(load(p[0], j // p[1]), np.float32(0), w, np.float32(0))
+            high, low = multiply_pairs(load(p[0], quotient(j, p[1], p[2])), np.float32(0), w, np.float32(0))
             return multiply_pairs(high, low, p[3], np.float32(0))
 
     return (ELEMENTS[kind].pointer, i64, i64, f32), value
@@ -158,9 +169,9 @@ _MAKERS = {
 
 
 @functools.cache
-def point_source(source: Source) -> tuple[types.Tuple, Callable]:
+def point_source(source: Source, narrow: bool = False) -> tuple[types.Tuple, Callable]:
     """(parameter tuple type, value function) of a source given as (name, kinds...)."""
-    parameters, value = _MAKERS[source[0]](*source[1:])
+    parameters, value = _MAKERS[source[0]](_narrow_quotient if narrow else _wide_quotient, *source[1:])
     return types.Tuple(parameters), value
 
 
@@ -170,7 +181,7 @@ def source_parameters(source: Source) -> types.Tuple:
 
 
 @functools.cache
-def summed(sources: tuple[Source, ...]) -> Callable:
+def summed(sources: tuple[Source, ...], narrow: bool = False) -> Callable:
     """``total(p, o, j, w)``: the sum over the sources, in their order."""
 
     @device
@@ -179,7 +190,7 @@ def summed(sources: tuple[Source, ...]) -> Callable:
 
     total = zero
     for position, source in enumerate(sources):
-        total = _plus(total, point_source(source)[1], position)
+        total = _plus(total, point_source(source, narrow)[1], position)
     return total
 
 

@@ -3,7 +3,8 @@
 A lane holds eight neighbouring columns of each of its rows ``row + 8 i``: ``delta[8 i : 8 i + 8]``, and the base's
 values in ``w`` alike. A source is stage (factors to shared memory), hold (factors to registers) and add (one group of
 32 columns); sums of sources are chains of these. The formulas are those of :mod:`kernels.weight.sources`, and so are
-the parameter tuples.
+the parameter tuples. In a settled tile ``add`` also adds to ``reach``, which is in its place by how much each element of
+the delta may be wrong.
 """
 
 from __future__ import annotations
@@ -85,7 +86,7 @@ def _low_rank(source: Source, tile: Tile, at: list[int], first: bool) -> SimpleN
         hold_product(p, held, row, rows, lane)
 
     @device
-    def add(p, shared, held, delta, w, group, row, rows, column, columns, lane):
+    def add(p, shared, held, delta, reach, w, group, row, rows, column, columns, lane):
         result = cuda.local.array(RESULTS, np.float32)
         multiply(p, shared, held, result, group, row, rows, lane)
         for i in range(RESULTS):
@@ -110,7 +111,7 @@ def _hadamard(source: Source, tile: Tile, at: list[int], first: bool) -> SimpleN
         hold_two(p, held, row, rows, lane)
 
     @device
-    def add(p, shared, held, delta, w, group, row, rows, column, columns, lane):
+    def add(p, shared, held, delta, reach, w, group, row, rows, column, columns, lane):
         a = cuda.local.array(RESULTS, np.float32)
         b = cuda.local.array(RESULTS, np.float32)
         multiply_one(p, shared, held, a, group, row, rows, lane)
@@ -145,7 +146,7 @@ def _kronecker_product(source: Source, tile: Tile, at: list[int], first: bool) -
                 held[weights_at + group * ROWS_OF_LANE + i] = bits.f32_bits(weight)
 
     @device
-    def add(p, shared, held, delta, w, group, row, rows, column, columns, lane):
+    def add(p, shared, held, delta, reach, w, group, row, rows, column, columns, lane):
         result = cuda.local.array(RESULTS, np.float32)
         multiply(p, shared, held, result, group, row, rows, lane)
         for i in range(ROWS_OF_LANE):
@@ -161,7 +162,7 @@ def _pointwise(gather: Callable, tile: Tile, first: bool) -> SimpleNamespace:
     """A source without products: ``gather(p, values, w, o, column, i)`` gives eight values of the lane's i-th row."""
 
     @device
-    def add(p, shared, held, delta, w, group, row, rows, column, columns, lane):
+    def add(p, shared, held, delta, reach, w, group, row, rows, column, columns, lane):
         values = cuda.local.array(8, np.float32)
         inside = min(column, columns - np.int64(8))
         for i in range(ROWS_OF_LANE):
@@ -203,7 +204,7 @@ def _kronecker(source: Source, tile: Tile, at: list[int], first: bool) -> Simple
                 held[weights_at + slot] = bits.f32_bits(weight)
 
     @device
-    def add(p, shared, held, delta, w, group, row, rows, column, columns, lane):
+    def add(p, shared, held, delta, reach, w, group, row, rows, column, columns, lane):
         values = cuda.local.array(8, np.float32)
         for i in range(ROWS_OF_LANE):
             slot = group * ROWS_OF_LANE + i
@@ -254,7 +255,7 @@ _MAKERS = {
 
 
 @device
-def _no_add(p, shared, held, delta, w, group, row, rows, column, columns, lane):
+def _no_add(p, shared, held, delta, reach, w, group, row, rows, column, columns, lane):
     pass
 
 
@@ -284,8 +285,8 @@ def _then(rest: SimpleNamespace, one: SimpleNamespace, position: int) -> SimpleN
         hold_one(p[position], held, row, rows, column, columns, lane)
 
     @device
-    def add(p, shared, held, delta, w, group, row, rows, column, columns, lane):
-        add_rest(p, shared, held, delta, w, group, row, rows, column, columns, lane)
-        add_one(p[position], shared, held, delta, w, group, row, rows, column, columns, lane)
+    def add(p, shared, held, delta, reach, w, group, row, rows, column, columns, lane):
+        add_rest(p, shared, held, delta, reach, w, group, row, rows, column, columns, lane)
+        add_one(p[position], shared, held, delta, reach, w, group, row, rows, column, columns, lane)
 
     return SimpleNamespace(stage=stage, hold=hold, add=add)

@@ -6,11 +6,12 @@ from lycoris import tensor
 from lycoris.formats.keys import DORA, MID, UP
 from lycoris.nn.adapted import Adapter
 from lycoris.nn.linear_sum import locon_factors
-from lycoris.tensor import Tensor
+from lycoris.tensor import Tensor, pointwise
 from lycoris.tensor.adapted import hadamard_linear, kronecker_linear
 from lycoris.tensor.decomposed import decomposed_linear
 from plans.adapter_gradient import MOST_RANK
 from plans.core import ElementKind
+from plans.expression import leaf
 
 _HADAMARD = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
 
@@ -40,17 +41,17 @@ def fused_linear(
     if adapter.module.algorithm == "loha":
         factors = [names[name] for name in _HADAMARD]
         if adapter.module.scalar is not None:
-            factors[0] = factors[0].to(ElementKind.F32) * names["scalar"]
+            factors[0] = _scaled(factors[0], names["scalar"], kind)
         return hadamard_linear(x, weight, [factor.to(kind) for factor in factors], adapter.scale, bias, merged)
     if adapter.module.algorithm == "lokr":
         scale = adapter.scale if adapter.module.scalar is None else names["scalar"] * adapter.scale
         first = names["lokr_w1"] if "lokr_w1" in names else names["lokr_w1_a"] @ names["lokr_w1_b"]
         seconds = ("lokr_w2",) if "lokr_w2" in names else ("lokr_w2_a", "lokr_w2_b")
-        w1 = (_flat(first).to(ElementKind.F32) * scale).to(kind)
+        w1 = _scaled(_flat(first), scale, kind)
         return kronecker_linear(x, weight, w1, [_flat(names[name]).to(kind) for name in seconds], bias)
     down, up = locon_factors(adapter, kind, training)
     if adapter.module.scalar is not None:
-        up = (names[UP].reshape(*up.shape).to(ElementKind.F32) * names["scalar"]).to(kind)
+        up = _scaled(names[UP].reshape(*up.shape), names["scalar"], kind)
     return tensor.low_rank_linear(x, weight, down, up, adapter.scale, bias)
 
 
@@ -70,3 +71,10 @@ def fused_decomposed(x: Tensor, weight: Tensor, bias: Tensor | None, adapter: Ad
 
 def _flat(x: Tensor) -> Tensor:
     return x.reshape(x.shape[0], -1)
+
+
+def _scaled(x: Tensor, scale: Tensor | float, kind: ElementKind) -> Tensor:
+    """The product with a number, rounded to a kind once."""
+    if isinstance(scale, Tensor):
+        return pointwise.apply(leaf(0) * leaf(1), (x, scale), kind=kind)
+    return pointwise.apply(leaf(0) * leaf(1), (x,), (scale,), kind)

@@ -13,10 +13,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from lycoris.errors import RefusedInput
-from lycoris.optim.tables import Uploaded, flat
+from lycoris.optim.tables import Tables, flat
+from lycoris.replay import only_recorded
 from lycoris.tensor import autograd, pointwise
 from lycoris.tensor.launch import F32, empty, filled, run, same_device
-from lycoris.tensor.tensor import Tensor
+from lycoris.tensor.tensor import Tensor, changed
 from plans import expression
 from plans.core import Device, TensorRef
 from plans.expression import leaf
@@ -60,21 +61,20 @@ def _gradients(operation: str, parameters: Sequence[Tensor]) -> list[Tensor]:
     return found
 
 
-class _Tables:
+class _TensorTables:
     """What a launch over tensors of given counts reads, kept from call to call: addresses, blocks, ends."""
 
     def __init__(self, device: Device, counts: tuple[int, ...]) -> None:
-        self.device, self.counts = device, counts
-        self._addresses, self._blocks, self._ends = Uploaded(device), Uploaded(device), Uploaded(device)
+        self.device, self.counts, self._tables = device, counts, Tables(device)
 
     def refs(self, tensors: Sequence[Tensor]) -> tuple[TensorRef, TensorRef]:
         """The tables of addresses and of blocks."""
         rows = np.array([[x.address for x in tensors], self.counts], np.int64).T
-        return self._addresses.set(rows).ref(), self._blocks.set(block_table(self.counts)).ref()
+        return self._tables.set("addresses", rows).ref(), self._tables.set("blocks", block_table(self.counts)).ref()
 
     def ends(self, descriptor: StatisticsDescriptor) -> TensorRef:
         """The blocks up to each tensor's end."""
-        return self._ends.set(descriptor.ends()).ref()
+        return self._tables.set("ends", descriptor.ends()).ref()
 
     def members(self, tensors: Sequence[Tensor]) -> list[TensorRef]:
         """The tensors, which are reached by the tables; for the simulator's checks."""
@@ -82,8 +82,8 @@ class _Tables:
 
 
 @functools.lru_cache(32)
-def _tables(device: Device, counts: tuple[int, ...]) -> _Tables:
-    return _Tables(device, counts)
+def _tables(device: Device, counts: tuple[int, ...]) -> _TensorTables:
+    return _TensorTables(device, counts)
 
 
 def raw_statistics(tensors: Sequence[Tensor]) -> Tensor:
@@ -155,8 +155,7 @@ def _adjust(
     plan = AdjustPlan.select(None, descriptor, device=device)
     members = tables.members(gradients)
     run(plan, AdjustArgs(members, *tables.refs(gradients), factors.ref(), limit, deviation, seed, step))
-    for gradient in gradients:
-        gradient.storage.version += 1
+    changed(*gradients)
 
 
 def clip_by_value(parameters: Sequence[Tensor], limit: float) -> None:
@@ -192,4 +191,6 @@ def add_noise(parameters: Sequence[Tensor], deviation: float, *, seed: int, step
     """Normal noise of a deviation added to every gradient: the same for the same seed and step."""
     if deviation < 0:
         raise RefusedInput(f"add_noise: deviation {deviation}, wanted 0 or more; give another")
+    if only_recorded() is not None:
+        raise RefusedInput(f"add_noise: step {step} would be that of each replay; call it between replays")
     _adjust("add_noise", parameters, deviation=deviation, seed=seed, step=step)

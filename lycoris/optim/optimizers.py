@@ -20,10 +20,12 @@ import safetensors.numpy
 from lycoris.algorithms.files import write_safetensors
 from lycoris.errors import RefusedInput
 from lycoris.optim.schedules import Schedule, constant
-from lycoris.optim.tables import Uploaded, flat
+from lycoris.optim.tables import Tables, flat
+from lycoris.replay import only_recorded
 from lycoris.tensor.creation import Generator, from_numpy
 from lycoris.tensor.launch import F32, converted, filled, run, same_device, zeros
-from lycoris.tensor.tensor import Tensor
+from lycoris.tensor.tensor import Tensor, changed
+from lycoris.tensor.uploaded import Uploaded
 from plans.core import ElementKind
 from plans.optimizer import (
     GRADIENT_COLUMN,
@@ -91,6 +93,36 @@ class _State:
         return Member(flat(self.parameter).mut(), gradient, flat(self.first).mut(), second, master)
 
 
+class _StepNumbers:
+    """What changes from step to step, in device memory: each group's numbers; seed and step, for random rounding."""
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self._optimizer = optimizer
+        self._groups, self._origin = Uploaded(optimizer.device), Uploaded(optimizer.device)
+
+    @property
+    def groups(self) -> Tensor:
+        """[groups, 8]; see `plans.optimizer.Numbers`."""
+        return self._groups.tensor
+
+    @property
+    def origin(self) -> Tensor:
+        """[seed, step]."""
+        return self._origin.tensor
+
+    def count_step(self) -> None:
+        """One more step of the optimiser, and its numbers."""
+        self._optimizer.steps += 1
+        self.upload()
+
+    def upload(self) -> None:
+        """The present step's numbers."""
+        own = self._optimizer
+        factor = own.schedule(max(own.steps, 1) - 1)
+        self._groups.set(np.array([g.numbers(own.rule, factor, max(own.steps, 1)) for g in own.groups], np.float32))
+        self._origin.set(np.array([own.seed, own.steps if own.stochastic else 0], np.int64))
+
+
 class Optimizer:
     """Steps of parameters along their gradients.
 
@@ -128,7 +160,8 @@ class Optimizer:
             raise RefusedInput("optimizer: a parameter is given twice; put it into one group")
         self.device = same_device("optimizer", self.parameters)
         self._one = filled((), 1.0, F32, self.device)
-        self._tables: dict[Any, Uploaded] = {}
+        self._tables = Tables(self.device)
+        self._numbers = _StepNumbers(self)
         self._prepared: dict[tuple, tuple[UpdatePlan, np.ndarray, int]] = {}
 
     @property
@@ -163,36 +196,46 @@ class Optimizer:
 
         ``scale``, a number on the device, multiplies gradients (`lycoris.optim.clip_by_norm` makes one); where it is
         not finite, parameters and moments stay as they are, though the step counts. Gradients that
-        `lycoris.graph.capture` recorded stay where they are, so a step after each replay reads the newest. Raises
-        RefusedInput for a gradient of another shape or kind.
+        `lycoris.graph.capture` recorded stay where they are, so a step after each replay reads the newest. A step may
+        itself be recorded: each replay is one more of the schedule. Raises RefusedInput for a gradient of another shape
+        or kind.
         """
         found: dict[tuple[ElementKind, bool], list[int]] = {}
         for number, state in enumerate(self._states):
             if state.parameter.grad is not None:
                 _check_gradient(state.parameter)
                 found.setdefault((state.parameter.kind, state.master is not None), []).append(number)
-        self.steps += 1
-        factor = self.schedule(self.steps - 1)
-        numbers = np.array([group.numbers(self.rule, factor, self.steps) for group in self.groups], np.float32)
-        on_device = self._upload("numbers", numbers)
+        numbers = self._step_numbers()
         for key, chosen in found.items():
-            self._launch(key, tuple(chosen), on_device, self._one if scale is None else flat_number(scale))
+            self._launch(key, tuple(chosen), numbers, self._one if scale is None else flat_number(scale))
 
-    def _launch(self, key: tuple[ElementKind, bool], chosen: tuple[int, ...], numbers: Tensor, scale: Tensor) -> None:
+    def _step_numbers(self) -> _StepNumbers:
+        """The numbers of one more step, on the device; recorded work has its own, which each replay writes anew."""
+        work = only_recorded()
+        if work is None:
+            self._numbers.count_step()
+            return self._numbers
+        numbers = _StepNumbers(self)
+        numbers.upload()
+        work.updates.append(numbers.count_step)
+        return numbers
+
+    def _launch(
+        self, key: tuple[ElementKind, bool], chosen: tuple[int, ...], numbers: _StepNumbers, scale: Tensor
+    ) -> None:
         states = [self._states[number] for number in chosen]
         prepared = self._prepared.get((key, chosen))
         if prepared is None:
             prepared = self._prepared[key, chosen] = self._prepare(*key, states)
         plan, rows, groups = prepared
         rows[:, GRADIENT_COLUMN] = [state.parameter.grad.address for state in states]
-        table = self._upload(("table", key), rows)
-        blocks = self._upload(("blocks", key), block_table(plan.descriptor.counts))
+        table = self._tables.set(("table", key), rows)
+        blocks = self._tables.set(("blocks", key), block_table(plan.descriptor.counts))
         # The tensors themselves are reached by the table; they are there for the simulator's checks.
         members = [state.member() for state in states] if self.device.is_simulator else []
-        refs = (table.ref(), blocks.ref(), numbers.narrow(0, 0, groups).ref(), scale.ref())
-        run(plan, UpdateArgs(members, *refs, seed=self.seed, step=self.steps))
-        for state in states:
-            state.parameter.storage.version += 1
+        own = numbers.groups.narrow(0, 0, groups).ref(), scale.ref(), numbers.origin.ref()
+        run(plan, UpdateArgs(members, table.ref(), blocks.ref(), *own))
+        changed(*(state.parameter for state in states))
 
     def _prepare(self, kind: ElementKind, master: bool, states: Sequence[_State]) -> tuple[UpdatePlan, np.ndarray, int]:
         """The plan of a step of these tensors, its table but for the gradients, and how many groups they are in."""
@@ -201,11 +244,6 @@ class Optimizer:
         descriptor = UpdateDescriptor(self.rule, kind, master, stochastic, counts, groups)
         rows = descriptor.table([state.member() for state in states])
         return UpdatePlan.select(None, descriptor, device=self.device), rows, max(groups) + 1
-
-    def _upload(self, name: Any, array: np.ndarray) -> Tensor:
-        if name not in self._tables:
-            self._tables[name] = Uploaded(self.device)
-        return self._tables[name].set(array)
 
     def state_dict(self) -> dict[str, np.ndarray]:
         """Step, moments and fp32 copies as arrays: ``steps`` and ``<number of the parameter>.<name>``."""

@@ -2,32 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
+
 import numpy as np
 
-from lycoris.buffers import stream_of
-from lycoris.tensor.launch import empty, shaped
+from lycoris.tensor.launch import shaped
 from lycoris.tensor.tensor import Tensor
-from plans.core import Device, ElementKind
+from lycoris.tensor.uploaded import Uploaded
+from plans.core import Device
 
 
-class Uploaded:
-    """An array's copy on the device, in the same memory every time, so that a captured graph reads the newest."""
+class Tables:
+    """Arrays on a device by name. A graph that is captured has copies of its own, which stay as they are."""
 
     def __init__(self, device: Device) -> None:
-        self.device, self._array, self.tensor = device, None, None
+        self._device = device
+        self._uploaded: dict[Hashable, Uploaded] = {}
 
-    def set(self, array: np.ndarray) -> Tensor:
-        """The array on the device; copied unless it is what is there."""
-        array = np.ascontiguousarray(array)
-        same_shape = self._array is not None and array.shape == self._array.shape and array.dtype == self._array.dtype
-        if not same_shape:
-            self.tensor = empty(array.shape, ElementKind.of(array.dtype), self.device)
-        if not same_shape or not np.array_equal(array, self._array, equal_nan=True):
-            # Pageable memory is staged before the call returns, and a copy of ours is what stays comparable.
-            self._array = array.copy()
-            if array.nbytes:
-                self.device.copy_in(self.tensor.storage.buffer, 0, self._array, stream_of(self.device))
-        return self.tensor
+    def set(self, name: Hashable, array: np.ndarray) -> Tensor:
+        """An array on the device."""
+        if self._device.capturing:
+            return Uploaded(self._device).set(array)
+        if name not in self._uploaded:
+            self._uploaded[name] = Uploaded(self._device)
+        return self._uploaded[name].set(array)
 
 
 def flat(x: Tensor) -> Tensor:

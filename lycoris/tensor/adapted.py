@@ -11,16 +11,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from lycoris.errors import RefusedInput
-from lycoris.ops.weight import delta
 from lycoris.tensor import autograd, pointwise
 from lycoris.tensor.adapter_gradients import hadamard_gradients, low_rank_gradients, mixing_gradient
-from lycoris.tensor.creation import from_array
-from lycoris.tensor.launch import converted, same_device, shaped
+from lycoris.tensor.launch import converted, empty, keep, kept, run_prepared, same_device, shaped
 from lycoris.tensor.mixing import mixed
 from lycoris.tensor.products import check_linear, flipped, matrix_of, product, sum_of_products
 from lycoris.tensor.tensor import Tensor
 from plans.core import ElementKind
-from plans.weight import Hadamard, LowRank
+from plans.weight import Hadamard, LowRank, Sink, WeightArgs, WeightDescriptor, WeightPlan
 
 
 def hadamard_linear(
@@ -73,9 +71,17 @@ def hadamard_linear(
 
 
 def _delta(factors: Sequence[Tensor], weight: Tensor) -> Tensor:
-    kind, rank = weight.kind, factors[0].shape[1]
-    source = Hadamard(LowRank(rank, kind, kind), LowRank(rank, kind, kind))
-    return from_array(delta(source, [factor.array() for factor in factors], weight.shape, 1.0, kind))
+    """The delta (a1 b1) * (a2 b2), unscaled, in the weight's kind."""
+    out, rank = empty(weight.shape, weight.kind, weight.device), factors[0].shape[1]
+    key = ("Hadamard delta", out.layout, rank, out.device.ordinal)
+    found = kept(key)
+    if found is None:
+        source = Hadamard(*(LowRank(rank, out.kind, out.kind) for _ in range(2)))
+        descriptor = WeightDescriptor(*out.shape, (source,), out=out.kind, sink=Sink.DELTA)
+        plan = WeightPlan.select(None, descriptor, device=out.device)
+        found = keep(key, plan, [out], factors, lambda result, *refs: WeightArgs(result, [refs], [1.0]))
+    run_prepared(found[0], (out, *factors))
+    return out
 
 
 def kronecker_linear(

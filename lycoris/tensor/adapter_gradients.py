@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lycoris.tensor.launch import empty, run, shaped
-from lycoris.tensor.products import flipped, layout, product, ready
+from lycoris.tensor.launch import empty, keep, kept, run_prepared, shaped
+from lycoris.tensor.products import flipped, product, ready
 from lycoris.tensor.tensor import Tensor
 from plans.adapter_gradient import (
     BlockMixGradientArgs,
@@ -18,14 +18,11 @@ from plans.adapter_gradient import (
     LowRankGradientDescriptor,
     LowRankGradientPlan,
 )
-from plans.core import ElementKind
-from plans.core.plan import Contract
+from plans.core import ElementKind, TensorRef
+from plans.core.prepared import Prepared
 
 _UNIT = 8
 """Ranks whose rows of t are aligned to 16 bytes."""
-
-_plans: dict[tuple, Contract] = {}
-"""Layouts and kinds -> the plan."""
 
 
 def low_rank_gradients(
@@ -45,30 +42,35 @@ def low_rank_gradients(
             None if down is None else product(flipped(down[0]), down[1], kind, scale),
             None if up is None else product(flipped(up[0]), up[1], kind, scale),
         )
-    g, x = (None if pair is None else ready(pair[i], transposed=False) for i, pair in enumerate((up, down)))
-    plan = _low_rank_plan(g, x, given[0][0], rank, kind)
-    d_up = None if g is None else empty((g.shape[1], rank), kind, plan.device)
-    d_down = None if x is None else empty((rank, x.shape[1]), kind, plan.device)
-    sides = []
-    for result, wide, pair, narrow in ((d_up, g, up, 1), (d_down, x, down, 0)):
-        if wide is not None and wide.shape[1]:
-            t = pair[narrow]
-            sides.append((result.mut(), wide.ref(), shaped(t, (t.shape[0], 1, rank)).ref()))
-    run(plan, LowRankGradientArgs(sides, scale))
+    g, t = (None, None) if up is None else (ready(up[0], transposed=False), up[1])
+    x, u = (None, None) if down is None else (ready(down[1], transposed=False), down[0])
+    any_of = given[0][0]
+    d_up = None if g is None else empty((g.shape[1], rank), kind, any_of.device)
+    d_down = None if x is None else empty((rank, x.shape[1]), kind, any_of.device)
+    sides = [side for side in ((d_up, g, t), (d_down, x, u)) if side[1] is not None and side[1].shape[1]]
+    wide = [None if side is None else side.layout for side in (g, x)]
+    key = ("low-rank gradient", *wide, rank, kind, scale, any_of.device.ordinal)
+    found = kept(key) or _keep_low_rank(key, g, x, sides, any_of, rank, kind, scale)
+    run_prepared(found[0], [*(side[0] for side in sides), *(tensor for side in sides for tensor in side[1:])])
     return d_down, d_up
 
 
-def _low_rank_plan(
-    g: Tensor | None, x: Tensor | None, any_of: Tensor, rank: int, kind: ElementKind
-) -> LowRankGradientPlan:
-    key = ("low-rank gradient", *(None if wide is None else layout(wide) for wide in (g, x)), rank, id(kind))
-    found = _plans.get(key)
-    if found is None:
-        descriptor = LowRankGradientDescriptor(
-            any_of.shape[0], _columns(g), _columns(x), rank, any_of.kind, kind, g_stride=_stride(g), x_stride=_stride(x)
-        )
-        found = _plans[key] = LowRankGradientPlan.select(None, descriptor, device=any_of.device)
-    return found
+def _keep_low_rank(
+    key: tuple, g: Tensor | None, x: Tensor | None, sides: Sequence[tuple[Tensor, Tensor, Tensor]], any_of: Tensor,
+    rank: int, kind: ElementKind, scale: float,
+) -> tuple[Prepared, None]:  # fmt: skip
+    count = len(sides)
+    descriptor = LowRankGradientDescriptor(
+        any_of.shape[0], _columns(g), _columns(x), rank, any_of.kind, kind, g_stride=_stride(g), x_stride=_stride(x)
+    )
+    plan = LowRankGradientPlan.select(None, descriptor, device=any_of.device)
+    sources = [tensor for _, wide, t in sides for tensor in (wide, shaped(t, (t.shape[0], 1, rank)))]
+
+    def make(*refs: TensorRef) -> LowRankGradientArgs:
+        results, wides, narrows = refs[:count], refs[count::2], refs[count + 1 :: 2]
+        return LowRankGradientArgs(list(zip(results, wides, narrows, strict=True)), scale)
+
+    return keep(key, plan, [side[0] for side in sides], sources, make)
 
 
 def _columns(x: Tensor | None) -> int:
@@ -87,14 +89,15 @@ def mixing_gradient(g: Tensor, x: Tensor, shape: tuple[int, int], width: int, ki
     """
     g, x = ready(g, transposed=False), ready(x, transposed=False)
     out = empty(shape, kind, x.device)
-    key = ("block mix gradient", layout(g), layout(x), width, id(kind))
-    plan = _plans.get(key)
-    if plan is None:
+    key = ("block mix gradient", g.layout, x.layout, shape, width, kind, x.device.ordinal)
+    found = kept(key)
+    if found is None:
         descriptor = BlockMixGradientDescriptor(
             x.shape[0], *shape, width, x.kind, kind, g_stride=_stride(g), x_stride=_stride(x)
         )
-        plan = _plans[key] = BlockMixGradientPlan.select(None, descriptor, device=x.device)
-    run(plan, BlockMixGradientArgs(out.mut(), g.ref(), x.ref()))
+        plan = BlockMixGradientPlan.select(None, descriptor, device=x.device)
+        found = keep(key, plan, [out], [g, x], BlockMixGradientArgs)
+    run_prepared(found[0], (out, g, x))
     return out
 
 
@@ -103,15 +106,19 @@ def hadamard_gradients(
 ) -> list[Tensor]:
     """The gradients of a1, b1, a2, b2 in scale * x @ ((a1 @ b1) * (a2 @ b2)).T: all of one kind, factors contiguous."""
     g, x = ready(g, transposed=False), ready(x, transposed=False)
-    rank = factors[0].shape[1]
-    key = ("Hadamard gradient", layout(g), layout(x), rank, id(kind))
-    plan = _plans.get(key)
-    if plan is None:
+    rank, results = factors[0].shape[1], [empty(factor.shape, kind, x.device) for factor in factors]
+    key = ("Hadamard gradient", g.layout, x.layout, rank, kind, scale, x.device.ordinal)
+    found = kept(key)
+    if found is None:
         descriptor = HadamardGradientDescriptor(
             x.shape[0], g.shape[1], x.shape[1], rank, x.kind, kind, g_stride=_stride(g), x_stride=_stride(x)
         )
-        plan = _plans[key] = HadamardGradientPlan.select(None, descriptor, device=x.device)
-    found = [empty(factor.shape, kind, x.device) for factor in factors]
-    args = HadamardGradientArgs([d.mut() for d in found], g.ref(), x.ref(), [f.ref() for f in factors], scale)
-    run(plan, args)
-    return found
+        plan = HadamardGradientPlan.select(None, descriptor, device=x.device)
+        count = len(results)
+
+        def make(*refs: TensorRef) -> HadamardGradientArgs:
+            return HadamardGradientArgs(refs[:count], refs[count], refs[count + 1], refs[count + 2 :], scale)
+
+        found = keep(key, plan, results, [g, x, *factors], make)
+    run_prepared(found[0], (*results, g, x, *factors))
+    return results

@@ -93,12 +93,20 @@ def edge(tensor: Tensor) -> Node:
     return tensor.node
 
 
-def record(name: str, out: Tensor, inputs: Sequence[Tensor], saved: Sequence[Tensor], pull: Pull) -> Tensor:
+def record(
+    name: str,
+    out: Tensor,
+    inputs: Sequence[Tensor],
+    saved: Sequence[Tensor],
+    pull: Pull,
+    kind: ElementKind | None = None,
+) -> Tensor:
     """Make ``out`` the result of an operation on ``inputs``; `wanted` has said that it is to be recorded.
 
-    ``saved`` are the tensors that ``pull`` reads: a change to one of them in place makes the walk back an error.
+    ``saved`` are the tensors that ``pull`` reads: a change to one of them in place makes the walk back an error. Its
+    gradient has ``kind``, or that of ``out``.
     """
-    node = Node(name, out.shape, out.kind)
+    node = Node(name, out.shape, kind or out.kind)
     node.inputs = tuple(edge(tensor) if tensor.requires_grad else None for tensor in inputs)
     node.pull, node.saved = pull, tuple((tensor.storage, tensor.storage.version) for tensor in saved)
     out.node, out.requires_grad = node, True

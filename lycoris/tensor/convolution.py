@@ -6,13 +6,25 @@ Weights are [out, in / groups, *kernel], as checkpoints store them.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lycoris.errors import RefusedInput
 from lycoris.tensor import autograd, pointwise
-from lycoris.tensor.launch import ITSELF, compact, converted, empty, reduce, run, same_device, shaped
-from lycoris.tensor.tensor import Tensor
+from lycoris.tensor.launch import (
+    ITSELF,
+    compact,
+    converted,
+    empty,
+    keep,
+    kept,
+    reduce,
+    run_prepared,
+    same_device,
+    shaped,
+)
+from lycoris.tensor.tensor import Shape, Tensor
 from lycoris.tensor.views import permute
 from plans.convolution import (
     Conv2dArgs,
@@ -24,7 +36,7 @@ from plans.convolution import (
     Conv2dWeightGradientPlan,
     Convolution,
 )
-from plans.core import ElementKind
+from plans.core import ElementKind, Plan, TensorMut, TensorRef
 from plans.matmul import Bias, Residual
 from plans.reduction import Reduction
 
@@ -39,6 +51,11 @@ class Window:
     padding: Extents = 0
     dilation: Extents = 1
     groups: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("stride", "padding", "dilation"):
+            given = getattr(self, name)
+            object.__setattr__(self, name, given if isinstance(given, int) else tuple(given))
 
 
 def conv(
@@ -81,27 +98,26 @@ def conv(
     return autograd.record("conv", out, inputs, (rows, stored), pull)
 
 
-def geometry_of(x: Sequence[int], weight: Sequence[int], window: Window) -> Convolution:
+@functools.lru_cache(1 << 12)
+def geometry_of(x: Shape, weight: Shape, window: Window) -> Convolution:
     """The problem that shapes make. Raises RefusedInput where they do not fit each other or the window."""
     axes = len(weight) - 2
     if not 1 <= axes <= 3 or len(x) != axes + 2:
         raise RefusedInput(
-            f"conv: x {tuple(x)} and weight {tuple(weight)}, wanted [N, *axes, C] and [out, C / groups, *kernel] with "
+            f"conv: x {x} and weight {weight}, wanted [N, *axes, C] and [out, C / groups, *kernel] with "
             "one to three axes; give x its batch axis"
         )
     if weight[1] * window.groups != x[-1] or weight[0] % window.groups:
         raise RefusedInput(
-            f"conv: x has {x[-1]} channels, weight {tuple(weight)} with {window.groups} groups takes "
+            f"conv: x has {x[-1]} channels, weight {weight} with {window.groups} groups takes "
             f"{weight[1] * window.groups}; give channels last, or channels_first=True"
         )
-    numbers = [
-        (n,) * axes if isinstance(n, int) else tuple(n) for n in (window.stride, window.padding, window.dilation)
-    ]
+    numbers = [(n,) * axes if isinstance(n, int) else n for n in (window.stride, window.padding, window.dilation)]
     if any(len(n) != axes for n in numbers):
         raise RefusedInput(
             f"conv: {window}, wanted one number or {axes} for each of stride, padding and dilation; give those"
         )
-    return Convolution(x[0], tuple(x[1:-1]), x[-1], weight[0], tuple(weight[2:]), *numbers, window.groups)
+    return Convolution(x[0], x[1:-1], x[-1], weight[0], weight[2:], *numbers, window.groups)
 
 
 def ready(x: Tensor) -> Tensor:
@@ -124,33 +140,43 @@ def convolved(
     residual: Tensor | None = None,
 ) -> Tensor:
     """The convolution of ready operands, the weight channels last, plus bias and a tensor like the result."""
-    steps, operands = [], []
-    if bias is not None:
-        steps.append(Bias(bias.kind))
-        operands.append(compact(bias).ref())
-    if residual is not None:
-        steps.append(Residual(residual.kind))
-        operands.append(residual.ref())
-    out = empty(geometry.y_shape, kind, x.device)
-    descriptor = Conv2dDescriptor(geometry, x.kind, weight.kind, kind, tuple(steps))
-    plan = Conv2dPlan.select(None, descriptor, device=x.device)
-    run(plan, Conv2dArgs(out.mut(), x.ref(), weight.ref(), operands))
+    steps = () if bias is None else (Bias(bias.kind),)
+    steps = steps if residual is None else (*steps, Residual(residual.kind))
+    added = [] if bias is None else [compact(bias)]
+    added += [] if residual is None else [residual]
+    problem = (Conv2dDescriptor, geometry, x.kind, weight.kind, kind, steps)
+    return _run(Conv2dPlan, problem, geometry.y_shape, kind, (x, weight, *added))
+
+
+def _run(
+    plan: type[Plan], problem: tuple, shape: tuple[int, ...], kind: ElementKind, operands: Sequence[Tensor]
+) -> Tensor:
+    """A result of a shape and kind by one of the three plans, from ready operands: two, then the epilogue's.
+
+    ``problem`` is the plan's kind of descriptor, and its fields.
+    """
+    device = operands[0].device
+    key = (problem, device.ordinal)
+    out, found = empty(shape, kind, device), kept(key)
+    if found is None:
+        describe, *fields = problem
+
+        def make(result: TensorMut, first: TensorRef, second: TensorRef, *rest: TensorRef) -> Conv2dArgs:
+            return Conv2dArgs(result, first, second, rest)
+
+        found = keep(key, plan.select(None, describe(*fields), device=device), [out], operands, make)
+    run_prepared(found[0], (out, *operands))
     return out
 
 
 def _input_gradient(g: Tensor, weight: Tensor, geometry: Convolution, kind: ElementKind) -> Tensor:
-    out = empty(geometry.x_shape, kind, g.device)
-    descriptor = Conv2dInputGradientDescriptor(geometry, g.kind, weight.kind, kind)
-    plan = Conv2dInputGradientPlan.select(None, descriptor, device=g.device)
-    run(plan, Conv2dArgs(out.mut(), g.ref(), weight.ref()))
-    return out
+    problem = (Conv2dInputGradientDescriptor, geometry, g.kind, weight.kind, kind)
+    return _run(Conv2dInputGradientPlan, problem, geometry.x_shape, kind, (g, weight))
 
 
 def _weight_gradient(g: Tensor, x: Tensor, geometry: Convolution, shape: tuple[int, ...], kind: ElementKind) -> Tensor:
-    out = empty(geometry.weight_shape, kind, g.device)
-    descriptor = Conv2dWeightGradientDescriptor(geometry, x.kind, g.kind, kind)
-    plan = Conv2dWeightGradientPlan.select(None, descriptor, device=g.device)
-    run(plan, Conv2dArgs(out.mut(), g.ref(), x.ref()))
+    problem = (Conv2dWeightGradientDescriptor, geometry, x.kind, g.kind, kind)
+    out = _run(Conv2dWeightGradientPlan, problem, geometry.weight_shape, kind, (g, x))
     return permute(out, 0, len(shape) - 1, *range(1, len(shape) - 1))
 
 

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
 from lycoris.buffers import DeviceArray
 from lycoris.errors import RefusedInput
+from lycoris.replay import Recorded, recorded
 from lycoris.tensor import autograd, launch
 from lycoris.tensor.launch import F32, empty, run
 from lycoris.tensor.tensor import FLOATS, Storage, Tensor
-from plans.core import Device, ElementKind
+from lycoris.tensor.uploaded import Uploaded
+from plans.core import Device, ElementKind, TensorRef
 from plans.random import (
     Distribution,
     DropoutArgs,
@@ -110,18 +113,64 @@ def default_generator() -> Generator:
     return _default
 
 
-def _stream(seed: int | None, generator: Generator | None) -> tuple[int, int]:
-    return (seed, 0) if seed is not None else (generator or _default).take()
+class _Stream(NamedTuple):
+    """Where random numbers come from: a seed, a stream's number, and what on the device both are counted from."""
+
+    seed: int
+    number: int
+    origin: Tensor | None = None
+
+    def arguments(self) -> tuple[int, int, TensorRef | None]:
+        """As the plans take it."""
+        return self.seed, self.number, None if self.origin is None else self.origin.ref()
+
+
+class _Counted:
+    """A generator's streams within recorded work: counted from where it stands at each replay."""
+
+    def __init__(self, generator: Generator, work: Recorded, device: Device) -> None:
+        self._generator, self._happens, self._count = generator, work.happens, 0
+        self._origin = Uploaded(device)
+        self._upload()
+        work.updates.append(self._replay)
+
+    def take(self) -> _Stream:
+        """The next stream."""
+        self._count += 1
+        if self._happens:
+            self._generator.take()
+        return _Stream(0, self._count - 1, self._origin.tensor)
+
+    def _upload(self) -> None:
+        self._origin.set(np.array([self._generator.seed, self._generator.number], np.int64))
+
+    def _replay(self) -> None:
+        self._upload()
+        self._generator.number += self._count
+
+
+def _stream(seed: int | None, generator: Generator | None, device: Device) -> _Stream:
+    if seed is not None:
+        return _Stream(seed, 0)
+    own, work = generator or _default, recorded()
+    if work is None:
+        return _Stream(*own.take())
+    key = ("random numbers", id(own), device.ordinal)
+    if key not in work.made:
+        work.made[key] = _Counted(own, work, device)
+    return work.made[key].take()
 
 
 def _random(
     distribution: Distribution, shape: Sequence[int], low: float, width: float, kind: ElementKind,
-    device: Device | None, stream: tuple[int, int],
+    device: Device | None, seed: int | None, generator: Generator | None,
 ) -> Tensor:  # fmt: skip
     out = empty(shape, kind, device)
-    plan = RandomPlan.select(None, RandomDescriptor(out.size, kind, distribution), device=out.device)
+    stream = _stream(seed, generator, out.device)
+    descriptor = RandomDescriptor(out.size, kind, distribution, stream.origin is not None)
     flat = Tensor(out.storage, (out.size,), kind)
-    run(plan, RandomArgs(flat.mut(), low, width, *stream))
+    plan = RandomPlan.select(None, descriptor, device=out.device)
+    run(plan, RandomArgs(flat.mut(), low, width, *stream.arguments()))
     return out
 
 
@@ -137,8 +186,8 @@ def rand(
     requires_grad: bool = False,
 ) -> Tensor:
     """Uniform numbers in [low, high): those of ``seed``, or a generator's next ones."""
-    stream = _stream(seed, generator)
-    return _random(Distribution.UNIFORM, shape, low, high - low, kind, device, stream).requires_grad_(requires_grad)
+    out = _random(Distribution.UNIFORM, shape, low, high - low, kind, device, seed, generator)
+    return out.requires_grad_(requires_grad)
 
 
 def randn(
@@ -153,8 +202,8 @@ def randn(
     requires_grad: bool = False,
 ) -> Tensor:
     """Normal numbers: those of ``seed``, or a generator's next ones."""
-    stream = _stream(seed, generator)
-    return _random(Distribution.NORMAL, shape, mean, std, kind, device, stream).requires_grad_(requires_grad)
+    out = _random(Distribution.NORMAL, shape, mean, std, kind, device, seed, generator)
+    return out.requires_grad_(requires_grad)
 
 
 def dropout(x: Tensor, p: float = 0.5, *, seed: int | None = None, generator: Generator | None = None) -> Tensor:
@@ -164,18 +213,19 @@ def dropout(x: Tensor, p: float = 0.5, *, seed: int | None = None, generator: Ge
     """
     if not 0 <= p < 1:
         raise RefusedInput(f"dropout: p is {p}, wanted 0 up to, not including, 1; give a probability there")
-    stream = _stream(seed, generator)
+    stream = _stream(seed, generator, x.device)
     out = _dropped(x.detach(), p, stream, x.kind)
     if not autograd.wanted((x,)):
         return out
     return autograd.record("dropout", out, (x,), (), lambda g, edges: [_dropped(g, p, stream, edges[0].kind)])
 
 
-def _dropped(x: Tensor, p: float, stream: tuple[int, int], kind: ElementKind) -> Tensor:
+def _dropped(x: Tensor, p: float, stream: _Stream, kind: ElementKind) -> Tensor:
     source = x if x.contiguous_ and x.aligned else launch.converted(x, x.kind)
     out = empty(x.shape, kind, x.device)
     count = math.prod(x.shape)
-    plan = DropoutPlan.select(None, DropoutDescriptor(count, x.kind, kind), device=x.device)
+    descriptor = DropoutDescriptor(count, x.kind, kind, stream.origin is not None)
+    plan = DropoutPlan.select(None, descriptor, device=x.device)
     flat = Tensor(out.storage, (count,), kind), Tensor(source.storage, (count,), x.kind, offset=source.offset)
-    run(plan, DropoutArgs(flat[0].mut(), flat[1].ref(), p, 1 / (1 - p), *stream))
+    run(plan, DropoutArgs(flat[0].mut(), flat[1].ref(), p, 1 / (1 - p), *stream.arguments()))
     return out

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+import struct
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 from lycoris.buffers import scratch, stream_of
 from lycoris.errors import RefusedInput
-from lycoris.tensor.tensor import FLOATS, Shape, Storage, Tensor, compact_strides
-from plans.core import Device, ElementKind, Workspace
-from plans.core.plan import Contract
+from lycoris.tensor.tensor import FLOATS, Layout, Shape, Storage, Tensor, compact_strides, layout_of
+from plans.core import Device, ElementKind, Plan, Workspace
+from plans.core.device import device_error, driver_errors
+from plans.core.plan import Arguments, Contract, Launches
+from plans.core.prepared import Prepared
 from plans.expression import Expr, leaf
 from plans.layout import Conversion, LayoutArgs, LayoutDescriptor, LayoutPlan
 from plans.movement import WindowArgs, WindowDescriptor, WindowPlan
@@ -27,8 +30,12 @@ def empty(shape: Sequence[int], kind: ElementKind = F32, device: Device | None =
     shape = tuple(shape)
     if min(shape, default=0) < 0:
         raise RefusedInput(f"empty: shape {shape}, wanted no negative extent; give 0 or more elements an axis")
-    device = device or Device.open("auto")
-    return Tensor(Storage(device.allocate(math.prod(shape) * kind.itemsize, stream_of(device))), shape, kind)
+    return of_layout(layout_of(shape, kind), device or Device.open("auto"))
+
+
+def of_layout(layout: Layout, device: Device) -> Tensor:
+    """Memory with undefined contents for a contiguous layout."""
+    return Tensor.placed(Storage(device.allocate(layout.nbytes, stream_of(device))), layout)
 
 
 def zeros(shape: Sequence[int], kind: ElementKind = F32, device: Device | None = None) -> Tensor:
@@ -53,13 +60,58 @@ def run(plan: Contract, args: Any) -> None:
 
     The descriptor was read off these very tensors, so that on a GPU nothing is checked again; the simulator checks.
     """
-    device = plan.device
-    stream, size = stream_of(device), plan.workspace_size()
+    device, size = plan.device, plan.workspace_size()
     workspace = Workspace(scratch(device, size)) if size else Workspace()
     if device.is_simulator:
         plan.can_implement(args)
-    for launch, arguments in plan.launches(args, workspace):
-        launch(stream, arguments)
+    _launch(device, plan.launches(args, workspace))
+
+
+def _launch(device: Device, launches: Launches) -> None:
+    stream = stream_of(device)
+    try:
+        for launch, arguments in launches:
+            launch(stream, arguments)
+    except driver_errors() as error:
+        raise device_error(f"launching on {device.name}", error) from error
+
+
+_MOST_KEPT = 1 << 13
+_kept: dict[tuple, tuple[Prepared, Any]] = {}
+"""Layouts, kinds and numbers -> the plan of an operation on such tensors, prepared, and what else is kept with it."""
+
+
+def kept(key: tuple) -> tuple[Prepared, Any] | None:
+    """What `keep` has kept for an operation."""
+    return _kept.get(key)
+
+
+def keep(
+    key: Hashable, plan: Plan, out: Sequence[Tensor], sources: Sequence[Tensor], make: Callable[..., Arguments],
+    more: Any = None,
+) -> tuple[Prepared, Any]:  # fmt: skip
+    """Prepare a plan for tensors like ``out`` and ``sources``, of which ``make`` makes its arguments, and keep it.
+
+    ``key`` says everything that the plan and the arguments depend on, but not where tensors lie. Both sequences are as
+    the plan takes them; `run_prepared` wants others that begin at the same elements.
+    """
+    if len(_kept) >= _MOST_KEPT:
+        _kept.clear()
+    operands = [*(x.mut() for x in out), *(x.ref() for x in sources)]
+    _kept[key] = found = Prepared(plan, operands, make), more
+    return found
+
+
+def run_prepared(prepared: Prepared, tensors: Sequence[Tensor]) -> None:
+    """Launch a prepared plan on its device's stream, on tensors in the order in which it was prepared."""
+    device, size = prepared.device, prepared.workspace_bytes
+    work = scratch(device, size) if size else None
+    if device.is_simulator:
+        data = [x.argument for x in tensors]
+        prepared.check(data, [x.available for x in tensors])
+    else:
+        data = [x.storage.buffer.address + x.offset * x.layout.itemsize for x in tensors]
+    _launch(device, prepared.launches(data, work))
 
 
 def same_device(operation: str, tensors: Sequence[Tensor]) -> Device:
@@ -101,43 +153,38 @@ def broadcast_strides(x: Tensor, shape: Shape) -> Shape:
     return (0,) * missing + tuple(0 if extent == 1 and to != 1 else step for step, extent, to in own)
 
 
-def _layout(x: Tensor) -> tuple:
-    """What a plan's choice depends on of a tensor, cheap to hash."""
-    return (x.shape, None if x.contiguous_ else x.strides, id(x.kind), x.aligned)
-
-
-_pointwise_plans: dict[tuple, tuple[PointwisePlan, list[Shape | None]]] = {}
-
-
-def _pointwise_plan(
-    outputs: tuple[Expr, ...], sources: Sequence[Tensor], scalars: int, targets: Sequence[Tensor]
-) -> tuple[PointwisePlan, list[Shape | None]]:
-    """The plan, and each source's strides where it repeats."""
-    shape = targets[0].shape
-    repeated = [None if x.shape == shape else broadcast_strides(x, shape) for x in sources]
-    views = tuple(
-        View(x.kind, (None if x.contiguous_ else x.strides) if strides is None else strides)
-        for x, strides in zip((*sources, *targets), (*repeated, *(None for _ in targets)), strict=True)
-    )
-    aligned = all(x.aligned for x in (*sources, *targets))
-    count = len(sources)
-    descriptor = PointwiseDescriptor(outputs, shape, views[:count], views[count:], scalars, aligned)
-    return PointwisePlan.select(None, descriptor, device=targets[0].device), repeated
+def number_bits(numbers: Sequence[float]) -> bytes:
+    """Numbers for a key: each for itself, also -0.0 and NaN."""
+    return struct.pack(f"{len(numbers)}d", *numbers)
 
 
 def compute(outputs: tuple[Expr, ...], sources: Sequence[Tensor], scalars: Sequence[float], *targets: Tensor) -> None:
     """Write expressions of tensors that broadcast to the targets' shape."""
-    target = targets[0]
-    key = (outputs, len(scalars), target.device.ordinal, *map(_layout, (*sources, *targets)))
-    found = _pointwise_plans.get(key)
+    given = (*targets, *sources)
+    layouts, aligned = [x.layout for x in given], [x.aligned for x in given]
+    key = (outputs, number_bits(scalars), targets[0].device.ordinal, *layouts, *aligned)
+    found = kept(key)
     if found is None:
-        found = _pointwise_plans[key] = _pointwise_plan(outputs, sources, len(scalars), targets)
-    plan, repeated = found
-    refs = [
-        x.ref() if strides is None else Tensor(x.storage, target.shape, x.kind, strides, x.offset).ref()
-        for x, strides in zip(sources, repeated, strict=True)
-    ]
-    run(plan, PointwiseArgs([x.mut() for x in targets], refs, scalars))
+        found = _keep_pointwise(key, outputs, sources, tuple(scalars), targets)
+    run_prepared(found[0], given)
+
+
+def _keep_pointwise(
+    key: tuple, outputs: tuple[Expr, ...], sources: Sequence[Tensor], scalars: tuple, targets: Sequence[Tensor]
+) -> tuple[Prepared, Any]:
+    shape = targets[0].shape
+    aligned = all(x.aligned for x in (*sources, *targets))
+    sources = [x if x.shape == shape else repeated(x, shape) for x in sources]
+    views = tuple(View(x.kind, None if x.contiguous_ else x.strides) for x in (*sources, *targets))
+    count = len(sources)
+    descriptor = PointwiseDescriptor(outputs, shape, views[:count], views[count:], len(scalars), aligned)
+    plan, many = PointwisePlan.select(None, descriptor, device=targets[0].device), len(targets)
+    return keep(key, plan, targets, sources, lambda *refs: PointwiseArgs(refs[:many], refs[many:], scalars))
+
+
+def repeated(x: Tensor, shape: Shape) -> Tensor:
+    """A view of ``shape``, to which the tensor broadcasts, without gradients."""
+    return Tensor(x.storage, shape, x.kind, broadcast_strides(x, shape), x.offset)
 
 
 def filled(shape: Sequence[int], value: float, kind: ElementKind, device: Device | None = None) -> Tensor:
@@ -150,27 +197,34 @@ def filled(shape: Sequence[int], value: float, kind: ElementKind, device: Device
 def converted(x: Tensor, kind: ElementKind) -> Tensor:
     """A contiguous copy in a floating kind."""
     out = empty(x.shape, kind, x.device)
-    if kind is x.kind and _turned(x):
-        batch, (rows, columns) = math.prod(x.shape[:-2]), x.shape[-2:]
-        descriptor = LayoutDescriptor((batch, columns, rows), kind, Conversion.TO_NCHW)
-        args = LayoutArgs(shaped(out, descriptor.out_shape).mut(), shaped(x, descriptor.shape).ref())
-        run(LayoutPlan.select(None, descriptor, device=x.device), args)
+    if kind is x.kind and _turned(x.layout):
+        key = ("transpose", x.layout, x.device.ordinal)
+        found = kept(key) or _keep_transpose(key, x, out)
+        run_prepared(found[0], (out, x))
     else:
         compute((leaf(0),), (x,), (), out)
     return out
+
+
+def _keep_transpose(key: tuple, x: Tensor, out: Tensor) -> tuple[Prepared, Any]:
+    batch, (rows, columns) = math.prod(x.shape[:-2]), x.shape[-2:]
+    descriptor = LayoutDescriptor((batch, columns, rows), x.kind, Conversion.TO_NCHW)
+    plan = LayoutPlan.select(None, descriptor, device=x.device)
+    return keep(key, plan, [shaped(out, descriptor.out_shape)], [shaped(x, descriptor.shape)], LayoutArgs)
 
 
 _TILE = 16
 """Extents from which a transpose goes through tiles in shared memory, which read and write neighbours."""
 
 
-def _turned(x: Tensor) -> bool:
+@functools.lru_cache(1 << 14)
+def _turned(layout: Layout) -> bool:
     """Whether matrices lie one after the other, each of them transposed."""
-    if x.ndim < 2 or min(x.shape[-2:]) < _TILE:
+    if len(layout.shape) < 2 or min(layout.shape[-2:]) < _TILE:
         return False
-    rows, columns = x.shape[-2:]
-    whole = compact_strides((*x.shape[:-2], columns, rows))
-    return x.strides == (*whole[:-2], 1, rows)
+    rows, columns = layout.shape[-2:]
+    whole = compact_strides((*layout.shape[:-2], columns, rows))
+    return layout.strides == (*whole[:-2], 1, rows)
 
 
 def copy_bits(target: Tensor, source: Tensor) -> None:
@@ -215,19 +269,33 @@ def reduce(
 ) -> Tensor:
     """A reduction of an expression over axes of contiguous tensors of one shape, as a tensor of ``shape``."""
     full, device = sources[0].shape, sources[0].device
-    steps = split_axes(full, axes) or [(math.prod(full), 1, 1)]
-    for number, (outer, n, inner) in enumerate(steps):
+    steps = _steps(full, tuple(axes))
+    for number, step in enumerate(steps):
         last = number == len(steps) - 1
-        out = empty((outer, inner), kind if last else F32, device)
-        kinds = tuple(source.kind for source in sources)
-        aligned = all(source.aligned for source in sources)
-        descriptor = ReductionDescriptor(
-            reduction, value, outer, n, inner, kinds, out.kind, scale=scale if last else 1.0, aligned=aligned
-        )
-        plan = ReductionPlan.select(None, descriptor, device=device)
-        run(plan, ReductionArgs(out.mut(), [shaped(s, (outer, n, inner)).ref() for s in sources]))
+        out = empty((step[0], step[2]), kind if last else F32, device)
+        factor, aligned = scale if last else 1.0, all([source.aligned for source in sources])
+        given = [source.kind for source in sources]
+        key = (reduction, value, step, *given, out.kind, number_bits((factor,)), aligned, device.ordinal)
+        found = kept(key) or _keep_reduction(key, reduction, value, step, sources, out, factor, aligned)
+        run_prepared(found[0], (out, *sources))
         sources, value = (out,), ITSELF
     return shaped(sources[0], shape)
+
+
+@functools.lru_cache(1 << 14)
+def _steps(full: Shape, axes: tuple[int, ...]) -> list[tuple[int, int, int]]:
+    """[outer, n, inner] of the reductions that together are one."""
+    return split_axes(full, axes) or [(math.prod(full), 1, 1)]
+
+
+def _keep_reduction(
+    key: tuple, reduction: Reduction, value: Expr, step: tuple[int, int, int], sources: Sequence[Tensor], out: Tensor,
+    scale: float, aligned: bool,
+) -> tuple[Prepared, Any]:  # fmt: skip
+    kinds = tuple(source.kind for source in sources)
+    descriptor = ReductionDescriptor(reduction, value, *step, kinds, out.kind, scale=scale, aligned=aligned)
+    plan = ReductionPlan.select(None, descriptor, device=out.device)
+    return keep(key, plan, [out], [shaped(s, step) for s in sources], lambda first, *refs: ReductionArgs(first, refs))
 
 
 @functools.cache

@@ -14,21 +14,20 @@ from collections.abc import Sequence
 from lycoris.errors import RefusedInput
 from lycoris.tensor import autograd, pointwise
 from lycoris.tensor.adapter_gradients import low_rank_gradients
-from lycoris.tensor.launch import compact, converted, empty, run, same_device, shaped
+from lycoris.tensor.launch import compact, converted, empty, keep, kept, of_layout, run_prepared, same_device, shaped
 from lycoris.tensor.products import (
     bias_gradient,
     check_linear,
     flipped,
-    layout,
     matrix_of,
-    plan_cache,
     product,
     ready,
     stored,
     sum_of_products,
 )
-from lycoris.tensor.tensor import Tensor
-from plans.core import ElementKind
+from lycoris.tensor.tensor import Layout, Tensor
+from plans.core import ElementKind, TensorMut, TensorRef
+from plans.core.prepared import Prepared
 from plans.matmul import Bias, LowRankTerm, Segment, SegmentedMatmulArgs, SegmentedMatmulDescriptor, SegmentedMatmulPlan
 
 _UNIT = 8
@@ -92,24 +91,28 @@ def with_term(
     """The sum a @ b + scale * (a @ down.T) @ up.T (+ bias), in which a @ down.T is no tensor."""
     a, b = ready(a, transposed=False), ready(b)
     down, up = (x if x.contiguous_ and x.aligned else converted(x, x.kind) for x in (down, up))
-    key = ("low rank", layout(a), layout(b), layout(down), id(kind), bias is None or id(bias.kind))
-    found = plan_cache.get(key)
-    if found is None:
-        found = plan_cache[key] = _term_plan(a, b, down, kind, bias)
-    plan, left, right, shape = found
-    out = empty(shape, kind, a.device)
-    steps = () if bias is None else (compact(bias).ref(),)
-    pair, factors = (left.ref(a), right.ref(b)), (down.ref(), up.ref())
-    run(plan, SegmentedMatmulArgs(out.mut(), (pair,), None, steps, (factors,), (scale,)))
+    added = () if bias is None else (compact(bias),)
+    operands = (a, b, down, up, *added)
+    key = ("low rank", kind, scale, a.device.ordinal, *[x.layout for x in operands])
+    found = kept(key) or _keep_term(key, operands, scale, kind)
+    out = of_layout(found[1], a.device)
+    run_prepared(found[0], (out, *operands))
     return out
 
 
-def _term_plan(a: Tensor, b: Tensor, down: Tensor, kind: ElementKind, bias: Tensor | None) -> tuple:
-    """The plan, how it takes a and b, and the result's shape."""
-    left, right = stored(a), stored(b)
+def _keep_term(key: tuple, operands: Sequence[Tensor], scale: float, kind: ElementKind) -> tuple[Prepared, Layout]:
+    """The plan, and the result's layout."""
+    a, b, down, up, *added = operands
+    left, right = stored(a.layout), stored(b.layout)
     (m, k), n = a.shape, b.shape[1]
     segment = Segment(k, left.letter + right.letter, a.kind, b.kind, left.stride, right.stride)
-    steps = () if bias is None else (Bias(bias.kind),)
+    steps = tuple(Bias(x.kind) for x in added)
     term = LowRankTerm(down.shape[0], 0, down.kind)
     descriptor = SegmentedMatmulDescriptor(m, n, (segment,), kind, None, steps, low_rank=(term,))
-    return SegmentedMatmulPlan.select(None, descriptor, device=a.device), left, right, (m, n)
+    plan = SegmentedMatmulPlan.select(None, descriptor, device=a.device)
+    out = empty((m, n), kind, a.device)
+
+    def make(result: TensorMut, a: TensorRef, b: TensorRef, *rest: TensorRef) -> SegmentedMatmulArgs:
+        return SegmentedMatmulArgs(result, ((a, b),), None, rest[2:], (rest[:2],), (scale,))
+
+    return keep(key, plan, [out], [left.view(a), right.view(b), down, up, *added], make, out.layout)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from lycoris.errors import RefusedInput
 from lycoris.tensor import autograd
 from lycoris.tensor.adapter_gradients import mixing_gradient
-from lycoris.tensor.launch import compact, converted, empty, run, same_device, shaped
+from lycoris.tensor.launch import compact, converted, empty, keep, kept, run_prepared, same_device, shaped
 from lycoris.tensor.tensor import Tensor
 from plans.block_mix import BlockMixArgs, BlockMixDescriptor, BlockMixPlan
 from plans.core import ElementKind
@@ -47,6 +47,10 @@ def mixed(x: Tensor, w: Tensor, width: int, kind: ElementKind, transposed: bool)
     """What `mix_blocks` gives for a matrix of blocks of ``width``, by w or its transpose; no gradients."""
     out_blocks, in_blocks = w.shape[::-1] if transposed else w.shape
     out = empty((x.shape[0], out_blocks * width), kind, x.device)
-    descriptor = BlockMixDescriptor(x.shape[0], out_blocks, in_blocks, width, x.kind, w.kind, kind, transposed)
-    run(BlockMixPlan.select(None, descriptor, device=x.device), BlockMixArgs(out.mut(), x.ref(), w.ref()))
+    key = ("block mix", x.layout, w.layout, width, kind, transposed, x.device.ordinal)
+    found = kept(key)
+    if found is None:
+        descriptor = BlockMixDescriptor(x.shape[0], out_blocks, in_blocks, width, x.kind, w.kind, kind, transposed)
+        found = keep(key, BlockMixPlan.select(None, descriptor, device=x.device), [out], [x, w], BlockMixArgs)
+    run_prepared(found[0], (out, x, w))
     return out

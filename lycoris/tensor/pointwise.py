@@ -68,7 +68,7 @@ def apply(
     ]
     if not flows:
         return out
-    read = expression.leaves([s for s, t in zip(slopes, tensors, strict=True) if t.requires_grad])
+    read = _leaves(tuple([s for s, t in zip(slopes, tensors, strict=True) if t.requires_grad]))
     saved = {number: tensors[number].detach() for number in read if number < len(tensors)}
     numbers, given = len(tensors) + len(scalars), tuple(scalars)
     shapes = [tensor.shape for tensor in tensors]
@@ -81,6 +81,11 @@ def apply(
         ]
 
     return autograd.record(expr.op, out, tensors, list(saved.values()), pull)
+
+
+@functools.lru_cache(4096)
+def _leaves(exprs: tuple[Expr, ...]) -> tuple[int, ...]:
+    return tuple(expression.leaves(exprs))
 
 
 @functools.lru_cache(4096)

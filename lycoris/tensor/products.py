@@ -6,15 +6,30 @@ kind, or f32 where they differ.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
 from lycoris.errors import RefusedInput
 from lycoris.tensor import autograd, pointwise, views
-from lycoris.tensor.launch import ITSELF, broadcast_shape, compact, converted, empty, reduce, run, same_device, shaped
-from lycoris.tensor.tensor import Shape, Tensor, compact_strides
-from plans.core import ElementKind, TensorRef
+from lycoris.tensor.launch import (
+    ITSELF,
+    broadcast_shape,
+    compact,
+    converted,
+    empty,
+    keep,
+    kept,
+    of_layout,
+    reduce,
+    run_prepared,
+    same_device,
+    shaped,
+)
+from lycoris.tensor.tensor import Layout, Shape, Tensor, compact_strides, layout_of
+from plans.core import ElementKind, TensorMut, TensorRef
+from plans.core.prepared import Prepared
 from plans.matmul import Bias, Residual, Segment, SegmentedMatmulArgs, SegmentedMatmulDescriptor, SegmentedMatmulPlan
 from plans.reduction import Reduction
 
@@ -36,46 +51,38 @@ class _Stored(NamedTuple):
         """BLAS's letter. B's is T where it is stored [n, k], which is the transpose of what is passed here."""
         return "T" if self.transposed else "N"
 
-    def ref(self, x: Tensor) -> TensorRef:
+    def view(self, x: Tensor) -> Tensor:
         """The tensor as it is stored."""
-        view = x if not self.transposed else Tensor(x.storage, self.shape, x.kind, self.strides, x.offset)
-        return view.ref()
+        return x if not self.transposed else Tensor(x.storage, self.shape, x.kind, self.strides, x.offset)
 
 
-def _fits(x: Tensor) -> bool:
+@functools.lru_cache(1 << 14)
+def _fits(layout: Layout) -> bool:
     """Whether a product takes the last two axes as they lie, in either order."""
-    rows, columns = x.shape[-2:]
-    down, across = x.strides[-2:]
-    return x.aligned and (x.contiguous_ or (across == 1 and down >= columns) or (down == 1 and across >= rows))
+    rows, columns = layout.shape[-2:]
+    down, across = layout.strides[-2:]
+    return layout.contiguous or (across == 1 and down >= columns) or (down == 1 and across >= rows)
 
 
 def ready(x: Tensor, transposed: bool = True) -> Tensor:
     """The tensor, copied where a product does not take it, or not in the order in which it is written."""
-    if _fits(x) and (transposed or not stored(x).transposed):
+    if x.aligned and _fits(x.layout) and (transposed or not stored(x.layout).transposed):
         return x
     return converted(x, x.kind)
 
 
-def stored(x: Tensor) -> _Stored:
+@functools.lru_cache(1 << 14)
+def stored(layout: Layout) -> _Stored:
     """How a product takes a tensor's last two axes."""
-    columns = x.shape[-1]
-    down, across = x.strides[-2:]
-    transposed = not x.contiguous_ and not (across == 1 and down >= columns)
-    shape, strides = x.shape, x.strides
+    columns, axes = layout.shape[-1], len(layout.shape)
+    down, across = layout.strides[-2:]
+    transposed = not layout.contiguous and not (across == 1 and down >= columns)
+    shape, strides = layout.shape, layout.strides
     if transposed:
         shape, strides = ((*v[:-2], v[-1], v[-2]) for v in (shape, strides))
     wanted = compact_strides(shape)
     odd = [s if s != w and e > 1 else 0 for s, w, e in zip(strides, wanted, shape, strict=True)]
-    return _Stored(shape, strides, transposed, odd[-2], odd[0] if x.ndim == 3 else 0)
-
-
-plan_cache: dict[tuple, tuple] = {}
-"""Layouts and kinds -> a plan and how it takes its operands."""
-
-
-def layout(x: Tensor) -> tuple:
-    """What a plan's choice depends on of a tensor, cheap to hash."""
-    return (x.shape, x.strides, id(x.kind), x.device.ordinal)
+    return _Stored(shape, strides, transposed, odd[-2], odd[0] if axes == 3 else 0)
 
 
 def product(a: Tensor, b: Tensor, kind: ElementKind, scale: float = 1.0, bias: Tensor | None = None) -> Tensor:
@@ -95,29 +102,27 @@ def sum_of_products(
     One pair may be of batches. Each a is [m, k] and each b [k, n], with a k of its own; ``residual`` is a contiguous
     tensor like the result.
     """
-    operands = [(ready(a), ready(b)) for a, b in pairs]
-    added = [x for x in (bias, residual) if x is not None]
-    kinds = tuple(x is None or id(x.kind) for x in (bias, residual))
-    key = (*(layout(x) for pair in operands for x in pair), id(kind), kinds)
-    found = plan_cache.get(key)
-    if found is None:
-        found = plan_cache[key] = _sum_plan(operands, kind, bias, residual)
-    plan, taken, shape = found
-    out = empty(shape, kind, operands[0][0].device)
-    steps = [compact(x).ref() for x in added]
-    refs = [(left.ref(a), right.ref(b)) for (left, right), (a, b) in zip(taken, operands, strict=True)]
-    run(plan, SegmentedMatmulArgs(out.mut(), refs, scales, steps))
+    operands = [ready(x) for pair in pairs for x in pair]
+    device = operands[0].device
+    added = [compact(x) for x in (bias, residual) if x is not None]
+    kinds = (bias is None or bias.kind, residual is None or residual.kind)
+    key = ("sum of products", kind, *kinds, *scales, device.ordinal, *[x.layout for x in operands])
+    found = kept(key) or _keep_sum(key, operands, tuple(scales), kind, bias, residual)
+    out = of_layout(found[1], device)
+    run_prepared(found[0], (out, *operands, *added))
     return out
 
 
-def _sum_plan(
-    pairs: Sequence[tuple[Tensor, Tensor]], kind: ElementKind, bias: Tensor | None, residual: Tensor | None
-) -> tuple:
-    """The plan, how it takes every operand, and the result's shape."""
+def _keep_sum(
+    key: tuple, operands: Sequence[Tensor], scales: tuple[float, ...], kind: ElementKind, bias: Tensor | None,
+    residual: Tensor | None,
+) -> tuple[Prepared, Layout]:  # fmt: skip
+    """The plan, and the result's layout."""
+    pairs = list(zip(operands[0::2], operands[1::2], strict=True))
     first, second = pairs[0]
     batch = next((x.shape[0] for x in (first, second) if x.ndim == 3), None)
     m, n = first.shape[-2], second.shape[-1]
-    taken = [(stored(a), stored(b)) for a, b in pairs]
+    taken = [(stored(a.layout), stored(b.layout)) for a, b in pairs]
     segments = tuple(
         Segment(
             a.shape[-1], left.letter + right.letter, a.kind, b.kind, left.stride, right.stride,
@@ -129,13 +134,27 @@ def _sum_plan(
     steps = steps if residual is None else (*steps, Residual(residual.kind))
     descriptor = SegmentedMatmulDescriptor(m, n, segments, kind, batch, steps)
     plan = SegmentedMatmulPlan.select(None, descriptor, device=first.device)
-    return plan, taken, (m, n) if batch is None else (batch, m, n)
+    out = empty((m, n) if batch is None else (batch, m, n), kind, first.device)
+    sources = [how.view(x) for how, x in zip((s for pair in taken for s in pair), operands, strict=True)]
+    sources += [compact(x) for x in (bias, residual) if x is not None]
+    count = 2 * len(pairs)
+
+    def make(result: TensorMut, *refs: TensorRef) -> SegmentedMatmulArgs:
+        factors = list(zip(refs[0:count:2], refs[1:count:2], strict=True))
+        return SegmentedMatmulArgs(result, factors, scales, refs[count:])
+
+    return keep(key, plan, [out], sources, make, out.layout)
 
 
 def flipped(x: Tensor) -> Tensor:
     """The last two axes exchanged, without gradients."""
-    shape, strides = ((*v[:-2], v[-1], v[-2]) for v in (x.shape, x.strides))
-    return Tensor(x.storage, shape, x.kind, strides, x.offset)
+    return Tensor.placed(x.storage, _flipped(x.layout), x.offset)
+
+
+@functools.lru_cache(1 << 14)
+def _flipped(layout: Layout) -> Layout:
+    shape, strides = ((*v[:-2], v[-1], v[-2]) for v in (layout.shape, layout.strides))
+    return layout_of(shape, layout.kind, strides)
 
 
 def matmul(a: Tensor, b: Tensor, scale: float = 1.0) -> Tensor:

@@ -7,11 +7,24 @@ from collections.abc import Sequence
 
 from lycoris.errors import RefusedInput
 from lycoris.tensor import autograd, pointwise, reductions, views
-from lycoris.tensor.launch import F32, compact, converted, empty, run, same_device, shaped, sum_to
+from lycoris.tensor.launch import (
+    F32,
+    compact,
+    converted,
+    empty,
+    keep,
+    kept,
+    number_bits,
+    run_prepared,
+    same_device,
+    shaped,
+    sum_to,
+)
 from lycoris.tensor.tensor import FLOATS, Tensor
 from plans import loss, normalization
 from plans import softmax as recipes
-from plans.core import ElementKind
+from plans.core import ElementKind, TensorRef
+from plans.core.prepared import Prepared
 from plans.expression import Expr
 from plans.reduction import Reduction, ReductionArgs, ReductionDescriptor, ReductionPlan, elements
 from plans.rows import Recipe, RowsArgs, RowsDescriptor, RowsPlan
@@ -25,20 +38,34 @@ def launch(
     if not first.shape:
         raise RefusedInput(f"{recipe.name}: a tensor without axes, wanted one or more; call unsqueeze() first")
     device = same_device(recipe.name, sources)
-    rows, n = math.prod(first.shape[:-1]), first.shape[-1]
     row_kinds = (F32,) * len(recipe.row_outputs)
     outs = [empty(first.shape, kind, device) for kind in kinds]
     row_outs = [empty(first.shape[:-1], kind, device) for kind in row_kinds]
     matrices = (*sources[: len(recipe.full) + len(recipe.columns)], *outs)
-    descriptor = RowsDescriptor(
-        recipe, rows, n, tuple(s.kind for s in sources), (*kinds, *row_kinds), all(m.aligned for m in matrices)
-    )
-    plan = RowsPlan.select(None, descriptor, device=device)
-    shapes = [operand.shape for operand in descriptor.operands()]
-    tensors = [shaped(s, shape) for s, shape in zip((*outs, *row_outs, *sources), shapes, strict=True)]
-    count = len(outs) + len(row_outs)
-    run(plan, RowsArgs([t.mut() for t in tensors[:count]], [t.ref() for t in tensors[count:]], scalars))
+    aligned, tensors = all([m.aligned for m in matrices]), (*outs, *row_outs, *sources)
+    layouts = [x.layout for x in tensors]
+    key = (id(recipe), *layouts, number_bits(scalars), aligned, device.ordinal)
+    found = kept(key) or _keep(key, recipe, tensors, (*kinds, *row_kinds), tuple(scalars), aligned)
+    run_prepared(found[0], tensors)
     return [*outs, *row_outs]
+
+
+def _keep(
+    key: tuple, recipe: Recipe, tensors: Sequence[Tensor], kinds: tuple[ElementKind, ...], scalars: tuple[float, ...],
+    aligned: bool,
+) -> tuple[Prepared, Recipe]:  # fmt: skip
+    """The plan; the recipe is kept with it, so that its id is no other's."""
+    count = len(kinds)
+    sources = tensors[count:]
+    rows, n = math.prod(sources[0].shape[:-1]), sources[0].shape[-1]
+    descriptor = RowsDescriptor(recipe, rows, n, tuple(s.kind for s in sources), kinds, aligned)
+    plan = RowsPlan.select(None, descriptor, device=tensors[0].device)
+    views = [shaped(x, operand.shape) for x, operand in zip(tensors, descriptor.operands(), strict=True)]
+
+    def make(*refs: TensorRef) -> RowsArgs:
+        return RowsArgs(refs[:count], refs[count:], scalars)
+
+    return keep(key, plan, views[:count], views[count:], make, recipe)
 
 
 def softmax(x: Tensor, axis: int = -1) -> Tensor:
@@ -138,20 +165,29 @@ def _normalised(x: Expr, statistics: Sequence[Expr]) -> Expr:
 def _column_gradient(part: str, x: Tensor, g: Tensor, statistics: Sequence[Tensor], kind: ElementKind) -> Tensor:
     """The sum over rows of g, or of g times the normalised x, which is made anew."""
     n = x.shape[-1]
-    rows = x.size // n if n else 0
     if part == "bias":
         return sum_to(g, (n,), kind)
+    out, aligned = empty((n,), kind, x.device), x.aligned and g.aligned
+    tensors = (out, x, g, *statistics)
+    key = ("weight of a normalisation", *[tensor.layout for tensor in tensors], aligned, x.device.ordinal)
+    found = kept(key) or _keep_column_gradient(key, tensors, aligned)
+    run_prepared(found[0], tensors)
+    return out
+
+
+def _keep_column_gradient(key: tuple, tensors: Sequence[Tensor], aligned: bool) -> tuple[Prepared, None]:
+    out, x, g, *statistics = tensors
+    n = x.shape[-1]
+    rows = x.size // n if n else 0
     s = elements(2, lines=len(statistics))
     value = s.full[1] * _normalised(s.full[0], s.row)
-    kinds, lines = (x.kind, g.kind), (F32,) * len(statistics)
+    lines = (F32,) * len(statistics)
     descriptor = ReductionDescriptor(
-        Reduction.SUM, value, 1, rows, n, kinds, kind, lines, aligned=x.aligned and g.aligned
+        Reduction.SUM, value, 1, rows, n, (x.kind, g.kind), out.kind, lines, aligned=aligned
     )
-    out = empty((n,), kind, x.device)
-    operands = [shaped(m, (1, rows, n)).ref() for m in (x, g)] + [shaped(m, (1, rows)).ref() for m in statistics]
     plan = ReductionPlan.select(None, descriptor, device=x.device)
-    run(plan, ReductionArgs(shaped(out, (1, n)).mut(), operands))
-    return out
+    sources = [shaped(m, (1, rows, n)) for m in (x, g)] + [shaped(m, (1, rows)) for m in statistics]
+    return keep(key, plan, [shaped(out, (1, n))], sources, lambda result, *refs: ReductionArgs(result, refs))
 
 
 def cross_entropy(logits: Tensor, target: Tensor) -> Tensor:

@@ -13,18 +13,49 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
 from lycoris.buffers import DeviceArray, stream_of
 from lycoris.errors import RefusedInput
+from lycoris.replay import only_recorded
 from plans.core import Device, DeviceBuffer, ElementKind, TensorMut, TensorRef
 from plans.core.tensor import contiguous_strides
 
 Shape = tuple[int, ...]
 compact_strides = functools.lru_cache(1 << 14)(contiguous_strides)
 FLOATS = (ElementKind.BF16, ElementKind.F16, ElementKind.F32)
+
+
+class Layout:
+    """How a tensor's elements lie from its first one on. Equal layouts are one object, so that lookups are cheap."""
+
+    __slots__ = ("contiguous", "itemsize", "kind", "nbytes", "shape", "size", "strides")
+
+    def __init__(self, shape: Shape, kind: ElementKind, strides: Shape | None) -> None:
+        compact = compact_strides(shape)
+        self.shape, self.kind, self.strides = shape, kind, compact if strides is None else strides
+        # Wherever strides matter they are those of a contiguous tensor.
+        self.contiguous = strides is None or all(
+            s == c or e == 1 for s, c, e in zip(strides, compact, shape, strict=True)
+        )
+        self.size, self.itemsize = math.prod(shape), kind.itemsize
+        self.nbytes = self.size * self.itemsize
+
+
+_layouts: dict[tuple, Layout] = {}
+
+
+def layout_of(shape: Shape, kind: ElementKind, strides: Shape | None = None) -> Layout:
+    """The layout of a shape and kind; without strides, a contiguous one."""
+    found = _layouts.get((shape, kind, strides))
+    if found is None:
+        whole = Layout(shape, kind, strides)
+        # With the strides named or not it is the same layout.
+        found = _layouts.setdefault((shape, kind, whole.strides), whole)
+        _layouts[shape, kind, strides] = found
+    return found
 
 
 class Storage:
@@ -36,11 +67,6 @@ class Storage:
         self.buffer, self.version = buffer, 0
 
 
-def _dense(shape: Shape, strides: Shape, compact: Shape) -> bool:
-    """Whether strides are those of a contiguous tensor wherever they matter."""
-    return all(s == c or e == 1 for s, c, e in zip(strides, compact, shape, strict=True))
-
-
 class Tensor:
     """Elements of ``kind`` at ``offset + sum(index * strides)`` of a storage; views share it.
 
@@ -49,7 +75,8 @@ class Tensor:
     """
 
     __slots__ = (
-        "__weakref__", "contiguous_", "grad", "kind", "node", "offset", "requires_grad", "shape", "storage", "strides",
+        "__weakref__", "contiguous_", "grad", "kind", "layout", "node", "offset", "requires_grad", "shape", "storage",
+        "strides",
     )  # fmt: skip
 
     __array_ufunc__ = None  # NumPy leaves operators with an array on the left to us
@@ -63,15 +90,23 @@ class Tensor:
         offset: int = 0,
         requires_grad: bool = False,
     ) -> None:
-        self.storage, self.shape, self.kind, self.offset = storage, shape, kind, offset
-        compact = compact_strides(shape)
-        self.strides = compact if strides is None else strides
-        self.contiguous_ = strides is None or strides == compact or _dense(shape, strides, compact)
+        self._place(storage, layout_of(shape, kind, strides), offset)
+        if requires_grad:
+            self.requires_grad_()
+
+    def _place(self, storage: Storage, layout: Layout, offset: int) -> Self:
+        self.storage, self.layout, self.offset = storage, layout, offset
+        self.shape, self.kind = layout.shape, layout.kind
+        self.strides, self.contiguous_ = layout.strides, layout.contiguous
         self.requires_grad = False
         self.grad: Tensor | None = None
         self.node: Any = None
-        if requires_grad:
-            self.requires_grad_()
+        return self
+
+    @classmethod
+    def placed(cls, storage: Storage, layout: Layout, offset: int = 0) -> Self:
+        """A tensor of a layout, ``offset`` elements from a storage's beginning."""
+        return cls.__new__(cls)._place(storage, layout, offset)
 
     @property
     def device(self) -> Device:
@@ -86,7 +121,7 @@ class Tensor:
     @property
     def size(self) -> int:
         """The number of elements."""
-        return math.prod(self.shape)
+        return self.layout.size
 
     @property
     def is_leaf(self) -> bool:
@@ -101,12 +136,12 @@ class Tensor:
     @property
     def address(self) -> int:
         """Where the first element lies."""
-        return self.storage.buffer.address + self.offset * self.kind.itemsize
+        return self.storage.buffer.address + self.offset * self.layout.itemsize
 
     @property
     def aligned(self) -> bool:
         """Whether the first element lies at a multiple of 16 bytes."""
-        return self.address % 16 == 0
+        return not (self.storage.buffer.address + self.offset * self.layout.itemsize) & 15
 
     def requires_grad_(self, wanted: bool = True) -> Tensor:
         """Ask for a gradient of this leaf, or no more. Raises RefusedInput for integers and for what is no leaf."""
@@ -119,7 +154,7 @@ class Tensor:
 
     def detach(self) -> Tensor:
         """The same memory, with no way back for gradients."""
-        return Tensor(self.storage, self.shape, self.kind, self.strides, self.offset)
+        return Tensor.placed(self.storage, self.layout, self.offset)
 
     def ref(self) -> TensorRef:
         """The tensor as plans read it."""
@@ -129,11 +164,19 @@ class Tensor:
         """The tensor as plans write it."""
         return self._as(TensorMut)
 
+    @property
+    def argument(self) -> Any:
+        """Where the first element lies, as kernels take it: an address, or in the simulator a flat array."""
+        return self.storage.buffer.pointer(self.kind.storage, self.offset * self.layout.itemsize)
+
+    @property
+    def available(self) -> int:
+        """How many elements the memory holds from the first one on."""
+        return self.storage.buffer.nbytes // self.layout.itemsize - self.offset
+
     def _as(self, made: type) -> Any:
-        buffer, kind = self.storage.buffer, self.kind
-        data = buffer.pointer(kind.storage, self.offset * kind.itemsize)
-        available = buffer.nbytes // kind.itemsize - self.offset
-        return made(data, self.shape, self.strides, kind, available, buffer.device.ordinal, self.storage)
+        device = self.storage.buffer.device.ordinal
+        return made(self.argument, self.shape, self.strides, self.kind, self.available, device, self.storage)
 
     def numpy(self) -> np.ndarray:
         """A copy on the host, in the kind's NumPy type; waits for what was launched before."""
@@ -173,6 +216,10 @@ class Tensor:
         return f"Tensor(shape={self.shape}, kind={self.kind.value}, device={self.device.name!r}{extra})"
 
 
-def changed(tensor: Tensor) -> None:
-    """Count an in-place change, by which a gradient that needs the old values is refused."""
-    tensor.storage.version += 1
+def changed(*tensors: Tensor) -> None:
+    """Count in-place changes, by which a gradient that needs the old values is refused; again at each replay."""
+    for tensor in tensors:
+        tensor.storage.version += 1
+    work = only_recorded()
+    if work is not None:
+        work.changed += [tensor.storage for tensor in tensors]

@@ -28,7 +28,8 @@ Index = int | slice | None | type(Ellipsis)
 
 def _view(name: str, x: Tensor, shape: Shape, strides: Shape, offset: int, pull: autograd.Pull) -> Tensor:
     out = Tensor(x.storage, shape, x.kind, strides, offset)
-    return autograd.record(name, out, (x,), (), pull) if autograd.wanted((x,)) else out
+    # A view's gradient is of its tensor's kind, so that nothing is rounded on the way to an fp32 one.
+    return autograd.record(name, out, (x,), (), pull, autograd.edge(x).kind) if autograd.wanted((x,)) else out
 
 
 def _extents(x: Tensor, shape: Sequence[int] | tuple[Sequence[int]]) -> Shape:
@@ -47,9 +48,14 @@ def _extents(x: Tensor, shape: Sequence[int] | tuple[Sequence[int]]) -> Shape:
 
 
 def reshape(x: Tensor, *shape: int | Sequence[int]) -> Tensor:
-    """The same elements in row-major order under another shape, one extent -1; a copy where x is not contiguous."""
+    """The same elements in row-major order under another shape, one extent -1; a copy where x is not contiguous.
+
+    The tensor itself where it is contiguous and has that shape.
+    """
     extents = _extents(x, shape)
     source, before = pointwise.contiguous(x), x.shape
+    if extents == before:
+        return source
 
     def pull(g: Tensor, edges: Sequence[autograd.Node | None]) -> list[Tensor]:
         return [reshape(g, before)]

@@ -7,8 +7,8 @@ import functools
 import numpy as np
 
 from kernels.convolution.wgmma import convolve_wgmma, warp_box
-from kernels.matmul.wgmma import PART_WORDS, ROWS, WgmmaTile
 from kernels.matmul.wgmma_store import STAGING_BYTES, chunk_columns
+from kernels.matmul.wgmma_tile import PART_WORDS, ROWS, WgmmaTile
 from kernels.target import SIMULATOR
 from kernels.wgmma import DEPTH, STEPS
 from plans.convolution.descriptor import Conv2dArgs
@@ -87,6 +87,8 @@ def choose_tile(rows: int, columns: int, depth: int, multiprocessors: int, trans
 
 class WgmmaProgram(ConvolutionProgram):
     """One launch of a persistent grid."""
+
+    reads_addresses = True
 
     def __init__(self, descriptor: Descriptor, device: Device, tile: WgmmaTile | None = None) -> None:
         super().__init__(descriptor, device)

@@ -12,16 +12,15 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
 
 import numpy as np
 
 from kernels.target import SIMULATOR
+from plans.core.capture import KEPT, Captured, Recording
 from plans.core.errors import DeviceError, Unsupported
 from plans.core.precision import ElementKind
 from plans.core.tensor import TensorMut, contiguous_strides
@@ -93,38 +92,6 @@ class HostBuffer:
             self._memory = None
 
 
-class Recording:
-    """The simulator's stand-in for a stream that is captured: what is done is done at once, and can be done again."""
-
-    def __init__(self) -> None:
-        self._steps: list[Callable[[], None]] = []
-
-    def record(self, step: Callable[[], None]) -> None:
-        """One thing that was done."""
-        self._steps.append(step)
-
-    def replay(self, stream: Any = None) -> None:
-        """Everything once more."""
-        for step in self._steps:
-            step()
-
-
-@dataclass(frozen=True)
-class Captured:
-    """A recorded graph: what the work returned, how to launch it on a stream, and the memory that it needs."""
-
-    result: Any
-    launch: Callable[[Any], None]
-    buffers: list[DeviceBuffer]
-
-
-class _Keeping(threading.local):
-    buffers: list[DeviceBuffer] | None = None
-
-
-_keeping = _Keeping()
-
-
 @functools.cache
 def driver_errors() -> tuple[type[Exception], ...]:
     """What is raised where a device fails; in the simulator, where host memory ends."""
@@ -183,7 +150,7 @@ class Device:
     @property
     def capturing(self) -> bool:
         """Whether this thread is recording a graph, whose memory has to be its own."""
-        return _keeping.buffers is not None
+        return KEPT.buffers is not None
 
     @property
     def multiprocessors(self) -> int:
@@ -217,23 +184,24 @@ class Device:
         if not SIMULATOR:
             self._core.set_current()
 
-    def capture(self, work: Callable[[Any], Any]) -> Captured:
+    def capture(self, work: Callable[[Any], Any], stream: Any = None) -> Captured:
         """Record what ``work(stream)`` launches on the stream that it is given; memory taken meanwhile is kept.
 
-        Everything that it launches must have been launched before, so that kernels are loaded. Raises DeviceError.
+        Nothing happens yet. Everything that it launches must have been launched before, so that kernels are loaded.
+        ``stream`` is where the graph will be launched, after which its memory may be freed. Raises DeviceError.
         """
         if SIMULATOR:
             recording = Recording()
-            return Captured(work(recording), recording.replay, [])
+            with KEPT.on(None) as kept:
+                result = work(recording)
+            return Captured(result, recording.replay, kept)
         with _reported(f"{self.name}: capturing a graph"):
             builder = self._core.create_graph_builder()
             builder.begin_building()
-            kept, before = [], _keeping.buffers
-            _keeping.buffers = kept
             try:
-                result = work(builder.stream)
+                with KEPT.on(stream or self._own_stream) as kept:
+                    result = work(builder.stream)
             finally:
-                _keeping.buffers = before
                 builder.end_building()
             graph = builder.complete()
             graph.upload(self._own_stream)
@@ -247,7 +215,7 @@ class Device:
             return self._core.create_stream()
 
     def allocate(self, nbytes: int, stream: Any = None) -> DeviceBuffer:
-        """Memory from the stream-ordered pool, with undefined contents.
+        """Memory from the stream-ordered pool, with undefined contents; without ``stream`` it is every stream's.
 
         Raises :class:`DeviceError` where there is not so much, naming the bytes asked for.
         """
@@ -257,13 +225,14 @@ class Device:
                 start = -raw.ctypes.data % ALIGNMENT
                 memory = raw[start : start + nbytes]
                 return DeviceBuffer(self, memory, memory.ctypes.data, nbytes)
-            kept = _keeping.buffers
+            kept = KEPT.buffers
             if kept is not None:  # a graph's memory is taken now, and stays where its launches will look for it
-                stream = self._own_stream
-            memory = self._core.allocate(max(nbytes, 1), stream=stream or self._core.default_stream)
+                stream = KEPT.stream
+            memory = self._core.allocate(max(nbytes, 1), stream=stream or self._own_stream)
             buffer = DeviceBuffer(self, memory, int(memory.handle), nbytes)
+            if stream is None or kept is not None:
+                self.synchronize(stream or self._own_stream)
             if kept is not None:
-                stream.sync()
                 kept.append(buffer)
             return buffer
         except driver_errors() as error:
@@ -288,6 +257,7 @@ class Device:
         if SIMULATOR:
             if stream is not None:
                 stream.record(lambda: self.copy_in(target, offset, source, None))
+                return
             target._memory[offset : offset + source.nbytes] = source.reshape(-1).view(np.uint8)
             return
         from cuda.bindings import driver
@@ -314,6 +284,7 @@ class Device:
         if SIMULATOR:
             if stream is not None:
                 stream.record(lambda: self.fill(target, byte, None))
+                return
             target._memory[:] = byte
             return
         from cuda.bindings import driver
@@ -328,7 +299,12 @@ class Device:
                 stream.sync()
 
     def upload(self, array: np.ndarray, stream: Any = None) -> DeviceBuffer:
-        """A new buffer with the array's bytes; returns when they are there."""
+        """A new buffer with the array's bytes; returns when they are there, also while a graph is captured.
+
+        ``stream`` may not be one that is captured.
+        """
+        if stream is not None:
+            self._refuse_captured(f"copying {array.nbytes} bytes to it")
         array = np.ascontiguousarray(array)
         stream = stream or self._own_stream
         buffer = self.allocate(array.nbytes, stream)
@@ -341,12 +317,18 @@ class Device:
         self, buffer: DeviceBuffer, dtype: np.dtype | type, shape: tuple[int, ...], stream: Any = None
     ) -> np.ndarray:
         """The buffer's contents as a new array; returns when the work before it on ``stream`` is done."""
+        self._refuse_captured(f"copying {buffer.nbytes} bytes from it")
         stream = stream or self._own_stream
         array = np.empty(shape, dtype)
         if array.nbytes:
             self.copy_out(array.reshape(-1).view(np.uint8), buffer, 0, stream)
             self.synchronize(stream)
         return array
+
+    def _refuse_captured(self, action: str) -> None:
+        if self.capturing:
+            found = "a graph is being captured, which is launches alone and has no values yet"
+            raise device_error(f"{self.name}: {action}", found, "do it before the capture or after a replay")
 
     @functools.cached_property
     def _own_stream(self) -> Any:

@@ -45,7 +45,11 @@ class Descriptor(Protocol):
 
 
 class Program(Protocol):
-    """A SKU built for one descriptor on one device: compiled kernels with their grids."""
+    """A SKU built for one descriptor on one device: compiled kernels with their grids.
+
+    One whose launches depend on operands' addresses otherwise than as arguments, as those of TMA do, says so by a true
+    ``reads_addresses``.
+    """
 
     def bind(self, args: Any, workspace: Workspace) -> Launches:
         """The launches of one run."""
@@ -215,6 +219,11 @@ class Plan(Contract):
     def precision_guarantee(self) -> PrecisionGuarantee:
         """What the selected kernel promises."""
         return self.chosen.guarantee(self.descriptor)
+
+    @property
+    def reads_addresses(self) -> bool:
+        """Whether launches depend on operands' addresses otherwise than as arguments."""
+        return getattr(self.program, "reads_addresses", False)
 
     def can_implement(self, args: Any) -> None:
         """Check the arguments; raises a :class:`PlanError` naming operand, found and wanted."""

@@ -74,6 +74,19 @@ def encode(box: Box) -> np.ndarray:
     return _encode_for_driver(box)
 
 
+@functools.cache
+def _driver_function() -> Any:
+    """The driver's own cuTensorMapEncodeTiled.
+
+    That of cuda.bindings has the map written into a Python object, which lies at a multiple of 16 bytes; the driver
+    refuses it, or crashes, where that is none of 64 (github.com/NVIDIA/cuda-python/pull/1692).
+    """
+    function = ctypes.CDLL("libcuda.so.1").cuTensorMapEncodeTiled
+    pointer, number, enumerator = ctypes.c_void_p, ctypes.c_uint32, ctypes.c_int
+    function.argtypes = (pointer, enumerator, number, *(pointer,) * 5, *(enumerator,) * 4)
+    return function
+
+
 def _encode_for_driver(box: Box) -> np.ndarray:
     from cuda.bindings import driver
 
@@ -86,22 +99,28 @@ def _encode_for_driver(box: Box) -> np.ndarray:
         128: driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B,
         64: driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_64B,
     }
-    u32, u64 = driver.cuuint32_t, driver.cuuint64_t
-    status, encoded = driver.cuTensorMapEncodeTiled(
+    room = np.zeros(2 * MAP_WORDS, np.int64)
+    start = -room.ctypes.data % MAP_BYTES // 8
+    words = room[start : start + MAP_WORDS]
+    extents, strides = (ctypes.c_uint64 * len(box.extents))(*box.extents), (ctypes.c_uint64 * len(box.strides))()
+    strides[:] = [stride * box.element.itemsize for stride in box.strides]
+    moved, steps = ((ctypes.c_uint32 * len(box.extents))(*values) for values in (box.box, box.all_steps))
+    status = _driver_function()(
+        words.ctypes.data,
         kinds[box.element],
         len(box.extents),
         box.address,
-        [u64(extent) for extent in box.extents],
-        [u64(stride * box.element.itemsize) for stride in box.strides],
-        [u32(extent) for extent in box.box],
-        [u32(step) for step in box.all_steps],
+        extents,
+        strides,
+        moved,
+        steps,
         driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
         swizzles[box.swizzle],
         driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
         driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
     )
-    _check(status, f"encoding a tensor map of {box}")
-    return np.frombuffer(ctypes.string_at(encoded.getPtr(), MAP_BYTES), np.int64)
+    _check(driver.CUresult(status), f"encoding a tensor map of {box}")
+    return words
 
 
 class Constants:

@@ -52,6 +52,8 @@ class Segment:
         b_batch_stride: The same of B.
         a_shared: All of the batch take the same A, which then has two axes.
         b_shared: The same of B.
+        diagonal: B consists of so many blocks along its diagonal, and is zero elsewhere, which kernels may skip.
+        late: A is made by the launch right before, all other operands by older ones: kernels may begin before it ends.
     """
 
     k: int
@@ -64,6 +66,8 @@ class Segment:
     b_batch_stride: int = 0
     a_shared: bool = False
     b_shared: bool = False
+    diagonal: int = 1
+    late: bool = False
 
     def __post_init__(self) -> None:
         if self.layout not in LAYOUTS:
@@ -75,6 +79,8 @@ class Segment:
             raise InvalidProblem(
                 f"matmul: k {self.k} and strides {strides}, wanted none negative; give A's and B's own"
             )
+        if self.diagonal < 1 or self.k % self.diagonal:
+            raise InvalidProblem(f"matmul: k {self.k} in {self.diagonal} blocks, wanted equal ones; give their number")
 
     @property
     def a_transposed(self) -> bool:
@@ -162,6 +168,8 @@ class SegmentedMatmulDescriptor:
             )
         if not self.segments:
             raise InvalidProblem("matmul: no segments given, wanted at least one; give each product A @ B as one")
+        if any(self.n % segment.diagonal for segment in self.segments):
+            raise InvalidProblem(f"matmul: n {self.n}, wanted a multiple of every segment's diagonal blocks; pad B")
         for term in self.low_rank:
             if term.rank < 1 or not 0 <= term.of < len(self.segments) or self.segments[term.of].a_transposed:
                 raise InvalidProblem(

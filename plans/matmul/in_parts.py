@@ -88,6 +88,7 @@ class _Program:
         self.descriptor, self.device = descriptor, device
         self.partial, self.batches = _partial(descriptor), in_batches(descriptor)
         self.program = second.build(self.batches, device)
+        self.reads_addresses = getattr(self.program, "reads_addresses", False)
         self.sums = Sums((self.partial,), descriptor.out)
 
     def bind(self, args: SegmentedMatmulArgs, workspace: Workspace) -> Launches:

@@ -17,12 +17,12 @@ from kernels.matmul.narrow import matmul_narrow
 from plans.core.device import ALIGNMENT, Device
 from plans.core.plan import Launches, Sku
 from plans.core.precision import ElementKind, PrecisionGuarantee
+from plans.core.sku import BackendKind
 from plans.core.tensor import TensorRef, contiguous_strides
 from plans.core.workspace import NO_WORKSPACE, Workspace
 from plans.matmul.descriptor import Segment, SegmentedMatmulArgs, SegmentedMatmulDescriptor
 from plans.matmul.narrow import ROWS
 from plans.matmul.program import MatmulProgram, element_offset
-from plans.matmul.wgmma import WgmmaProgram
 
 _UNIT = 8
 _MOST_TILES = 8
@@ -87,7 +87,7 @@ def expanded(descriptor: SegmentedMatmulDescriptor) -> SegmentedMatmulDescriptor
             part = Segment(
                 piece.rank, "NT", first.a, first.a, a_stride=2 * inner.width, a_shared=first.a_shared, b_shared=True,
                 b_stride=descriptor.low_rank[piece.term].rank,
-                a_batch_stride=0 if first.a_shared else descriptor.m * 2 * inner.width,
+                a_batch_stride=0 if first.a_shared else descriptor.m * 2 * inner.width, late=True,
             )  # fmt: skip
             segments += [part, part]
     return replace(descriptor, segments=tuple(segments), low_rank=())
@@ -125,11 +125,10 @@ class LowRankProgram:
         self.descriptor, self.device = descriptor, device
         self.whole = expanded(descriptor)
         self.second: MatmulProgram = second.build(self.whole, device)
+        self.reads_addresses = getattr(self.second, "reads_addresses", False)
         self.empty = descriptor.operands()[0].count == 0
         kind = descriptor.segments[0].a.value
-        early = isinstance(self.second, WgmmaProgram)
-        if early:
-            self.second.overlap(len(descriptor.segments))
+        early = second.backend is BackendKind.WGMMA
         self.launches = []
         for inner in () if self.empty else inner_products(descriptor):
             kernel = matmul_narrow(kind, kind, inner.tiles, (), 2, early)

@@ -120,4 +120,4 @@ class MatmulProgram:
 def element_offset(tensor: TensorRef, elements: int) -> Any:
     """A tensor's data from some element on, as a kernel argument."""
     data = tensor.data
-    return data + elements * tensor.element.itemsize if isinstance(data, int) else data[elements:]
+    return data[elements:] if isinstance(data, np.ndarray) else data + elements * tensor.element.itemsize

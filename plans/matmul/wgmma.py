@@ -7,10 +7,11 @@ from dataclasses import replace
 
 import numpy as np
 
-from kernels.matmul.wgmma import PART_WORDS, ROWS, SEGMENT_WORDS, WgmmaTile, multiply_wgmma
+from kernels.matmul.wgmma import multiply_wgmma
 from kernels.matmul.wgmma_store import STAGING_BYTES, WARP_ROWS, chunk_columns
+from kernels.matmul.wgmma_tile import DIAGONAL, PART_WORDS, ROWS, SEGMENT_WORDS, WAITS, WgmmaTile
 from kernels.target import SIMULATOR
-from kernels.wgmma import DEPTH
+from kernels.wgmma import DEPTH, STEPS
 from plans.core.device import Device
 from plans.core.operand import Operand
 from plans.core.plan import Launches, Sku
@@ -20,7 +21,7 @@ from plans.core.tensor import TensorRef
 from plans.core.tensor_map import Box, constants, map_address
 from plans.core.tuning import tuned
 from plans.core.workspace import Workspace
-from plans.matmul.descriptor import SegmentedMatmulArgs, SegmentedMatmulDescriptor
+from plans.matmul.descriptor import Segment, SegmentedMatmulArgs, SegmentedMatmulDescriptor
 from plans.matmul.measure import program_seconds
 from plans.matmul.program import MatmulProgram, kernel_steps, matmul_guarantee, refuses_low_rank
 
@@ -34,6 +35,7 @@ _KINDS = (ElementKind.BF16, ElementKind.F16)
 _COLUMNS = (256, 192, 160, 128, 96, 64)
 _SHARED_BYTES = 227 * 1024
 _LARGEST = 1 << 31
+_BLOCK_UNIT = 16
 # What the choice of a tile reckons with, in cycles: a stage's products, its bytes from L2, and a tile's beginning and
 # end, when its products do not run.
 _CYCLES_A_COLUMN, _BYTES_A_CYCLE, TILE_CYCLES = 4.0, 40.0, 1500.0
@@ -93,19 +95,38 @@ def stage_cycles(tile: WgmmaTile) -> float:
     return max(_CYCLES_A_COLUMN * tile.columns, from_l2 / _BYTES_A_CYCLE)
 
 
-def _cycles(descriptor: SegmentedMatmulDescriptor, tile: WgmmaTile, multiprocessors: int) -> float:
-    """Cycles that the product would take on so many multiprocessors, for comparing tiles."""
-    batch = descriptor.batch or 1
-    tiles = -(-descriptor.m // (ROWS * tile.cluster)) * -(-descriptor.columns // tile.result_columns) * batch
+def product_cycles(
+    descriptor: SegmentedMatmulDescriptor, tile: WgmmaTile, multiprocessors: int, parts: int = 1
+) -> float:
+    """Cycles that the product, its sum in so many parts, would take on so many multiprocessors, to compare tiles by."""
+    results = (descriptor.batch or 1) * parts
+    tiles = -(-descriptor.m // (ROWS * tile.cluster)) * -(-descriptor.columns // tile.result_columns) * results
     waves = -(-tiles // max(1, multiprocessors // tile.cluster))
-    stages = sum(segment.k / DEPTH for segment in descriptor.segments)
-    return waves * (stages * stage_cycles(tile) + TILE_CYCLES)
+    cycles = sum(_segment_cycles(segment, tile) for segment in descriptor.segments)
+    return waves * (cycles / parts + TILE_CYCLES)
+
+
+def _segment_cycles(segment: Segment, tile: WgmmaTile) -> float:
+    if segment.diagonal > 1 and tile.diagonal:
+        blocks = tile.columns // tile.diagonal
+        return blocks * segment.k / segment.diagonal / DEPTH * stage_cycles(replace(tile, columns=tile.diagonal))
+    return segment.k / DEPTH * stage_cycles(tile)
+
+
+def _block_columns(descriptor: SegmentedMatmulDescriptor) -> int:
+    """Columns of the blocks that some segments' B consists of, where a tile can skip what lies off the diagonal."""
+    blocks = {(descriptor.n // s.diagonal, s.k // s.diagonal % DEPTH) for s in descriptor.segments if s.diagonal > 1}
+    plain = descriptor.segments[0].layout == "NT" and not descriptor.gated
+    (columns, rest), *others = blocks or {(0, 0)}
+    return 0 if others or rest or columns % _BLOCK_UNIT or not plain else columns
 
 
 def candidate_tiles(descriptor: SegmentedMatmulDescriptor) -> list[WgmmaTile]:
     """Tiles that can compute the product."""
     a_k_major, b_k_major = (descriptor.segments[0].layout in pair for pair in (("NT", "NN"), ("NT", "TT")))
-    return tile_widths(a_k_major, b_k_major, descriptor.gated)
+    block = _block_columns(descriptor)
+    found = tile_widths(a_k_major, b_k_major, descriptor.gated)
+    return [replace(tile, diagonal=block) if block and tile.columns % block == 0 else tile for tile in found]
 
 
 def tile_widths(a_k_major: bool, b_k_major: bool, gated: bool) -> list[WgmmaTile]:
@@ -122,7 +143,7 @@ def tile_widths(a_k_major: bool, b_k_major: bool, gated: bool) -> list[WgmmaTile
 
 def likely_tiles(descriptor: SegmentedMatmulDescriptor, multiprocessors: int, staging: int) -> list[WgmmaTile]:
     """The tiles that a count of cycles finds fastest, the best first, with as many stages as fit."""
-    ranked = sorted(candidate_tiles(descriptor), key=lambda tile: _cycles(descriptor, tile, multiprocessors))
+    ranked = sorted(candidate_tiles(descriptor), key=lambda tile: product_cycles(descriptor, tile, multiprocessors))
     return [replace(tile, stages=stages_of(tile, staging)) for tile in ranked[:MEASURED]]
 
 
@@ -131,7 +152,8 @@ def _problem_class(descriptor: SegmentedMatmulDescriptor, mode: str) -> tuple:
     first = descriptor.segments[0]
     depth = sum(-(-segment.k // DEPTH) for segment in descriptor.segments)
     rows, batch = -(-descriptor.m // ROWS), descriptor.batch or 1
-    return (rows, descriptor.n, depth, batch, first.layout, descriptor.out.value, descriptor.gated, mode)
+    problem = (rows, descriptor.n, depth, batch, first.layout, descriptor.out.value, descriptor.gated, mode)
+    return (*problem, _block_columns(descriptor)) if _block_columns(descriptor) else problem
 
 
 @functools.lru_cache(maxsize=4096)
@@ -147,75 +169,93 @@ def choose_tile(descriptor: SegmentedMatmulDescriptor, device: Device, mode: str
 
 
 class WgmmaProgram(MatmulProgram):
-    """One launch of a persistent grid over a table of parts and segments."""
+    """One launch of a persistent grid over a table of parts and segments.
 
-    def __init__(self, descriptor: SegmentedMatmulDescriptor, device: Device, tile: WgmmaTile | None = None) -> None:
+    With several ``parts`` the sum is divided by depth: each part is a result of its own, all of part 0 first.
+    """
+
+    reads_addresses = True
+
+    def __init__(
+        self, descriptor: SegmentedMatmulDescriptor, device: Device, tile: WgmmaTile | None = None, parts: int = 1
+    ) -> None:
         super().__init__(descriptor, device)
         self.mode = "tma" if _stores_by_tma(descriptor) else "direct"
         self.tile = tile or choose_tile(descriptor, device, self.mode)
+        self.results, self.parts = (descriptor.batch or 1) * parts, parts
         kind = descriptor.segments[0].a.value
         self.kernel = multiply_wgmma(kind, descriptor.out.value, self.tile, self.mode, kernel_steps(descriptor))
         if self.empty:
             return
-        batch, cluster = descriptor.batch or 1, self.tile.cluster
-        tiles = -(-descriptor.m // (ROWS * cluster)) * -(-descriptor.columns // self.tile.result_columns) * batch
-        clusters = max(1, min(device.multiprocessors // cluster, tiles))
-        self.grid, self.waits_from = (clusters * cluster, 1, 1), len(descriptor.segments)
-        self.launch = self.kernel.launcher(self.grid)
-
-    def overlap(self, first: int) -> None:
-        """Begin before the launch before has ended: segments from ``first`` on wait for what it makes."""
-        if not self.empty:
-            self.waits_from, self.launch = first, self.kernel.launcher(self.grid, overlaps=True)
+        cluster = self.tile.cluster
+        tiles = -(-descriptor.m // (ROWS * cluster)) * -(-descriptor.columns // self.tile.result_columns) * self.results
+        grid = (max(1, min(device.multiprocessors // cluster, tiles)) * cluster, 1, 1)
+        self.launch = self.kernel.launcher(grid)
+        late = any(segment.late for segment in descriptor.segments)
+        self.early_launch = self.kernel.launcher(grid, overlaps=True) if late else self.launch
 
     def bind(self, args: SegmentedMatmulArgs, workspace: Workspace) -> Launches:
         """The launch; none where Y is empty."""
         if self.empty:
             return []
-        order = self.smallest_first(args)
-        kept = [args.scales[i] for i in order if args.scales[i] and self.descriptor.segments[i].k]
-        factor = kept[-1] if kept else 1.0
-        table = constants(self.device).pointer(self._table(args, order))
+        segments = self.descriptor.segments
+        kept = [i for i in self.smallest_first(args) if args.scales[i] and segments[i].k]
+        factor = args.scales[kept[-1]] if kept else 1.0
+        table = constants(self.device).pointer(self._table(args, kept))
         _, rows, columns, row_stride, _ = self.result_arguments(args)
-        numbers = (self.descriptor.batch or 1, rows, columns, max(1, PANEL_ROWS // (ROWS * self.tile.cluster)))
+        numbers = (self.results, rows, columns, max(1, PANEL_ROWS // (ROWS * self.tile.cluster)))
         result = (args.out.data, row_stride, np.float32(factor))
-        return [(self.launch, (table, *numbers, *result, *self.epilogue_arguments(args)))]
+        # A grid that waits for nothing must not begin early: it could end, and the next begin, before the one it
+        # depends on.
+        launch = self.early_launch if any(segments[i].late for i in kept) else self.launch
+        return [(launch, (table, *numbers, *result, *self.epilogue_arguments(args)))]
 
-    def _table(self, args: SegmentedMatmulArgs, order: list[int]) -> np.ndarray:
+    def _table(self, args: SegmentedMatmulArgs, kept: list[int]) -> np.ndarray:
         """Parts, then their segments."""
-        batch = self.descriptor.batch or 1
-        out = self.descriptor.operands()[0]
+        batch, out = self.descriptor.batch or 1, self.descriptor.operands()[0]
         parts, segments = [], []
-        for part in range(batch):
-            rows = self._segment_rows(args, order, part)
-            first = batch * PART_WORDS + len(segments) * SEGMENT_WORDS
-            start = part * out.strides[0] if self.descriptor.batch else 0
+        for number in range(self.results):
+            rows = self._segment_rows(args, kept, number % batch, number // batch)
+            first = self.results * PART_WORDS + len(segments) * SEGMENT_WORDS
+            start = number * (out.strides[0] if self.descriptor.batch else out.count)
             parts.append((first, len(rows), self._result_map(args.out, out, start), start))
             segments += rows
         return np.concatenate([np.array(parts, np.int64).ravel(), np.array(segments, np.int64).ravel()])
 
-    def _segment_rows(self, args: SegmentedMatmulArgs, order: list[int], part: int) -> list[tuple[int, ...]]:
-        boxes, found, previous = self.tile.boxes(), [], 0.0
-        for i in order:
-            segment, scale = self.descriptor.segments[i], args.scales[i]
-            if not scale or not segment.k:
+    def _segment_rows(self, args: SegmentedMatmulArgs, kept: list[int], batch: int, part: int) -> list[tuple[int, ...]]:
+        """The segments of one of the batch, or what a part of the sum takes of them: so many stages in order."""
+        stages = [self._stages(i) for i in kept]
+        begin, end = (sum(stages) * at // self.parts for at in (part, part + 1))
+        found, previous, passed = [], 0.0, 0
+        for i, count in zip(kept, stages, strict=True):
+            first, past, passed = max(begin - passed, 0), min(end - passed, count), passed + count
+            if first >= past:
                 continue
-            ratio = np.float32(previous / scale if previous else 1.0)
+            segment, scale = self.descriptor.segments[i], args.scales[i]
+            flags = _ratio(previous, scale) | (WAITS * segment.late + DIAGONAL * self._by_blocks(i)) << 32
+            whole = -(-segment.k // DEPTH)
+            last = STEPS if past < count else -(-(segment.k - (whole - 1) * DEPTH) // 16)
+            found.append((*self._maps(args, i, batch), past - first, last, first * DEPTH, flags))
             previous = scale
-            maps = [
-                self._operand_map(tensor, operand, part, box)
-                for tensor, operand, box in zip(
-                    args.segments[i], self.descriptor.segment_operands[i], boxes, strict=True
-                )
-            ]
-            tiles = -(-segment.k // DEPTH)
-            last = -(-(segment.k - (tiles - 1) * DEPTH) // 16)
-            flags = int(ratio.view(np.uint32)) | (int(i >= self.waits_from) << 32)
-            found.append((*maps, tiles, last, 0, flags))
+        if found and previous != args.scales[kept[-1]]:
+            found.append((*found[-1][:2], 0, 0, 0, _ratio(previous, args.scales[kept[-1]])))
         return found
 
-    def _operand_map(self, tensor: TensorRef, operand: Operand, part: int, box: tuple[int, int]) -> int:
-        start = part * operand.strides[0] if len(operand.shape) > 2 else 0
+    def _by_blocks(self, i: int) -> bool:
+        return self.tile.diagonal > 0 and self.descriptor.segments[i].diagonal > 1
+
+    def _stages(self, i: int) -> int:
+        """Stages of a segment; where only the tile's blocks of B are read, those of a block."""
+        segment = self.descriptor.segments[i]
+        return -(-(segment.k // (segment.diagonal if self._by_blocks(i) else 1)) // DEPTH)
+
+    def _maps(self, args: SegmentedMatmulArgs, i: int, batch: int) -> list[int]:
+        boxes = self.tile.boxes(self._by_blocks(i))
+        operands = zip(args.segments[i], self.descriptor.segment_operands[i], boxes, strict=True)
+        return [self._operand_map(tensor, operand, batch, box) for tensor, operand, box in operands]
+
+    def _operand_map(self, tensor: TensorRef, operand: Operand, batch: int, box: tuple[int, int]) -> int:
+        start = batch * operand.strides[0] if len(operand.shape) > 2 else 0
         rows, columns = operand.shape[-2:]
         address = tensor.address + start * operand.element.itemsize
         matrix = Box.of_matrix(address, operand.element, (rows, columns), operand.strides[-2], box)
@@ -227,6 +267,11 @@ class WgmmaProgram(MatmulProgram):
         address, columns = tensor.address + start * out.element.itemsize, chunk_columns(out.element.value)
         box = (WARP_ROWS, columns)
         return map_address(self.device, Box.of_matrix(address, out.element, out.shape[-2:], out.strides[-2], box, 64))
+
+
+def _ratio(previous: float, scale: float) -> int:
+    """The fp32 bits of the factor that turns sums in units of one scale to those of another."""
+    return int(np.float32(previous / scale if previous else 1.0).view(np.uint32))
 
 
 WGMMA = Sku(

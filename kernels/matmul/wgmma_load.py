@@ -1,0 +1,179 @@
+"""The loading thread of the Hopper products: it asks TMA for all stages of all segments of all tiles of its block."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from kernels import barrier
+from kernels.matmul.wgmma_tile import DIAGONAL, PART_WORDS, ROWS, SEGMENT_WORDS, WAITS, WgmmaTile, placement, work_of
+from kernels.target import device
+from kernels.warp import block_x, grid_x
+from kernels.wgmma import DEPTH
+
+_u32 = np.uint32
+
+
+@device
+def flags_of(word):
+    """The flags of a segment, from its last word."""
+    return _u32(np.uint64(word) >> np.uint64(32))
+
+
+def next_stage(stages: int) -> Callable:
+    """A device function: the stage after another, and its phase."""
+    count = _u32(stages)
+
+    @device
+    def following(stage, phase):
+        stage = _u32(stage + _u32(1))
+        if stage == count:
+            stage, phase = _u32(0), _u32(phase ^ _u32(1))
+        return stage, phase
+
+    return following
+
+
+def _operand_loader(k_major: bool, extent: int, multicast: int) -> Callable:
+    """A device function that loads ``extent`` of M or N by a stage's depth, for ``multicast`` blocks."""
+    everyone, boxes, box_bytes = np.uint16((1 << multicast) - 1), extent // 64, _u32(64 * DEPTH * 2)
+    load_box, load_box_everywhere = barrier.tma_load(2), barrier.tma_load_multicast(2)
+
+    @device
+    def box(target, tensor_map, full, column, row):
+        if multicast > 1:
+            load_box_everywhere(target, tensor_map, full, column, row, everyone)
+        else:
+            load_box(target, tensor_map, full, column, row)
+
+    @device
+    def load(target, tensor_map, full, along, k):
+        if k_major:
+            box(target, tensor_map, full, k, along)
+        else:
+            for i in range(boxes):
+                shift = _u32(i)
+                box(_u32(target + shift * box_bytes), tensor_map, full, _u32(along + shift * _u32(64)), k)
+
+    return load
+
+
+def _stage_loader(tile: WgmmaTile) -> Callable:
+    """A device function that asks for the block's share of one stage of A and B."""
+    piece = tile.columns // tile.pieces
+    load_a, load_b = _operand_loader(tile.a_k_major, ROWS, 1), _operand_loader(tile.b_k_major, piece, tile.cluster)
+    a_bytes, stage_bytes, piece_bytes = _u32(tile.a_bytes), _u32(tile.stage_bytes), _u32(piece * DEPTH * 2)
+    own = tile.pieces // tile.cluster
+    shared_b, piece_columns, gated = tile.cluster > 1, _u32(piece), tile.gated
+
+    @device
+    def load(target, full, map_a, map_b, row, column, k, columns):
+        barrier.barrier_expect_bytes(full, stage_bytes)
+        load_a(target, map_a, full, row, k)
+        for i in range(own):
+            number = barrier.cluster_rank() if shared_b else _u32(i)
+            start = _u32(column + number * (columns if gated else piece_columns))
+            load_b(_u32(target + a_bytes + number * piece_bytes), map_b, full, start, k)
+
+    return load
+
+
+def _diagonal_loader(tile: WgmmaTile) -> Callable:
+    """A device function that asks for all stages of a segment whose B has diagonal blocks only: of the tile's columns,
+    block by block, each with A's values that it takes.
+    """
+    piece, blocks = tile.diagonal // tile.cluster, tile.columns // tile.diagonal
+    load_a, load_b = _operand_loader(tile.a_k_major, ROWS, 1), _operand_loader(True, piece, tile.cluster)
+    a_bytes, block_columns, share = _u32(tile.a_bytes), _u32(tile.diagonal), _u32(piece)
+    nbytes, stage_bytes = _u32(tile.a_bytes + tile.diagonal * DEPTH * 2), _u32(tile.stage_bytes)
+    several = tile.cluster > 1
+    following = next_stage(tile.stages)
+
+    @device
+    def load_diagonal(base, barriers, map_a, map_b, k_tiles, row, column, stage, phase):
+        rank = barrier.cluster_rank() if several else _u32(0)
+        for number in range(blocks):
+            start = _u32(column + _u32(number) * block_columns)
+            k = _u32(_u32(start // block_columns) * _u32(k_tiles * _u32(DEPTH)))
+            for _ in range(k_tiles):
+                full, target = _u32(barriers + stage * _u32(16)), _u32(base + stage * stage_bytes)
+                barrier.barrier_wait(_u32(full + _u32(8)), phase)
+                barrier.barrier_expect_bytes(full, nbytes)
+                load_a(target, map_a, full, row, k)
+                place = _u32(target + a_bytes + rank * share * _u32(DEPTH * 2))
+                load_b(place, map_b, full, _u32(start + rank * share), k)
+                k = _u32(k + _u32(DEPTH))
+                stage, phase = following(stage, phase)
+        return stage, phase
+
+    return load_diagonal
+
+
+@device
+def _nothing_diagonal(base, barriers, map_a, map_b, k_tiles, row, column, stage, phase):
+    return stage, phase
+
+
+def segment_loader(tile: WgmmaTile) -> Callable:
+    """A device function by which the loading thread asks for all stages of a segment of two matrices."""
+    load, following = _stage_loader(tile), next_stage(tile.stages)
+    diagonal, stage_bytes = tile.diagonal > 0, _u32(tile.stage_bytes)
+    load_diagonal = _diagonal_loader(tile) if diagonal else _nothing_diagonal
+
+    @device
+    def load_segment(base, barriers, table, at, row, column, columns, q, stage, phase):
+        map_a, map_b = np.uint64(table[at]), np.uint64(table[at + np.int64(1)])
+        k_tiles, k = _u32(table[at + np.int64(2)]), _u32(table[at + np.int64(4)])
+        flags = flags_of(table[at + np.int64(5)])
+        if flags & _u32(WAITS) != _u32(0):
+            barrier.wait_for_previous_grid()
+        if diagonal and flags & _u32(DIAGONAL) != _u32(0):
+            return load_diagonal(base, barriers, map_a, map_b, k_tiles, row, column, stage, phase)
+        for _ in range(k_tiles):
+            full, target = _u32(barriers + stage * _u32(16)), _u32(base + stage * stage_bytes)
+            barrier.barrier_wait(_u32(full + _u32(8)), phase)
+            load(target, full, map_a, map_b, row, column, k, columns)
+            k = _u32(k + _u32(DEPTH))
+            stage, phase = following(stage, phase)
+        return stage, phase
+
+    return load_segment
+
+
+@device
+def _acquire_maps(table, at):
+    """Make a part's maps, which the host has written to memory, visible to the block's loads and stores."""
+    first, segments, result = table[at], table[at + np.int64(1)], table[at + np.int64(2)]
+    for segment in range(segments):
+        words = first + np.int64(segment) * np.int64(SEGMENT_WORDS)
+        barrier.tensor_map_acquire(np.uint64(table[words]))
+        barrier.tensor_map_acquire(np.uint64(table[words + np.int64(1)]))
+    if result != np.int64(0):
+        barrier.tensor_map_acquire(np.uint64(result))
+
+
+def producer(tile: WgmmaTile, load_segment: Callable) -> Callable:
+    """The loading thread: every stage of every segment of every tile of the block."""
+    place, work, cluster = placement(tile), work_of(tile), _u32(tile.cluster)
+
+    @device
+    def produce(base, barriers, table, parts, rows, columns, panel, q):
+        stage, phase = _u32(0), _u32(1)
+        tiles, total = work(parts, rows, columns)
+        number = _u32(_u32(block_x()) // cluster)
+        acquired = parts
+        while number < total:
+            part = _u32(number // tiles)
+            row, column = place(_u32(number - part * tiles), rows, columns, panel)
+            at = np.int64(part) * np.int64(PART_WORDS)
+            if part != acquired:
+                _acquire_maps(table, at)
+                acquired = part
+            first, segments = table[at], table[at + np.int64(1)]
+            for segment in range(segments):
+                words = first + np.int64(segment) * np.int64(SEGMENT_WORDS)
+                stage, phase = load_segment(base, barriers, table, words, row, column, columns, q, stage, phase)
+            number = _u32(number + _u32(_u32(grid_x()) // cluster))
+
+    return produce
