@@ -60,11 +60,13 @@ shared_load_remote = instruction(
     "r",
     twin=twins.shared_load_remote,
 )
-# (shared address, rank, word)
-shared_store_remote = instruction(
-    "{ .reg .b32 there; mapa.shared::cluster.u32 there, $0, $1; st.shared::cluster.b32 [there], $2; }",
-    "rrr",
-    twin=twins.shared_store_remote,
+# (shared address, barrier, rank, word): the word to the same address in another block of the cluster, counted as 4 bytes
+# at that block's barrier; who waits there sees it, and no fence is needed.
+shared_store_counted = instruction(
+    "{ .reg .b32 there, counted; mapa.shared::cluster.u32 there, $0, $2; mapa.shared::cluster.u32 counted, $1, $2; "
+    "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.b32 [there], $3, [counted]; }",
+    "rrrr",
+    twin=twins.shared_store_counted,
 )
 
 

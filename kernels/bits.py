@@ -111,6 +111,12 @@ def bits_f32(u):
 
 
 @device
+def magnitude(x):
+    """An fp32 value without its sign."""
+    return np.uint32(np.float32(x).view(np.uint32) & np.uint32(0x7FFFFFFF)).view(np.float32)
+
+
+@device
 def not_finite(x):
     """Whether an fp32 value is an infinity or NaN."""
     return (np.float32(x).view(np.uint32) & np.uint32(0x7F800000)) == np.uint32(0x7F800000)

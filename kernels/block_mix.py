@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from kernels import bits, memory, tensor_core
+from kernels import barrier, bits, memory, tensor_core
 from kernels.elements import ELEMENTS
 from kernels.ptx import instruction
 from kernels.target import SIMULATOR, cuda, device, f32, i64, kernel_factory
@@ -46,15 +46,17 @@ def weight_pitch(steps: int) -> int:
     return 16 * steps + 8
 
 
-@kernel_factory(("bf16", 1, False), ("bf16", 3, True), ("f16", 8, False))
-def mix_blocks(kind: str, steps: int, transposed: bool):
+@kernel_factory(("bf16", 1, False), ("bf16", 3, True), ("f16", 8, False), ("bf16", 3, False, True))
+def mix_blocks(kind: str, steps: int, transposed: bool, early: bool = False):
     """Parameters: out, x, w, scale, rows, blocks of out, blocks of x, width e, row strides of out and x.
 
     ``steps`` are groups of 16 blocks of x. w is [blocks of out, blocks of x], or stored the other way round if
-    ``transposed``. Widths and strides are multiples of eight elements.
+    ``transposed``. Widths and strides are multiples of eight elements. With ``early`` the next grid, which reads out,
+    may begin at once (sm_90), and out stays in L2 for it.
     """
     element, mma, pack = ELEMENTS[kind], _MMA[kind], _PACK[kind]
     pitch, depth, operand_words = weight_pitch(steps), 16 * steps, 16 * steps
+    store128 = memory.store128 if early else memory.store128_stream
 
     @device
     def stage_weight(shared, w, out_blocks, in_blocks, thread):
@@ -108,7 +110,7 @@ def mix_blocks(kind: str, steps: int, transposed: bool):
                 first = 2 * half + side
                 at = e + np.int64(8 * side)
                 if at < width:
-                    memory.store128_stream(
+                    store128(
                         out,
                         start + block * width + at,
                         pack(scale * sums[first], scale * sums[first + 4]),
@@ -118,6 +120,8 @@ def mix_blocks(kind: str, steps: int, transposed: bool):
                     )
 
     def kernel(out, x, w, scale, rows, out_blocks, in_blocks, width, out_stride, x_stride):
+        if early:
+            barrier.next_grid_may_begin()
         shared = cuda.shared.array(0, np.uint16, alignment=16)
         operand = cuda.local.array(operand_words, np.uint32)
         sums = cuda.local.array(32, np.float32)
@@ -143,7 +147,8 @@ def mix_blocks(kind: str, steps: int, transposed: bool):
 
     pointer = element.pointer
     parameters = (pointer, pointer, pointer, f32, i64, i64, i64, i64, i64, i64)
-    return kernel, parameters, {"threads": THREADS, "min_blocks": 2 if steps <= 4 else 1}
+    options = {"threads": THREADS, "min_blocks": 2 if steps <= 4 else 1}
+    return kernel, parameters, options | ({"architectures": (9, 0, "a")} if early else {})
 
 
 @kernel_factory(("bf16", "bf16", "bf16", False), ("f32", "bf16", "f16", True))

@@ -62,6 +62,7 @@ load128_stream = instruction(
     "ld.global.L1::no_allocate.L2::128B.v4.u32 {$0,$1,$2,$3}, [$4];", (GLOBAL,), "rrrr", twin=_load128
 )
 load128 = instruction("ld.global.nc.v4.u32 {$0,$1,$2,$3}, [$4];", (GLOBAL,), "rrrr", twin=_load128)
+store128 = instruction("st.global.v4.b32 [$0], {$1,$2,$3,$4};", (GLOBAL, *"rrrr"), twin=_store128)
 store128_stream = instruction("st.global.cs.v4.b32 [$0], {$1,$2,$3,$4};", (GLOBAL, *"rrrr"), twin=_store128)
 load64 = instruction("ld.global.nc.v2.u32 {$0,$1}, [$2];", (GLOBAL,), "rr", twin=_load64)
 load32 = instruction("ld.global.nc.b32 $0, [$1];", (GLOBAL,), "r", twin=_load32)

@@ -123,10 +123,13 @@ def shared_load_remote(address, rank):
     return _dynamic(block)[_bytes_at(block, address, 4)].view(np.uint32)[0]
 
 
-def shared_store_remote(address, rank, word) -> None:
-    """A word to the same shared address in another block of the cluster."""
+def shared_store_counted(address, barrier, rank, word) -> None:
+    """A word to the same shared address in another block of the cluster, counted at its barrier."""
     block = current_thread().block.cluster[int(rank)]
     _dynamic(block)[_bytes_at(block, address, 4)] = np.array([word], np.uint32).view(np.uint8)
+    signalled = _barrier(block, barrier)
+    signalled.transactions -= 4
+    signalled.settle()
 
 
 def _swizzled(addresses: np.ndarray, span: int) -> np.ndarray:
@@ -278,7 +281,7 @@ def shared_store64(address, low, high) -> None:
 
 @dataclass(frozen=True)
 class Products:
-    """A committed group of wgmma: descriptors, the element type's conversion to fp32, and which columns (0: all)."""
+    """A committed group of wgmma: descriptors, and the element type's conversion to fp32."""
 
     a: int
     b: int
@@ -288,8 +291,6 @@ class Products:
     a_k_major: bool
     b_k_major: bool
     to_f32: object
-    first: int = 0
-    count: int = 0
 
 
 @dataclass(frozen=True)
@@ -316,10 +317,8 @@ def _operand(block, descriptor: int, k_major: bool, extent: int, to_f32) -> np.n
 def _multiply(block, matrix: np.ndarray, group: Products) -> np.ndarray:
     for step in range(group.steps):
         a = _operand(block, group.a + step * group.step_a, group.a_k_major, 64, group.to_f32)
-        columns = group.count or matrix.shape[1]
-        b = _operand(block, group.b + step * group.step_b, group.b_k_major, columns, group.to_f32)
-        matrix = matrix.copy()
-        matrix[:, group.first : group.first + columns] += a @ b.T
+        b = _operand(block, group.b + step * group.step_b, group.b_k_major, matrix.shape[1], group.to_f32)
+        matrix = matrix + a @ b.T
     return matrix
 
 
@@ -353,3 +352,11 @@ def scaled_sums(sums: Sums, factor) -> Sums:
     """A settled matrix times a factor."""
     assert not sums.pending, "sums are scaled while products are under way"
     return Sums(sums.matrix * np.float32(factor))
+
+
+def added_sums(sums: Sums, others: Sums, first: int) -> Sums:
+    """A settled matrix with another added to its columns from ``first`` on."""
+    assert not sums.pending and not others.pending, "sums are added while products are under way"
+    matrix = sums.matrix.copy()
+    matrix[:, first : first + others.matrix.shape[1]] += others.matrix
+    return Sums(matrix)

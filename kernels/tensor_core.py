@@ -15,6 +15,7 @@ from kernels.simulator import collective
 
 _LANE = np.arange(32)
 _G, _T = _LANE >> 2, _LANE & 3
+_C_ROW, _C_COLUMN = np.array([0, 0, 8, 8]), np.array([0, 1, 0, 1])
 
 
 def _rows_of_matrices(lanes):
@@ -68,6 +69,11 @@ HALVES_TO_F32 = {"bf16": _bf16_f32, "f16": _f16_f32}
 """Twins' conversions of arrays of 16-bit values."""
 
 
+def accumulate(a, b, c):
+    """The sum c + a @ b in fp32, as the twins make it; tensor cores cut terms off, each generation its own way."""
+    return c + a @ b
+
+
 def _mma(to_f32):
     def combine(lanes):
         fragment_a = _halves([v[0:4] for v in lanes], to_f32)
@@ -79,11 +85,10 @@ def _mma(to_f32):
         for r in range(2):
             for half in range(2):
                 b[2 * _T + 8 * r + half, _G] = fragment_b[:, r, half]
-        product = a @ b
-        return [
-            tuple(v[6 + i] + product[_G[n] + 8 * (i >> 1), 2 * _T[n] + (i & 1)] for i in range(4))
-            for n, v in enumerate(lanes)
-        ]
+        rows, columns = _G[:, None] + _C_ROW, 2 * _T[:, None] + _C_COLUMN
+        c = np.empty((16, 8), np.float32)
+        c[rows, columns] = [v[6:10] for v in lanes]
+        return [tuple(v) for v in accumulate(a, b, c)[rows, columns]]
 
     def mma(*operands):
         return collective(combine, operands)

@@ -96,12 +96,10 @@ def zero_sums(columns: int) -> Callable:
 
 
 @functools.cache
-def multiply_add(
-    columns: int, steps: int, a_k_major: bool, b_k_major: bool, kind: str, waits: bool = False
-) -> Callable:
+def multiply_add(columns: int, steps: int, a_k_major: bool, b_k_major: bool, kind: str) -> Callable:
     """A primitive ``sums = f(sums, a, b)``: issues ``steps`` products of 16 and commits them as a group.
 
-    ``a`` and ``b`` are descriptors. The sums may be used after :func:`wait_products`, or at once if it ``waits``.
+    ``a`` and ``b`` are descriptors. The sums may be used after :func:`wait_products`.
     """
     step_a, step_b = step_words(a_k_major), step_words(b_k_major)
     if SIMULATOR:
@@ -111,17 +109,7 @@ def multiply_add(
             return twins.Sums(sums.matrix, (*sums.pending, group))
 
         return multiply_twin
-    count = columns // 2
-    registers = "{" + ",".join(f"${i}" for i in range(count)) + "}"
-    a, b = (f"${2 * count + i}" for i in range(2))
-    lines = ["{ .reg .b64 a, b; wgmma.fence.sync.aligned;"]
-    for step in range(steps):
-        lines.append(f"add.u64 a, {a}, {step * step_a}; add.u64 b, {b}, {step * step_b};")
-        lines.append(
-            f"wgmma.mma_async.sync.aligned.m64n{columns}k16.f32.{kind}.{kind} {registers}, a, b, "
-            f"1, 1, 1, {int(not a_k_major)}, {int(not b_k_major)};"
-        )
-    lines.append(f"wgmma.commit_group.sync.aligned; {'wgmma.wait_group.sync.aligned 0; ' if waits else ''}}}")
+    text = _products(columns, steps, a_k_major, b_k_major, kind, 2 * (columns // 2))
 
     def code(signature, generate):
         def multiply_add(_context, _sums, _a, _b):
@@ -129,49 +117,48 @@ def multiply_add(
 
         return multiply_add
 
-    return _emit(" ".join(lines), columns, "ll", code)
+    return _emit(text + " }", columns, "ll", code)
+
+
+def _products(
+    columns: int, steps: int, a_k_major: bool, b_k_major: bool, kind: str, operand: int, adds: bool = True
+) -> str:
+    """The instructions of a group of products up to its commit; ``operand`` is the number of A's descriptor."""
+    registers = "{" + ",".join(f"${i}" for i in range(columns // 2)) + "}"
+    lines = ["{ .reg .b64 a, b; wgmma.fence.sync.aligned;"]
+    for step in range(steps):
+        lines.append(f"add.u64 a, ${operand}, {step * step_words(a_k_major)};")
+        lines.append(f"add.u64 b, ${operand + 1}, {step * step_words(b_k_major)};")
+        lines.append(
+            f"wgmma.mma_async.sync.aligned.m64n{columns}k16.f32.{kind}.{kind} {registers}, a, b, "
+            f"{int(adds or step > 0)}, 1, 1, {int(not a_k_major)}, {int(not b_k_major)};"
+        )
+    return " ".join([*lines, "wgmma.commit_group.sync.aligned;"])
 
 
 @functools.cache
-def multiply_add_columns(columns: int, first: int, count: int, steps: int, kind: str) -> Callable:
-    """The same of ``count`` columns from ``first`` on, for K-major operands, and waits.
-
-    No other products may be under way: where some of a tuple's registers are a product's and others not, ptxas makes
-    all products of the kernel wait for each other.
-    """
+def product(columns: int, steps: int, kind: str) -> Callable:
+    """A primitive ``sums = f(a, b)``: ``steps`` products of K-major operands, waited for."""
     if SIMULATOR:
-        step, to_f32 = step_words(True), HALVES_TO_F32[kind]
-
-        def multiply_twin(sums, a, b):
-            group = twins.Products(int(a), int(b), steps, step, step, True, True, to_f32, first, count)
-            return twins.wait_products(twins.Sums(sums.matrix, (*sums.pending, group)), 0)
-
-        return multiply_twin
-    multiply = multiply_add(count, steps, True, True, kind, True)
-    part, put = part_of_sums(columns, first // 2, count // 2), _with_part(columns, first // 2, count // 2)
-
-    @device
-    def multiply_columns(sums, a, b):
-        return put(sums, multiply(part(sums), a, b))
-
-    return multiply_columns
-
-
-def _with_part(columns: int, first: int, count: int) -> Callable:
-    """A primitive ``sums = f(sums, part)``: ``count`` of the sums from ``first`` on replaced."""
+        zero, multiply = zero_sums(columns), multiply_add(columns, steps, True, True, kind)
+        return lambda a, b: twins.wait_products(multiply(zero(), a, b), 0)
+    from llvmlite import ir
     from numba.cuda.extending import intrinsic
 
-    tuple_type = _accumulators(columns)
+    count, tuple_type = columns // 2, _accumulators(columns)
+    text = _products(columns, steps, True, True, kind, count, adds=False) + " wgmma.wait_group.sync.aligned 0; }"
 
-    def with_part(_context, _sums, _part):
+    def product(_context, _a, _b):
         def generate(context, builder, _signature, arguments):
-            sums = [builder.extract_value(arguments[0], i) for i in range(columns // 2)]
-            sums[first : first + count] = [builder.extract_value(arguments[1], i) for i in range(count)]
-            return context.make_tuple(builder, tuple_type, sums)
+            function = ir.FunctionType(ir.LiteralStructType([ir.FloatType()] * count), [ir.IntType(64)] * 2)
+            constraints = ",".join(["=f"] * count + ["l", "l", "~{memory}"])
+            assembly = ir.InlineAsm(function, text, constraints, side_effect=True)
+            result = builder.call(assembly, arguments, attrs=("convergent",))
+            return context.make_tuple(builder, tuple_type, [builder.extract_value(result, i) for i in range(count)])
 
-        return tuple_type(tuple_type, types.UniTuple(types.float32, count)), generate
+        return tuple_type(types.uint64, types.uint64), generate
 
-    return intrinsic(with_part)
+    return intrinsic(product)
 
 
 @functools.cache
@@ -225,3 +212,28 @@ def scaled_sums(columns: int) -> Callable:
         return tuple_type(tuple_type, types.float32), generate
 
     return intrinsic(scaled_sums)
+
+
+@functools.cache
+def added_sums(columns: int, first: int, count: int) -> Callable:
+    """A primitive ``sums = f(sums, others)``: the sums of ``count`` columns added to those from ``first`` on.
+
+    No products may be under way. Products that are narrower than the sums go to sums of their own: where two widths
+    share registers, ptxas makes all products of a kernel wait for each other.
+    """
+    if SIMULATOR:
+        return lambda sums, others: twins.added_sums(sums, others, first)
+    from numba.cuda.extending import intrinsic
+
+    tuple_type, place = _accumulators(columns), range(first // 2, (first + count) // 2)
+
+    def added_sums(_context, _sums, _others):
+        def generate(context, builder, _signature, arguments):
+            values = [builder.extract_value(arguments[0], i) for i in range(columns // 2)]
+            for number, i in enumerate(place):
+                values[i] = builder.fadd(values[i], builder.extract_value(arguments[1], number))
+            return context.make_tuple(builder, tuple_type, values)
+
+        return tuple_type(tuple_type, _accumulators(count)), generate
+
+    return intrinsic(added_sums)

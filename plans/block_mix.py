@@ -41,6 +41,8 @@ class BlockMixDescriptor:
         out: The kind of the result.
         transposed: w is stored [in_blocks, out_blocks]: the mixing's transpose, for gradients.
         x_stride: Elements from a row of x to the next; 0 where it is contiguous.
+        early: The next launch takes the result as a ``late`` operand and needs nothing else that is newer: it may
+            begin before this one ends, where the device can.
     """
 
     rows: int
@@ -52,6 +54,7 @@ class BlockMixDescriptor:
     out: ElementKind = ElementKind.BF16
     transposed: bool = False
     x_stride: int = 0
+    early: bool = False
 
     category = OpCategory.MATMUL
 
@@ -157,7 +160,8 @@ class _Program:
 
 
 def _build_mma(descriptor: BlockMixDescriptor, device: Device) -> _Program:
-    made = kernel.mix_blocks(descriptor.element.value, _steps(descriptor), descriptor.transposed)
+    early = descriptor.early and device.arch >= ArchSku.SM90A.value
+    made = kernel.mix_blocks(descriptor.element.value, _steps(descriptor), descriptor.transposed, early)
     items = descriptor.rows * -(-descriptor.width // kernel.SPAN)
     blocks = min(-(-items // kernel.WARPS), _BLOCKS_A_MULTIPROCESSOR * device.multiprocessors)
     return _Program(descriptor, made, blocks, _shared_bytes(descriptor))

@@ -62,6 +62,18 @@ def philox(count: int, seed: int, number: int) -> np.ndarray:
     return np.stack([a, b, c, d], 1).reshape(-1)[:count].astype(np.uint32)
 
 
+def first_uniform(seed: int, number: int) -> float:
+    """Element 0 of a stream of uniform numbers, as the kernels make it, without a device or arrays."""
+    low, (m0, m1) = _WORD - 1, kernel.MULTIPLIERS
+    a, b, c, d = 0, 0, number & low, number >> 32 & low
+    k0, k1 = seed & low, seed >> 32 & low
+    for _ in range(kernel.ROUNDS):
+        p, q = a * m0, c * m1
+        a, b, c, d = (q >> 32) ^ b ^ k0, q & low, (p >> 32) ^ d ^ k1, p & low
+        k0, k1 = (k0 + kernel.INCREMENTS[0]) & low, (k1 + kernel.INCREMENTS[1]) & low
+    return (a >> 8) * 2.0**-24
+
+
 def uniform(words: np.ndarray) -> np.ndarray:
     """Words as multiples of 2**-24 in [0, 1), float64."""
     return (words >> 8) * 2.0**-24

@@ -135,6 +135,9 @@ class MachineCode:
         self.static_shared = int(shared[1]) if shared else 0
         opcode = r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?((?:CALL.*)|[A-Z][\w.]*)"
         self.instructions = Counter(re.findall(opcode, self._text, re.M))
+        products = re.findall(r"\sHGMMA\..*", self._text)
+        # Of a group of products only the last is waited for, unless ptxas, who says so to nobody, made each wait.
+        self.serialized = bool(products) and all("gsb0" in product for product in products)
 
     def _number(self, pattern: str) -> int:
         found = re.search(pattern, self._text)
@@ -168,6 +171,8 @@ def limits_exceeded(kernel: Kernel, cc: tuple, code: MachineCode, log: str) -> I
     shared = (code.static_shared + kernel.shared_bytes) * kernel.min_blocks
     if shared > SHARED_BYTES[cc[0]]:
         yield f"{shared} bytes of shared memory for {kernel.min_blocks} blocks, there are {SHARED_BYTES[cc[0]]}"
+    if code.serialized:
+        yield "ptxas makes every wgmma wait for the one before"
     if warning := re.search(r".*(?:\bwarning\b|\bC75\d\d\b).*", log, re.I):
         yield f"the linker says: {warning[0].strip()}"
 

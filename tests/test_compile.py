@@ -105,12 +105,15 @@ def test_faults_in_the_machine_code_are_found(monkeypatch, tmp_path):
         ({"min_blocks": 3}, {}, "", "88 registers do not fit 3 blocks of 256 threads"),
         ({"min_blocks": 2, "shared_bytes": 80 << 10}, {}, "", "172032 bytes of shared memory for 2 blocks"),
         ({}, {"static_shared": 164 << 10}, "", "167936 bytes of shared memory for 1 blocks"),
+        ({}, {"serialized": True}, "", "ptxas makes every wgmma wait"),
     ],
 )
 def test_kernels_that_could_not_run_as_declared_are_found(options, code, log, fault):
     kernel = Kernel(print, (), key="example", **{"threads": 256, **options})
-    numbers = SimpleNamespace(**{"registers": 88, "max_threads": 256, "static_shared": 4 << 10, **code})
-    found = list(compile_kernels.limits_exceeded(kernel, (8, 0), numbers, log))
+    numbers = SimpleNamespace(
+        **{"registers": 88, "max_threads": 256, "static_shared": 4 << 10, "serialized": False, **code}
+    )
+    found = list(compile_kernels.limits_exceeded(kernel, (8, 0), SimpleNamespace(**numbers), log))
     assert len(found) == (fault is not None)
     assert all(line.startswith(fault) for line in found)
 

@@ -10,7 +10,7 @@ import pytest
 from matmul_cases import BF16, F16, F32, assert_exact, assert_kept, gaussian, make, run, small_integers
 
 from kernels.target import SIMULATOR
-from plans.core import BackendKind, Device, NoSku, PlanPreference
+from plans.core import BackendKind, Device, InvalidProblem, NoSku, PlanPreference
 from plans.matmul import (
     Activation,
     Bias,
@@ -90,6 +90,30 @@ def test_every_tile(device, poisoned, rng, layout, gated):
             assert_kept(problem, plan)
 
 
+@pytest.mark.parametrize(("block", "depth"), [(64, 64), (64, 128), (32, 64), (64, 40)], ids=str)
+def test_blocks_along_a_diagonal(device, poisoned, rng, block, depth):
+    """Beside another segment, in tiles of one block or several: skipped where tiles can, multiplied by zeros else."""
+    n, count = 2 * max(block, 64) + block, (2 * max(block, 64) + block) // block
+    segments = (Segment(72), Segment(count * depth, diagonal=count, late=True), Segment(8))
+    descriptor = SegmentedMatmulDescriptor(130, n, segments, F32, epilogue=(Bias(),))
+    mask = np.kron(np.eye(count), np.ones((block, depth)))
+
+    def draw(shape):
+        values = small_integers(rng)(shape)
+        return values * mask if shape == mask.shape else values
+
+    tiles = [tile for tile in candidate_tiles(descriptor) if tile.columns in (64, 128) and n >= tile.columns]
+    assert {tile.diagonal for tile in tiles} == {block if (block, depth % 64) == (64, 0) else 0}
+    for tile in tiles[:: 3 if SIMULATOR else 1]:
+        problem = make(device, descriptor, draw, (0.5, 1.0, -1.0))
+        sku = dataclasses.replace(
+            WGMMA, build=functools.partial(WgmmaProgram, tile=dataclasses.replace(tile, stages=2))
+        )
+        SegmentedMatmulPlan(descriptor, sku, device).run(device.stream(), None, problem.args)
+        device.synchronize(device.stream())
+        assert_exact(problem)
+
+
 EPILOGUES = {
     "bias": (Bias(),),
     "bias f32, residual": (Bias(F32), Residual()),
@@ -140,6 +164,13 @@ REFUSED = {
     "rows of a0 a multiple of 16 bytes apart": Segment(16, a_stride=20),
     "one layout for all segments, found NN, NT": Segment(16, "NN"),
 }
+
+
+def test_contradictory_blocks_are_refused():
+    with pytest.raises(InvalidProblem, match="k 17 in 2 blocks, wanted equal ones"):
+        Segment(17, diagonal=2)
+    with pytest.raises(InvalidProblem, match="n 9, wanted a multiple of every segment's diagonal blocks"):
+        SegmentedMatmulDescriptor(8, 9, (Segment(16, diagonal=2),))
 
 
 @pytest.mark.parametrize(("reason", "segment"), REFUSED.items(), ids=REFUSED.keys())

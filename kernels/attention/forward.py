@@ -135,7 +135,7 @@ def _online_softmax(tile: Tile) -> Callable:
 
 
 def _walker(kind: str, tile: Tile, causal: bool) -> Callable:
-    """``walk(shared, most, totals, out, k, v, firsts, problem, edge, thread)``: over all keys that rows see."""
+    """``walk(shared, most, totals, out, k, v, bases, problem, edge, thread)``: over all keys that rows see."""
     columns, row_elements, column_elements = tile.columns, tile.row_elements, tile.column_elements
     score_count = tile.row_blocks * tile.columns // 2
     word_count = score_count // 2
@@ -145,20 +145,19 @@ def _walker(kind: str, tile: Tile, causal: bool) -> Callable:
     arrived, where = memory.copy_async_wait(0), lane_of(tile)
 
     @device
-    def walk(shared, most, totals, out, k, v, firsts, problem, edge, thread):
+    def walk(shared, most, totals, out, k, v, bases, problem, edge, thread):
         keys, seen, width, factor = problem
-        k_first, v_first = firsts
+        k_base, v_base = bases
         scores = cuda.local.array(score_count, np.float32)
         words = cuda.local.array(word_count, np.uint32)
         k_at, v_at = np.int64(row_elements), np.int64(row_elements + column_elements)
-        fetch(shared, k_at, k[POINTER], k_first, k[TOKEN], keys, width, thread)
+        fetch(shared, k_at, k[POINTER], k_base, k[TOKEN], _u32(0), keys, width, thread)
         memory.copy_async_commit()
         column0 = _u32(0)
         while column0 < seen:
             arrived()
             warp.block_barrier()
-            first = v_first + np.int64(column0) * v[TOKEN]
-            fetch(shared, v_at, v[POINTER], first, v[TOKEN], _u32(keys - column0), width, thread)
+            fetch(shared, v_at, v[POINTER], v_base, v[TOKEN], column0, keys, width, thread)
             memory.copy_async_commit()
             lane, line0 = where(thread)
             clear(scores)
@@ -168,8 +167,7 @@ def _walker(kind: str, tile: Tile, causal: bool) -> Callable:
             warp.block_barrier()
             column0 = _u32(column0 + _u32(columns))
             if column0 < seen:
-                first = k_first + np.int64(column0) * k[TOKEN]
-                fetch(shared, k_at, k[POINTER], first, k[TOKEN], _u32(keys - column0), width, thread)
+                fetch(shared, k_at, k[POINTER], k_base, k[TOKEN], column0, keys, width, thread)
             memory.copy_async_commit()
             soften(scores, most, totals, out, factor)
             packed(scores, words)
@@ -226,12 +224,7 @@ def attention_forward(kind: str, tile: Tile, causal: bool):
     A block for a tile of one head's queries, those with most keys first. ``factor`` is scale log2(e), positive. Log-
     sum-exps are [batch, head, query]; of a query that sees no key minus infinity, beside a result of zeros.
     """
-    out_count, row_count, rows, rows_of_warp = (
-        tile.row_blocks * tile.width // 2,
-        2 * tile.row_blocks,
-        tile.rows,
-        tile.rows_of_warp,
-    )
+    out_count, row_count, rows = tile.row_blocks * tile.width // 2, 2 * tile.row_blocks, tile.rows
     fetch, walk, edge_at = loader(tile.rows, tile.width, tile.threads), _walker(kind, tile, causal), edge_of(tile)
     clear_out, clear_totals, clear_most = clearer(out_count), clearer(row_count), clearer(row_count, -math.inf)
     finish, store, where = _finisher(tile), storer(kind, tile), lane_of(tile)
@@ -247,16 +240,16 @@ def attention_forward(kind: str, tile: Tile, causal: bool):
         seen = keys
         if causal:
             seen = max(np.int64(0), min(seen, min(row0 + np.int64(rows), queries) + diagonal))
-        first = batch * q[BATCH] + head * q[HEAD] + row0 * q[TOKEN]
-        fetch(shared, np.int64(0), q[POINTER], first, q[TOKEN], clamped(queries - row0, rows), width, thread)
+        base = batch * q[BATCH] + head * q[HEAD]
+        fetch(shared, np.int64(0), q[POINTER], base, q[TOKEN], _u32(row0), _u32(queries), width, thread)
         clear_out(sums)
         clear_totals(totals)
         clear_most(most)
         other = np.int64(_u32(_u32(head) // _u32(group)))
-        firsts = (batch * k[BATCH] + other * k[HEAD], batch * v[BATCH] + other * v[HEAD])
+        bases = (batch * k[BATCH] + other * k[HEAD], batch * v[BATCH] + other * v[HEAD])
         edge = edge_at(row0, line0, lane, keys, diagonal)
         problem = (_u32(keys), _u32(seen), width, factor)
-        walk(shared, most, totals, sums, k, v, firsts, problem, edge, thread)
+        walk(shared, most, totals, sums, k, v, bases, problem, edge, thread)
         # Found anew, so that nothing of it takes up registers on the walk.
         batch, head, row0 = locate(bits.again(block), queries, heads, rows, causal)
         lane, line0 = where(thread)

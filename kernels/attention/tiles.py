@@ -92,10 +92,11 @@ def placer(width: int) -> Callable:
 
 @functools.cache
 def loader(lines: int, width: int, threads: int) -> Callable:
-    """``fetch(shared, at, pointer, first, stride, left, columns, thread)``: starts the copies of a tile by a block.
+    """``fetch(shared, at, pointer, base, stride, start, end, columns, thread)``: a block starts the copies of a tile.
 
-    Its lines begin at elements ``first``, ``first + stride``, ...; only ``left`` of them and ``columns`` of each are in
-    the tensor, the others become zeros. ``left`` is a uint32.
+    Its lines are rows ``start`` and following of a matrix whose rows begin at elements ``base``, ``base + stride`` and
+    so on; those from row ``end`` on and columns from ``columns`` on become zeros. ``start`` and ``end`` are uint32,
+    strides below 2**32, so that an address is one multiplication.
     """
     units = width // UNIT
     place, copy = placer(width), memory.copy_async_fill(2 * UNIT)
@@ -104,17 +105,20 @@ def loader(lines: int, width: int, threads: int) -> Callable:
     turns, even = -(-lines // lines_of_turn), lines % lines_of_turn == 0 and lines_of_turn * units == threads
 
     @device
-    def fetch(shared, at, pointer, first, stride, left, columns, thread):
-        line, unit = _u32(thread // _u32(units)), _u32(thread % _u32(units))
+    def fetch(shared, at, pointer, base, stride, start, end, columns, thread):
+        thread = bits.again(thread)
+        line0, unit = _u32(thread // _u32(units)), _u32(thread % _u32(units))
         column = np.int64(_u32(unit * _u32(UNIT)))
-        source, step = first + np.int64(line) * stride + column, np.int64(lines_of_turn) * stride
-        inside = left if column < columns else _u32(0)
-        own = line < _u32(lines_of_turn)
-        for _ in range(turns):
-            if even or (own and line < _u32(lines)):
-                copy(shared, at + np.int64(place(line, unit)), pointer, source, _u32(16) if line < inside else _u32(0))
-            source += step
-            line = _u32(line + _u32(lines_of_turn))
+        to, end = at + np.int64(place(line0, unit)), end if column < columns else _u32(0)
+        for turn in range(turns):
+            line = _u32(line0 + _u32(turn * lines_of_turn))
+            if even or (line0 < _u32(lines_of_turn) and line < _u32(lines)):
+                row = _u32(start + line)
+                source = base + column + np.int64(row) * np.int64(_u32(stride))
+                if lines_of_turn % 8:
+                    to = at + np.int64(place(line, unit))
+                copy(shared, to, pointer, source, _u32(16) if row < end else _u32(0))
+            to += np.int64(lines_of_turn * width)
 
     return fetch
 

@@ -32,7 +32,7 @@ from kernels.target import cuda, device, f32, i64, i64p, kernel_factory, types
 from kernels.warp import block_barrier, block_x, grid_x, sync_warp, thread_index
 from kernels.wgmma import DEPTH
 
-_PRODUCER_REGISTERS, _CONSUMER_REGISTERS = 56, 224
+_PRODUCER_REGISTERS, _CONSUMER_REGISTERS = 72, 216
 _u32 = np.uint32
 
 
@@ -79,7 +79,9 @@ def _diagonal_blocks(tile: WgmmaTile, kind: str) -> Callable:
 
 
 def _diagonal_block(tile: WgmmaTile, kind: str, number: int, rest: Callable) -> Callable:
-    part = wgmma.multiply_add_columns(tile.columns, number * tile.diagonal, tile.diagonal, wgmma.STEPS, kind)
+    """The stages of one block, then ``rest``."""
+    multiply = wgmma.product(tile.diagonal, wgmma.STEPS, kind)
+    add = wgmma.added_sums(tile.columns, number * tile.diagonal, tile.diagonal)
     release, operands = _releaser(tile), _operands(tile)
     following, stage_bytes = next_stage(tile.stages), _u32(tile.stage_bytes)
 
@@ -88,7 +90,7 @@ def _diagonal_block(tile: WgmmaTile, kind: str, number: int, rest: Callable) -> 
         for _ in range(k_tiles):
             barrier.barrier_wait(_u32(barriers + stage * _u32(16)), phase)
             a, b = operands(_u32(base + stage * stage_bytes), group)
-            sums = part(sums, a, b)
+            sums = add(sums, multiply(a, b))
             release(barriers, stage)
             stage, phase = following(stage, phase)
         return rest(sums, base, barriers, k_tiles, group, stage, phase)

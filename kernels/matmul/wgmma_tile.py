@@ -23,6 +23,10 @@ the fp32 bits of a factor for what the segments before have summed, and in the w
 WAITS, DIAGONAL = 1, 2
 """Flags of a segment: the grid before this one makes A; B has the tile's diagonal blocks only (tiles are a block's)."""
 
+DIAGONAL_COLUMNS = 64
+"""Columns of the diagonal blocks that a tile can skip the rest of B for; ptxas makes the products of a kernel wait for
+each other where a stage has two of them, and wider ones do not pay."""
+
 ROWS = 128
 WARPGROUP = 128
 THREADS = 3 * WARPGROUP

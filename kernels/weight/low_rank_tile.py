@@ -19,6 +19,7 @@ from types import SimpleNamespace
 import numpy as np
 
 from kernels import bits, memory, tensor_core
+from kernels.bits import magnitude
 from kernels.division import remainder
 from kernels.elements import ELEMENTS
 from kernels.target import cuda, device
@@ -80,6 +81,18 @@ class Product:
         pairs = [(i, j) for i in range(self.parts[0]) for j in range(self.parts[1]) if i + j <= 2]
         return tuple(sorted(pairs, key=lambda pair: -sum(pair)))
 
+    @property
+    def error(self) -> float:
+        """How wrong a settled product may be, in units of its terms' magnitudes.
+
+        The least exact tensor core that runs it (sm_80: Fasi et al., Numerical behavior of NVIDIA tensor cores, 2021;
+        sm_90 loses half of that: Khattak and Mikaitis, arXiv:2512.07004) adds eight products at a time to what it has:
+        each of the nine loses less than 2**-24 of the largest, the sum 2**-23 of itself. Twice a step, with all parts:
+        23 times 2**-24; the parts left out 3; adding up the steps one each; a factor outside and its product 2. Leading
+        parts make up for 0.98 of the magnitudes at least.
+        """
+        return 1.02 * (27 + self.steps) * 2.0**-24
+
     def shared_elements(self, tile: Tile) -> int:
         """16-bit elements of shared memory for the right factor."""
         return self.parts[1] * self.ranks * 32 * tile.groups
@@ -127,8 +140,8 @@ def product(
     ``stage(p, shared, column0, columns, thread)`` brings the right factor to shared memory.
     ``hold(p, held, row, rows, lane)`` brings the left factor of the lane's rows to registers.
     ``multiply(p, shared, held, result, group, row, rows, lane)`` writes the lane's results of a group: eight of each of
-    the rows ``row`` and ``row + 8``. ``measure``, called alike, writes the sums of their terms' magnitudes, of leading
-    parts.
+    the rows ``row`` and ``row + 8``. ``measure(..., lane, factor)`` writes by how much a settled tile's may be wrong,
+    times a factor.
     ``periods``: positions of two parameters by which rows and columns are reduced first, as in a Kronecker product;
     their reciprocals are two positions further.
     """
@@ -139,6 +152,7 @@ def product(
     if tile.settled and spec.steps > 1:
         parts = _from_zero(parts)
     magnitudes = _multiply_part(_multiply_nothing, spec, 0, 2 * shared_at, magnitudes=True)
+    sum_magnitudes, error = _over_steps(magnitudes, fragment, spec, tile, held_at), np.float32(spec.error)
     loads, words_at_once = spec.steps // spec.steps_at_once, 4 * spec.parts[0] * spec.steps_at_once
     holds = spec.held_words > 0
 
@@ -148,11 +162,18 @@ def product(
             for load in range(loads):
                 fragment(p, held, held_at + words_at_once * load, row, rows, lane, load)
 
+    @device
+    def measure(p, shared, held, result, group, row, rows, lane, factor):
+        sum_magnitudes(p, shared, held, result, group, row, rows, lane)
+        wrong = error * magnitude(factor)
+        for i in range(RESULTS):
+            result[i] = wrong * result[i]
+
     return SimpleNamespace(
         stage=stage_of(spec, tile, shared_at, at, periods),
         hold=hold,
         multiply=_over_steps(parts, fragment, spec, tile, held_at),
-        measure=_over_steps(magnitudes, fragment, spec, tile, held_at),
+        measure=measure,
     )
 
 
@@ -205,8 +226,8 @@ def _multiply_part(rest: Callable, spec: Product, left_at: int, right_bytes: int
         for half in range(2):
             i = 4 * pair + 2 * half
             c = mma(
-                words[a] & kept, words[a + 1] & kept, words[a + 2] & kept, words[a + 3] & kept,
-                b[2 * half] & kept, b[2 * half + 1] & kept,
+                np.uint32(words[a] & kept), np.uint32(words[a + 1] & kept), np.uint32(words[a + 2] & kept),
+                np.uint32(words[a + 3] & kept), np.uint32(b[2 * half] & kept), np.uint32(b[2 * half + 1] & kept),
                 result[i], result[i + 1], result[i + 8], result[i + 9],
             )  # fmt: skip
             result[i] = c[0]

@@ -14,81 +14,14 @@ from collections.abc import Callable
 import numpy as np
 
 from kernels import memory, warp
-from kernels.elements import ELEMENTS, all_finite, parked8
+from kernels.elements import ELEMENTS, all_finite
 from kernels.parameters import flat_length, table_reader
 from kernels.target import blocks_by_shared, cuda, device, f32, f32p, i32p, i64, i64p, kernel_factory, types
-from kernels.weight.low_rank_tile import RESULTS, ROWS_OF_LANE, Product, Tile
+from kernels.weight.low_rank_tile import ROWS_OF_LANE, Product, Tile
 from kernels.weight.sources import source_parameters
+from kernels.weight.tile_groups import base_access, group_chain, ordered, requests, shared_bytes
 from kernels.weight.tile_sinks import SINKS, STATE_WORDS
 from kernels.weight.tile_sources import Source, factor_elements, held_words, point_name, summed
-
-
-def shared_bytes(base: str | None, sources: tuple[Source, ...], tile: Tile) -> int:
-    """Dynamic shared memory of a tile: the right factors of every product, and the base, of two tiles on a walk."""
-    base_bytes = (
-        tile.rows * tile.columns // 2 * ELEMENTS[base].words * (2 if tile.base == "walk" else 1)
-        if base and tile.base != "registers"
-        else 0
-    )
-    return 2 * factor_elements(sources, tile) + base_bytes
-
-
-@functools.cache
-def _base_access(base: str | None, out: str, sources: tuple[Source, ...], tile: Tile) -> tuple[Callable, Callable, int]:
-    """``request(shared, raw, slot, thread, pointer, index)`` and ``take(shared, raw, slot, thread, w, to)`` for eight
-    elements of the base, and the words of ``raw`` that they need.
-    """
-    element = ELEMENTS[base or out]
-    fetch8, unpack8, words = element.fetch8, element.unpack8, element.words
-    park, unpark = parked8(base or out, 32 * tile.warps)
-    at = factor_elements(sources, tile)
-    has_base, parked = base is not None, tile.base != "registers"
-
-    @device
-    def request(shared, raw, slot, thread, pointer, index):
-        if parked:
-            park(shared, at, slot, thread, pointer, index)
-        else:
-            fetch8(pointer, index, raw, slot * words)
-
-    @device
-    def take(shared, raw, slot, thread, w, to):
-        if not has_base:
-            for i in range(8):
-                w[to + i] = np.float32(0)
-        elif parked:
-            unpark(shared, at, slot, thread, w, to)
-        else:
-            unpack8(raw, slot * words, w, to)
-
-    return request, take, ROWS_OF_LANE * tile.groups * words if has_base and tile.base == "registers" else 1
-
-
-@functools.cache
-def requests(base, out, sources, tile) -> Callable:
-    """``request_tile(shared, raw, slot0, thread, pointer, row, rows, column, columns)``: a lane's base in a tile.
-
-    In a ragged weight, addresses outside are moved inside, so that loads need no branches, and stores are guarded.
-    """
-    groups, ragged, has_base = tile.groups, tile.ragged, base is not None
-    request, _, _ = _base_access(base, out, sources, tile)
-
-    @device
-    def request_tile(shared, raw, slot0, thread, pointer, row, rows, lane_column, columns):
-        if has_base:
-            for i in range(ROWS_OF_LANE):
-                o = row + np.int64(8 * i)
-                if ragged:
-                    o = min(o, rows - np.int64(1))
-                row_at = o * columns
-                for group in range(groups):
-                    column = lane_column + np.int64(32 * group)
-                    if ragged:
-                        column = min(column, columns - np.int64(8))
-                    slot = slot0 + np.uint32(ROWS_OF_LANE * group + i)
-                    request(shared, raw, np.uint32(slot), thread, pointer, row_at + column)
-
-    return request_tile
 
 
 @functools.cache
@@ -112,7 +45,7 @@ def _single_body(base, out, sources, sink, check, tile, finish) -> Callable:
     tile_rows, tile_columns = tile.rows, tile.columns
     every = summed(sources, tile)
     stage, hold, words_held = every.stage, every.hold, max(1, held_words(sources, tile))
-    _, _, raw_words = _base_access(base, out, sources, tile)
+    _, _, raw_words = base_access(base, out, sources, tile)
     request_tile = requests(base, out, sources, tile)
     begin, end = finish.begin, finish.end
     all_groups = group_chain(base, out, sources, sink, check, tile)
@@ -199,59 +132,6 @@ def _walk_body(base, out, sources, sink, check, tile, finish) -> Callable:
     return body
 
 
-@device
-def _no_group(trace, shared, raw, slot0, held, state, out_pointer, place, p, sink_p):
-    return trace
-
-
-def group_chain(base, out, sources, sink, check, tile) -> Callable:
-    """All groups of 32 columns, one after the other; unrolled, since registers cannot be indexed by a variable.
-
-    ``place`` is where the lane is: row, rows, its first column, columns, thread, lane.
-    """
-    chain = _no_group
-    for group in range(tile.groups):
-        chain = _then_group(chain, base, out, sources, sink, check, tile, group)
-    return chain
-
-
-def _ordered(sources: tuple[Source, ...], sink: str, tile: Tile) -> bool:
-    """Whether groups are kept apart: always, but for merging one small product over a base in registers."""
-    small = len(sources) == 1 and sources[0][0] == "low_rank" and held_words(sources, tile) <= 12
-    return not (small and sink == "merge" and tile.base == "registers")
-
-
-def _then_group(rest: Callable, base, out, sources, sink, check, tile, group: int) -> Callable:
-    """``rest``, then one group.
-
-    Where factors take many registers a warp barrier keeps ptxas from computing all groups at once.
-    """
-    add, ragged = summed(sources, tile).add, tile.ragged
-    _, take, _ = _base_access(base, out, sources, tile)
-    accumulate = SINKS[sink](ELEMENTS[out]).accumulate
-    ordered = _ordered(sources, sink, tile)
-
-    @device
-    def groups(trace, shared, raw, slot0, held, state, out_pointer, place, p, sink_p):
-        row, rows, lane_column, columns, thread, lane = place
-        trace = rest(trace, shared, raw, slot0, held, state, out_pointer, place, p, sink_p)
-        if ordered:
-            warp.sync_warp()
-        delta = cuda.local.array(RESULTS, np.float32)
-        w = cuda.local.array(RESULTS, np.float32)
-        column = lane_column + np.int64(32 * group)
-        for i in range(ROWS_OF_LANE):
-            take(shared, raw, np.uint32(slot0 + np.uint32(ROWS_OF_LANE * group + i)), thread, w, 8 * i)
-        add(p, shared, held, delta, w, group, row, rows, column, columns, lane)
-        for i in range(ROWS_OF_LANE):
-            o = row + np.int64(8 * i)
-            if not ragged or (o < rows and column < columns):
-                trace = accumulate(state, i, out_pointer, o * columns + column, delta, w, trace, sink_p)
-        return trace
-
-    return groups
-
-
 def _parameters(base, out, sources, sink) -> tuple:
     sink_types = ()
     if sink == "norm" or sink.startswith("dora"):
@@ -269,8 +149,8 @@ def _options(base: str | None, sources: tuple[Source, ...], sink: str, tile: Til
     words += ROWS_OF_LANE * tile.groups * ELEMENTS[base].words if base and tile.base == "registers" else 0
     few = words <= 70 or (len(sources) == 1 and sources[0][0] == "kronecker_product" and tile.base == "registers")
     warps_on_multiprocessor = 24 if few else 16 if words <= 108 else 8
-    if not _ordered(sources, sink, tile):
-        warps_on_multiprocessor = 16
+    if tile.settled or not ordered(sources, sink, tile):
+        warps_on_multiprocessor = min(warps_on_multiprocessor, 16)
     by_registers = max(1, warps_on_multiprocessor // tile.warps)
     shared = shared_bytes(base, sources, tile)
     return {
@@ -284,6 +164,7 @@ _P1, _P4 = Product("bf16", "bf16", 1, 2, True), Product("bf16", "bf16", 4, 8, Tr
 _OI = ("low_rank", "bf16", "bf16", _P1)
 _WHOLE, _RAGGED = Tile(8, 4, False, "registers"), Tile(8, 4, True, "registers")
 _SHARED, _WALK = Tile(8, 4, True, "shared"), Tile(8, 4, False, "walk")
+_SETTLED, _F1 = Tile(8, 1, True, "shared", True), Product("f16", "f16", 1, 1, False)
 _EXAMPLES = (
     ("bf16", "bf16", (_OI,), "merge", True, _WHOLE),
     ("bf16", "bf16", (("low_rank", "bf16", "f16", Product("bf16", "f16", 1, 1, False)),), "merge", True, _RAGGED),
@@ -296,6 +177,9 @@ _EXAMPLES = (
     ("bf16", "bf16", (_OI,), "norm", True, _RAGGED),
     ("bf16", "bf16", (_OI,), "dora f32", True, _WHOLE),
     (None, "bf16", (_OI,), "delta", False, _WHOLE),
+    ("bf16", "bf16", (("low_rank", "bf16", "bf16", _P4),), "merge", True, Tile(8, 4, False, "shared", True)),
+    ("f16", "f32", (("hadamard", *["f32"] * 4, *[Product("f32", "f32", 2, 4, True)] * 2),), "dora f16", True, _SETTLED),
+    ("f32", "f16", (("kronecker_product", *["f16"] * 3, _F1), ("dense", "f32")), "merge", True, _SETTLED),
     ("f32", "f16", (("kronecker", "bf16", "f32"), ("dense", "f16"), ("channel", "bf16", "in")), "merge", True, _SHARED),
 )
 

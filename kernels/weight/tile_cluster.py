@@ -7,6 +7,7 @@ second product costs less than a second look at the base.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import numpy as np
@@ -24,7 +25,8 @@ from kernels.elements import ELEMENTS, all_finite
 from kernels.target import cuda, device, f32, i32p, i64, kernel_factory, types
 from kernels.weight.low_rank_tile import ROWS_OF_LANE, Product, Tile
 from kernels.weight.sources import source_parameters
-from kernels.weight.tile import group_chain, lane_place, requests, shared_bytes
+from kernels.weight.tile import lane_place
+from kernels.weight.tile_groups import group_chain, requests, shared_bytes
 from kernels.weight.tile_sinks import STATE_WORDS, dora_gain
 from kernels.weight.tile_sources import Source, held_words, point_name, summed
 
@@ -70,7 +72,7 @@ def _body(base, out, sources, magnitude, check, tile, cluster) -> Callable:
     every = summed(sources, tile)
     stage, hold, words_held = every.stage, every.hold, max(1, held_words(sources, tile))
     request_tile = requests(base, out, sources, tile)
-    square_groups = group_chain(base, out, sources, "norm", False, tile)
+    square_groups = group_chain(base, out, sources, "norm", False, dataclasses.replace(tile, settled=False))
     merge_groups = group_chain(base, out, sources, f"dora {magnitude}", check, tile)
     add_up, load_magnitude = _cluster_sums(cluster), ELEMENTS[magnitude].load
 
@@ -106,11 +108,12 @@ def _body(base, out, sources, magnitude, check, tile, cluster) -> Callable:
                 squares[i] += state[i]
         sums_at = panels * np.int64(panel_elements) + np.int64(2) * row_in_tile
         add_up(squares, shared, sums_at, lane)
+        state[2 * ROWS_OF_LANE] = np.float32(1) - strength
         for i in range(ROWS_OF_LANE):
             own = min(row + np.int64(8 * i), rows - np.int64(1))
             gain = strength * dora_gain(load_magnitude(magnitude_pointer, own), squares[i])
             state[i] = gain
-            state[ROWS_OF_LANE + i] = (np.float32(1) - strength) + gain
+            state[ROWS_OF_LANE + i] = state[2 * ROWS_OF_LANE] + gain
         for panel in range(panels):
             view = shared[panel * np.int64(panel_elements) :]
             place = (row, rows, column0 + panel * np.int64(tile_columns) + column_in_tile, columns, thread, lane)

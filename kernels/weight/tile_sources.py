@@ -3,8 +3,8 @@
 A lane holds eight neighbouring columns of each of its rows ``row + 8 i``: ``delta[8 i : 8 i + 8]``, and the base's
 values in ``w`` alike. A source is stage (factors to shared memory), hold (factors to registers) and add (one group of
 32 columns); sums of sources are chains of these. The formulas are those of :mod:`kernels.weight.sources`, and so are
-the parameter tuples. In a settled tile ``add`` also adds to ``reach``, which is in its place by how much each element of
-the delta may be wrong.
+the parameter tuples. In a settled tile ``add`` also adds to ``reach`` by how much each element of the delta may be
+wrong.
 """
 
 from __future__ import annotations
@@ -16,11 +16,14 @@ from types import SimpleNamespace
 import numpy as np
 
 from kernels import bits
+from kernels.bits import magnitude
 from kernels.division import divide
 from kernels.elements import ELEMENTS
 from kernels.target import cuda, device
 from kernels.weight import low_rank_tile
 from kernels.weight.low_rank_tile import RESULTS, ROWS_OF_LANE, Product, Tile
+
+_ONE_ROUNDING, _TWO_ROUNDINGS = np.float32(2.0**-24), np.float32(2.0**-23)
 
 Source = tuple
 """(name, kinds...) as in weight_sources, followed by a Product for each low-rank product that it has."""
@@ -79,7 +82,7 @@ def _product_of(source: Source, tile: Tile, at: list[int], first: int, periods=N
 
 def _low_rank(source: Source, tile: Tile, at: list[int], first: bool) -> SimpleNamespace:
     (product,) = _product_of(source, tile, at, 0)
-    multiply, hold_product = product.multiply, product.hold
+    multiply, measure, hold_product, settled = product.multiply, product.measure, product.hold, tile.settled
 
     @device
     def hold(p, held, row, rows, column, columns, lane):
@@ -91,6 +94,10 @@ def _low_rank(source: Source, tile: Tile, at: list[int], first: bool) -> SimpleN
         multiply(p, shared, held, result, group, row, rows, lane)
         for i in range(RESULTS):
             delta[i] = p[6] * result[i] if first else delta[i] + p[6] * result[i]
+        if settled:
+            measure(p, shared, held, result, group, row, rows, lane, p[6])
+            for i in range(RESULTS):
+                reach[i] += result[i]
 
     return SimpleNamespace(stage=product.stage, hold=hold, add=add)
 
@@ -99,6 +106,7 @@ def _hadamard(source: Source, tile: Tile, at: list[int], first: bool) -> SimpleN
     one, two = _product_of(source, tile, at, 0)
     stage_one, hold_one, multiply_one = one.stage, one.hold, one.multiply
     stage_two, hold_two, multiply_two = two.stage, two.hold, two.multiply
+    measure_one, measure_two, settled = one.measure, two.measure, tile.settled
 
     @device
     def stage(p, shared, column0, columns, thread):
@@ -119,6 +127,14 @@ def _hadamard(source: Source, tile: Tile, at: list[int], first: bool) -> SimpleN
         for i in range(RESULTS):
             value = (p[12] * a[i]) * b[i]
             delta[i] = value if first else delta[i] + value
+        if settled:
+            a_reach = cuda.local.array(RESULTS, np.float32)
+            b_reach = cuda.local.array(RESULTS, np.float32)
+            measure_one(p, shared, held, a_reach, group, row, rows, lane, np.float32(1))
+            measure_two(p, shared, held, b_reach, group, row, rows, lane, np.float32(1))
+            for i in range(RESULTS):
+                wrong = a_reach[i] * (magnitude(b[i]) + b_reach[i]) + magnitude(a[i]) * b_reach[i]
+                reach[i] += magnitude(p[12]) * wrong
 
     return SimpleNamespace(stage=stage, hold=hold, add=add)
 
@@ -126,7 +142,8 @@ def _hadamard(source: Source, tile: Tile, at: list[int], first: bool) -> SimpleN
 def _kronecker_product(source: Source, tile: Tile, at: list[int], first: bool) -> SimpleNamespace:
     """w2 = left @ right is multiplied anew in every tile, at rows modulo c and columns modulo e."""
     (product,) = _product_of(source, tile, at, 6, periods=(2, 3))
-    multiply, hold_product, stage = product.multiply, product.hold, product.stage
+    multiply, measure, hold_product, stage = product.multiply, product.measure, product.hold, product.stage
+    settled = tile.settled
     load1, weights_at, groups, ragged = ELEMENTS[source[1]].load, at[1], tile.groups, tile.ragged
     at[1] += ROWS_OF_LANE * groups
 
@@ -154,12 +171,19 @@ def _kronecker_product(source: Source, tile: Tile, at: list[int], first: bool) -
             for x in range(8):
                 value = weight * result[8 * i + x]
                 delta[8 * i + x] = value if first else delta[8 * i + x] + value
+        if settled:
+            measure(p, shared, held, result, group, row, rows, lane, np.float32(1))
+            for i in range(ROWS_OF_LANE):
+                weight = magnitude(bits.bits_f32(held[weights_at + group * ROWS_OF_LANE + i]))
+                for x in range(8):
+                    reach[8 * i + x] += weight * result[8 * i + x]
 
     return SimpleNamespace(stage=stage, hold=hold, add=add)
 
 
 def _pointwise(gather: Callable, tile: Tile, first: bool) -> SimpleNamespace:
     """A source without products: ``gather(p, values, w, o, column, i)`` gives eight values of the lane's i-th row."""
+    settled = tile.settled
 
     @device
     def add(p, shared, held, delta, reach, w, group, row, rows, column, columns, lane):
@@ -170,6 +194,8 @@ def _pointwise(gather: Callable, tile: Tile, first: bool) -> SimpleNamespace:
             for x in range(8):
                 at = 8 * i + x
                 delta[at] = values[x] if first else delta[at] + values[x]
+                if settled:
+                    reach[at] += _TWO_ROUNDINGS * magnitude(values[x])
 
     return SimpleNamespace(stage=_nothing_staged, hold=_nothing_held, add=add)
 
@@ -178,7 +204,7 @@ def _kronecker(source: Source, tile: Tile, at: list[int], first: bool) -> Simple
     """Eight elements of w2 for each row and group, and their weight, are requested with the base."""
     load1, second = ELEMENTS[source[1]].load, ELEMENTS[source[2]]
     fetch8, unpack8, words_of_8 = second.fetch8_cached, second.unpack8, second.words
-    groups, ragged, words_at = tile.groups, tile.ragged, at[1]
+    groups, ragged, settled, words_at = tile.groups, tile.ragged, tile.settled, at[1]
     weights_at = words_at + ROWS_OF_LANE * groups * words_of_8
     at[1] += _own_words(source, tile)
 
@@ -213,6 +239,8 @@ def _kronecker(source: Source, tile: Tile, at: list[int], first: bool) -> Simple
             for x in range(8):
                 value = weight * values[x]
                 delta[8 * i + x] = value if first else delta[8 * i + x] + value
+                if settled:
+                    reach[8 * i + x] += _TWO_ROUNDINGS * magnitude(value)
 
     return SimpleNamespace(stage=_nothing_staged, hold=hold, add=add)
 
@@ -265,12 +293,12 @@ def summed(sources: tuple[Source, ...], tile: Tile) -> SimpleNamespace:
     at = [0, 0]
     every = SimpleNamespace(stage=_nothing_staged, hold=_nothing_held, add=_no_add)
     for position, source in enumerate(sources):
-        every = _then(every, _MAKERS[source[0]](source, tile, at, position == 0), position)
+        every = _then(every, _MAKERS[source[0]](source, tile, at, position == 0), position, tile.settled)
     assert at == [factor_elements(sources, tile), held_words(sources, tile)], at
     return every
 
 
-def _then(rest: SimpleNamespace, one: SimpleNamespace, position: int) -> SimpleNamespace:
+def _then(rest: SimpleNamespace, one: SimpleNamespace, position: int, settled: bool) -> SimpleNamespace:
     stage_rest, hold_rest, add_rest = rest.stage, rest.hold, rest.add
     stage_one, hold_one, add_one = one.stage, one.hold, one.add
 
@@ -288,5 +316,8 @@ def _then(rest: SimpleNamespace, one: SimpleNamespace, position: int) -> SimpleN
     def add(p, shared, held, delta, reach, w, group, row, rows, column, columns, lane):
         add_rest(p, shared, held, delta, reach, w, group, row, rows, column, columns, lane)
         add_one(p[position], shared, held, delta, reach, w, group, row, rows, column, columns, lane)
+        if settled and position > 0:
+            for i in range(RESULTS):
+                reach[i] += _ONE_ROUNDING * magnitude(delta[i])
 
     return SimpleNamespace(stage=stage, hold=hold, add=add)

@@ -110,8 +110,8 @@ class LycorisModule:
 
     def tensors(self) -> dict[str, Tensor]:
         """`parameters` as tensors with gradients, which share their memory: always the same objects."""
-        found = self.parameters()
-        if self._tensors is None or any(self._tensors[n].storage.buffer is not a.buffer for n, a in found.items()):
+        found, known = self.parameters(), self._tensors or {}
+        if known.keys() != found.keys() or any(known[n].storage.buffer is not a.buffer for n, a in found.items()):
             self._tensors = {name: from_array(array) for name, array in found.items()}
         return self._tensors
 

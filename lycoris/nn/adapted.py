@@ -11,6 +11,7 @@ The default is "separate" while training and "merged" otherwise.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -21,10 +22,15 @@ from lycoris.algorithms import LycorisModule
 from lycoris.algorithms.terms import diff_weight
 from lycoris.buffers import DeviceArray
 from lycoris.errors import RefusedInput
-from lycoris.formats.shapes import fits
+from lycoris.formats.keys import UP
+from lycoris.formats.shapes import Shape, fits
 from lycoris.ops.weight import evaluate
-from lycoris.tensor import Tensor, from_array, rand
+from lycoris.replay import only_recorded
+from lycoris.tensor import Tensor, autograd, default_generator, dropout, from_array, rand
+from lycoris.tensor.pointwise import apply, sum_of
 from plans.core import ElementKind
+from plans.expression import leaf
+from plans.random import first_uniform
 from plans.weight import Dense, Sink, WeightDescriptor, WeightLayout
 
 MODES = ("merged", "separate")
@@ -35,8 +41,9 @@ _versions = itertools.count()
 class Adapter:
     """An adapter on a layer: its module, its strength, and whether it takes part.
 
-    ``dropout`` zeroes elements of its term, ``rank_dropout`` ranks, ``module_dropout`` the whole adapter, each with
-    that probability and while training only, as LyCORIS does (github.com/KohakuBlueleaf/LyCORIS, modules/base.py).
+    ``dropout`` zeroes elements of its term, ``rank_dropout`` ranks of a LoCon and rows of others' deltas,
+    ``module_dropout`` the whole adapter, each with that probability and while training only, as LyCORIS does
+    (github.com/KohakuBlueleaf/LyCORIS, modules). Others than elements keep their size.
     """
 
     module: LycorisModule
@@ -211,11 +218,47 @@ class Adapted:
         """The bias with the active adapters' differences, rounded once; None where there is neither."""
         return self._kept("bias", self._merge_bias)
 
-    def drops(self, adapter: Adapter) -> bool:
-        """Whether an adapter sits this call out, drawn from the default generator."""
-        if not self.training or not adapter.module_dropout:
-            return False
-        return float(rand((1,), device=self.weight.device).item()) < adapter.module_dropout
+    def staying(self, found: list[Adapter]) -> list[Adapter]:
+        """Those that ``module_dropout`` leaves in this call, drawn from the default generator without the device.
+
+        Raises RefusedInput in recorded work, which cannot leave out an adapter in one replay and not in the next.
+        """
+        dropping = [adapter for adapter in found if self.training and adapter.module_dropout]
+        if dropping and only_recorded() is not None:
+            raise RefusedInput("module_dropout: drawn on the host, so not in recorded work; use dropout, or no graph")
+        gone = [a for a in dropping if first_uniform(*default_generator().take()) < a.module_dropout]
+        return [adapter for adapter in found if not any(adapter is other for other in gone)]
+
+    def live_factors(self, adapter: Adapter) -> dict[str, Tensor]:
+        """The factors as this call takes them: of a LoCon with ranks dropped, which are columns of up."""
+        p, factors = adapter.rank_dropout, adapter.tensors
+        if not (self.training and p and adapter.module.algorithm == "locon"):
+            return factors
+        up = factors[UP]
+        return factors | {UP: _masked(up, (1, up.shape[1], *(1 for _ in up.shape[2:])), p)}
+
+    def without_dropped(self, term: Tensor, adapter: Adapter) -> Tensor:
+        """A term [..., out] in which dropouts of elements and, but of a LoCon, of rows have zeroed their part."""
+        if not self.training:
+            return term
+        if adapter.rank_dropout and adapter.module.algorithm != "locon":
+            term = _masked(term, term.shape[-1:], adapter.rank_dropout)
+        return dropout(term, adapter.dropout) if adapter.dropout else term
+
+    def live_bias(self, found: list[Adapter]) -> Tensor | None:
+        """The bias with differences of these adapters, rounded once, with gradients for those that are trained."""
+        moved = [(a.tensors[a.module.bias_name], a.strength) for a in found if a.module.bias is not None]
+        if len(found) == len(self.active()) and not autograd.wanted([difference for difference, _ in moved]):
+            moved, base = [], self.merged_bias()
+        else:
+            base = self.bias
+        scaled, f32 = leaf(0) * leaf(1), ElementKind.F32
+        parts = [apply(scaled, (difference,), (strength,), f32) for difference, strength in moved]
+        parts += [] if base is None else [base.detach()]
+        if len(parts) < 2 and not moved:
+            return parts[0] if parts else None
+        total = functools.reduce(lambda a, b: sum_of(a, b, f32), parts)
+        return total.to(self.weight.kind if self.bias is None else self.bias.kind)
 
     def decomposed(self, adapter: Adapter) -> Tensor:
         """DoRA's W + s (m V / (norm(V) + 2**-23) - W), V = W + scale dW, in fp32 with gradients; arXiv:2402.09353."""
@@ -280,3 +323,9 @@ class Adapted:
         factors = [[adapter.module.bias.reshape((size, 1))] for adapter in found]
         scales = [adapter.strength for adapter in found]
         return from_array(evaluate(descriptor, factors, scales, base.reshape(descriptor.shape)).reshape((size,)))
+
+
+def _masked(x: Tensor, shape: Shape, p: float) -> Tensor:
+    """The product with a mask of ``shape``, 0 with probability p, else 1, by the default generator."""
+    kept = rand(shape, device=x.device) >= p
+    return apply(leaf(0) * leaf(1), (x, kept), kind=x.kind)

@@ -11,6 +11,8 @@ added to the base's before the one rounding.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from lycoris import tensor
 from lycoris.algorithms.terms import diff_weight
 from lycoris.errors import RefusedInput
@@ -20,6 +22,7 @@ from lycoris.ops.weight import delta
 from lycoris.tensor import Tensor, autograd, from_array
 from lycoris.tensor.convolution import Extents, Window, channels_last, conv, convolved, geometry_of, ready
 from lycoris.tensor.launch import shaped
+from lycoris.tensor.low_rank_conv import low_rank_conv
 from lycoris.tensor.products import flipped, sum_of_products
 from lycoris.tensor.views import permute
 from plans.convolution import Convolution
@@ -80,8 +83,11 @@ class AdaptedConv(Adapted):
         if mode == "merged" or dora or not found:
             weight: Tensor = self._kept("merged, channels last", lambda: channels_last(self.merged_weight()))
             return convolved(x, weight, geometry, x.kind, bias)
-        weight = self._kept("base, channels last", lambda: channels_last(self.weight))
-        return convolved(x, weight, geometry, x.kind, bias, self._terms(x, found, geometry))
+        return convolved(x, self._stored(), geometry, x.kind, bias, self._terms(x, found, geometry))
+
+    def _stored(self) -> Tensor:
+        """The base as kernels read it."""
+        return self._kept("base, channels last", lambda: channels_last(self.weight))
 
     def _terms(self, x: Tensor, found: list[Adapter], geometry: Convolution) -> Tensor:
         """The adapters' terms, summed in fp32: LoCons' as one product, then a convolution with each other's delta."""
@@ -95,7 +101,7 @@ class AdaptedConv(Adapted):
         """The sum of scale * inner @ up.T over LoCons, fp32, [N, *output axes, out]."""
         with autograd.no_grad():
             inner = [ready(self._inner(x, adapter)) for adapter in factored]
-            ups = [ready(_matrix(adapter, UP, x)) for adapter in factored]
+            ups = [ready(_matrix(adapter.tensors, UP, x)) for adapter in factored]
         rows, out = inner[0].size // max(1, inner[0].shape[-1]), self.weight.shape[0]
         flat = [shaped(t, (rows, t.shape[-1])) for t in inner]
         total = sum_of_products(
@@ -125,24 +131,34 @@ class AdaptedConv(Adapted):
         """What comes before LoCon's up factor: the convolution with down, or down as a product and then the core's."""
         down = adapter.tensors[DOWN].to(x.kind)
         if MID in adapter.tensors:
-            return self._conv(tensor.linear(x, _matrix(adapter, DOWN, x)), adapter.tensors[MID].to(x.kind))
+            return self._conv(tensor.linear(x, _matrix(adapter.tensors, DOWN, x)), adapter.tensors[MID].to(x.kind))
         return self._conv(x, down.reshape(down.shape[0], *self.weight.shape[1:]))
 
     def _differentiable(self, x: Tensor, found: list[Adapter]) -> Tensor:
-        bias = self.merged_bias()
-        y = self._conv(x, self.weight.detach(), None if bias is None else bias.detach())
-        for adapter in found:
-            if self.drops(adapter):
-                continue
-            term = self._term(x, adapter)
-            y = y + (tensor.dropout(term, adapter.dropout) if self.training and adapter.dropout else term)
+        """The base frozen, each adapter's term beside it; a LoCon alone takes part in the base's own sum."""
+        base, staying = self.weight.detach(), self.staying(found)
+        bias = self.live_bias(staying)
+        if len(staying) == 1 and self._alone(staying[0]):
+            adapter = staying[0]
+            down = adapter.tensors[DOWN].to(x.kind)
+            down, up = down.reshape(down.shape[0], *base.shape[1:]), _matrix(self.live_factors(adapter), UP, x)
+            return low_rank_conv(x, base, self._stored(), down, up, adapter.scale, bias, self.window)
+        w = self.window
+        y = conv(x, base, bias, w.stride, w.padding, w.dilation, w.groups, stored=self._stored())
+        for adapter in staying:
+            y = y + self.without_dropped(self._term(x, adapter), adapter)
         return y
 
+    def _alone(self, adapter: Adapter) -> bool:
+        """Whether `low_rank_conv` takes the adapter: a LoCon without Tucker core, of which no elements drop out."""
+        dropping = self.training and adapter.dropout
+        return self._factored(adapter) and MID not in adapter.tensors and not dropping
+
     def _term(self, x: Tensor, adapter: Adapter) -> Tensor:
-        module, factors = adapter.module, adapter.tensors
+        module, factors = adapter.module, self.live_factors(adapter)
         scale = adapter.scale if module.scalar is None else factors["scalar"] * adapter.scale
         if self._factored(adapter):
-            return tensor.linear(self._inner(x, adapter) * scale, _matrix(adapter, UP, x))
+            return tensor.linear(self._inner(x, adapter) * scale, _matrix(factors, UP, x))
         if module.algorithm == "ia3":
             vector = factors["weight"].reshape(
                 *((1, -1) if module.on_input else (-1, 1)), *(1 for _ in self.window_axes)
@@ -158,9 +174,9 @@ class AdaptedConv(Adapted):
         return range(self.weight.ndim - 2)
 
     def _dora(self, x: Tensor, adapter: Adapter) -> Tensor:
-        return self._conv(x, self.decomposed(adapter).to(x.kind), self.merged_bias())
+        return self._conv(x, self.decomposed(adapter).to(x.kind), self.live_bias([adapter]))
 
 
-def _matrix(adapter: Adapter, name: str, x: Tensor) -> Tensor:
-    factor = adapter.tensors[name]
+def _matrix(factors: Mapping[str, Tensor], name: str, x: Tensor) -> Tensor:
+    factor = factors[name]
     return factor.reshape(factor.shape[0], -1).to(x.kind)

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from lycoris import tensor
 from lycoris.algorithms.terms import linear_term
 from lycoris.errors import RefusedInput
+from lycoris.formats.keys import MID
 from lycoris.nn.adapted import Adapted, Adapter
 from lycoris.nn.linear_fused import fused_decomposed, fused_linear, is_decomposed, is_fused
 from lycoris.nn.linear_sum import LinearSum, Ways, dense_of, is_plain_locon, locon_factors, low_rank_of, ways_of
@@ -109,27 +110,29 @@ class AdaptedLinear(Adapted):
 
     def _differentiable(self, x: Tensor, found: list[Adapter]) -> Tensor:
         """The base frozen, each adapter's term beside it; one alone takes part in the base's own sum."""
-        base, bias = self.weight.detach(), self.merged_bias()
-        bias = None if bias is None else bias.detach()
-        if len(found) == 1 and is_fused(found[0], x.kind) and not found[0].dropout:
-            if self.drops(found[0]):
-                return tensor.linear(x, base, bias)
-            merged = self.merged_weight() if self.mode == "merged" else None
-            return fused_linear(x, base, bias, found[0], self.training, merged)
+        base, staying = self.weight.detach(), self.staying(found)
+        bias = self.live_bias(staying)
+        if len(staying) == 1 and self._alone(staying[0], x, bias):
+            merged = self.merged_weight() if self.mode == "merged" and len(found) == 1 else None
+            return fused_linear(x, base, bias, staying[0], self.live_factors(staying[0]), merged)
         y = tensor.linear(x, base, bias)
-        for adapter in found:
-            if self.drops(adapter):
-                continue
-            term = self._term(x, adapter)
-            y = y + (tensor.dropout(term, adapter.dropout) if self.training and adapter.dropout else term)
+        for adapter in staying:
+            y = y + self.without_dropped(self._term(x, adapter), adapter)
         return y
 
+    def _alone(self, adapter: Adapter, x: Tensor, bias: Tensor | None) -> bool:
+        """Whether `fused_linear` takes the adapter: without dropouts after it, but of LoCon beside a frozen bias."""
+        locon = adapter.module.algorithm == "locon"
+        dropping = self.training and (adapter.dropout or (adapter.rank_dropout and not locon))
+        trained = bias is not None and bias.requires_grad and not locon
+        return is_fused(adapter, x.kind) and not dropping and not trained
+
     def _term(self, x: Tensor, adapter: Adapter) -> Tensor:
-        module, factors = adapter.module, adapter.tensors
+        module, factors = adapter.module, self.live_factors(adapter)
         scale = adapter.scale if module.scalar is None else factors["scalar"] * adapter.scale
-        if self.training and adapter.rank_dropout and is_plain_locon(adapter):
-            down, up = locon_factors(adapter, x.kind, True)
-            return tensor.linear(tensor.linear(x, down) * scale, up)
+        if module.algorithm == "locon" and MID not in factors:
+            down, up = locon_factors(factors, x.kind)
+            return tensor.linear(tensor.linear(x, down) * scale, up).to(x.kind)
         if module.algorithm == "ia3":
             return tensor.linear(
                 x, (self.weight.detach() * _ia3(factors["weight"], module.on_input) * scale).to(x.kind)
@@ -137,9 +140,10 @@ class AdaptedLinear(Adapted):
         return linear_term(module.algorithm, factors, x, self.weight.shape, scale).to(x.kind)
 
     def _dora(self, x: Tensor, adapter: Adapter) -> Tensor:
-        if is_decomposed(adapter):
-            return fused_decomposed(x, self.weight, self.merged_bias(), adapter, self.training)
-        return tensor.linear(x, self.decomposed(adapter).to(x.kind), self.merged_bias())
+        bias = self.live_bias([adapter])
+        if is_decomposed(adapter) and not (bias is not None and bias.requires_grad):
+            return fused_decomposed(x, self.weight, bias, adapter, self.live_factors(adapter))
+        return tensor.linear(x, self.decomposed(adapter).to(x.kind), bias)
 
 
 def _ia3(vector: Tensor, on_input: bool) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from lycoris import tensor
 from lycoris.formats.keys import DORA, MID, UP
 from lycoris.nn.adapted import Adapter
@@ -31,13 +33,19 @@ def is_fused(adapter: Adapter, kind: ElementKind) -> bool:
 
 
 def fused_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, adapter: Adapter, training: bool, merged: Tensor | None = None
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    adapter: Adapter,
+    names: Mapping[str, Tensor],
+    merged: Tensor | None = None,
 ) -> Tensor:
     """The sum x @ weight.T + bias + scale * x @ delta.T, [..., in] -> [..., out], with gradients for x and the factors.
 
-    Factors take part in x's kind. With ``merged``, products with LoHa's delta are those of the merged weight.
+    ``names`` are the adapter's factors, which take part in x's kind. With ``merged``, products with LoHa's delta are
+    those of the merged weight.
     """
-    kind, names = x.kind, adapter.tensors
+    kind = x.kind
     if adapter.module.algorithm == "loha":
         factors = [names[name] for name in _HADAMARD]
         if adapter.module.scalar is not None:
@@ -49,7 +57,7 @@ def fused_linear(
         seconds = ("lokr_w2",) if "lokr_w2" in names else ("lokr_w2_a", "lokr_w2_b")
         w1 = _scaled(_flat(first), scale, kind)
         return kronecker_linear(x, weight, w1, [_flat(names[name]).to(kind) for name in seconds], bias)
-    down, up = locon_factors(adapter, kind, training)
+    down, up = locon_factors(names, kind)
     if adapter.module.scalar is not None:
         up = _scaled(names[UP].reshape(*up.shape), names["scalar"], kind)
     return tensor.low_rank_linear(x, weight, down, up, adapter.scale, bias)
@@ -62,10 +70,12 @@ def is_decomposed(adapter: Adapter) -> bool:
     return plain and module.wd_on_out and adapter.strength == 1
 
 
-def fused_decomposed(x: Tensor, weight: Tensor, bias: Tensor | None, adapter: Adapter, training: bool) -> Tensor:
+def fused_decomposed(
+    x: Tensor, weight: Tensor, bias: Tensor | None, adapter: Adapter, factors: Mapping[str, Tensor]
+) -> Tensor:
     """DoRA's x @ (m V / (|V| + 2**-23)).T + bias with gradients for x, factors and m; V is no tensor."""
-    down, up = locon_factors(adapter, x.kind, training)
-    magnitude = adapter.tensors[DORA].reshape(-1)
+    down, up = locon_factors(factors, x.kind)
+    magnitude = factors[DORA].reshape(-1)
     return decomposed_linear(x, weight, down, up, magnitude, adapter.module.scale(), bias)
 
 

@@ -6,7 +6,7 @@ y_l = x W_l^T + b_l + sum_m w1[l, m] (x_m w2^T)                         LoKrs: b
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,7 +16,7 @@ from lycoris.formats.keys import DOWN, MID, UP
 from lycoris.nn.adapted import Adapter
 from lycoris.ops.kronecker import make_kronecker
 from lycoris.ops.weight import delta
-from lycoris.tensor import Tensor, autograd, from_array, rand
+from lycoris.tensor import Tensor, autograd, from_array
 from lycoris.tensor.launch import empty, shaped
 from plans.block_mix import BlockMixArgs, BlockMixDescriptor, BlockMixPlan
 from plans.core import DeviceBuffer, ElementKind, TensorMut, Workspace
@@ -25,8 +25,9 @@ from plans.matmul import Bias, LowRankTerm, Segment, SegmentedMatmulArgs, Segmen
 
 _UNIT = 8
 _ALIGNMENT = 256
-_BLOCK_COLUMNS = 128
-"""Columns of the output that LoKr's blocks are put together to, by a block-diagonal w2, where they are narrower."""
+_BLOCK_COLUMNS = ((9, 256), (0, 128))
+"""Columns of the output that LoKr's blocks are put together to, by a block-diagonal w2, where they are narrower: those
+of the largest tile, from each generation of the hardware on."""
 
 _MOST_CALLS = 64
 """Launches kept for one shape of the input: with a pool, outputs come back to the same few addresses."""
@@ -126,7 +127,10 @@ class LinearSum:
         groups, device = n // columns, self.weight.device
         a_stride = 0 if stride == k else stride
         base = Segment(k, a=kind, b=kind, a_stride=a_stride, a_shared=True, b_batch_stride=columns * k)
-        mixed_segment = Segment(depth, a=kind, b=kind, a_stride=groups * depth, a_batch_stride=depth, b_shared=True)
+        mixed_segment = Segment(
+            depth, a=kind, b=kind, a_stride=groups * depth, a_batch_stride=depth, b_shared=True,
+            diagonal=blocks[0].together, late=True,
+        )  # fmt: skip
         steps = () if self.bias is None else (Bias(self.bias.kind, per_batch=True),)
         descriptor = SegmentedMatmulDescriptor(
             m, columns, (base, *(mixed_segment for _ in blocks)), kind, groups, steps,
@@ -134,7 +138,7 @@ class LinearSum:
         )  # fmt: skip
         plan = SegmentedMatmulPlan.select(None, descriptor, device=device)
         w1 = blocks[0].w1.shape
-        mixing = BlockMixDescriptor(m, *w1, k // w1[1], kind, kind, kind, x_stride=a_stride)
+        mixing = BlockMixDescriptor(m, *w1, k // w1[1], kind, kind, kind, x_stride=a_stride, early=True)
         mix = BlockMixPlan.select(None, mixing, device=device)
         one = -(-m * groups * depth * kind.itemsize // _ALIGNMENT) * _ALIGNMENT
         own = plan.workspace_size()
@@ -195,11 +199,9 @@ def is_plain_locon(adapter: Adapter) -> bool:
     return adapter.module.algorithm == "locon" and MID not in adapter.tensors and adapter.module.scalar is None
 
 
-def locon_factors(adapter: Adapter, kind: ElementKind, training: bool) -> tuple[Tensor, Tensor]:
-    """Down [r, in] and up [out, r] in x's kind, with gradients; ranks drop out while training."""
-    down, up = (adapter.tensors[name].reshape(adapter.tensors[name].shape[0], -1) for name in (DOWN, UP))
-    if training and adapter.rank_dropout:
-        down = down * (rand((down.shape[0], 1), device=down.device) >= adapter.rank_dropout)
+def locon_factors(factors: Mapping[str, Tensor], kind: ElementKind) -> tuple[Tensor, Tensor]:
+    """Down [r, in] and up [out, r] in x's kind, with gradients."""
+    down, up = (factors[name].reshape(factors[name].shape[0], -1) for name in (DOWN, UP))
     return down.to(kind), up.to(kind)
 
 
@@ -207,7 +209,7 @@ def low_rank_of(adapter: Adapter, kind: ElementKind) -> LowRank:
     """The factors in the weight's kind, with ranks of zeros up to a multiple of eight."""
     _, _, scale = adapter.module.weight_term(adapter.module.shape)
     with autograd.no_grad():
-        down, up = locon_factors(adapter, kind, False)
+        down, up = locon_factors(adapter.tensors, kind)
         missing = -down.shape[0] % _UNIT
         if missing:
             down, up = down.pad([(0, missing), (0, 0)]), up.pad([(0, 0), (0, missing)])
@@ -221,7 +223,8 @@ def _blocks_of(adapter: Adapter, kind: ElementKind) -> Blocks:
     with autograd.no_grad():
         w1, w2 = (_half(factors, i) for i in (1, 2))
         a, c = w1.shape[0], w2.shape[0]
-        together = next(g for g in range(1, a + 1) if a % g == 0 and (g * c >= _BLOCK_COLUMNS or g == a))
+        least = next(columns for generation, columns in _BLOCK_COLUMNS if w2.device.arch[0] >= generation)
+        together = next(g for g in range(1, a + 1) if a % g == 0 and (g * c >= least or g == a))
         w1 = (w1.to(ElementKind.F32) * (scale * adapter.strength)).to(kind)
         return Blocks(w1.contiguous(), _diagonal(w2.to(kind).contiguous(), together), together)
 

@@ -10,7 +10,7 @@ optimizer.zero_grad()
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
@@ -24,7 +24,7 @@ from lycoris.optim.tables import Tables, flat
 from lycoris.replay import only_recorded
 from lycoris.tensor.creation import Generator, from_numpy
 from lycoris.tensor.launch import F32, converted, filled, run, same_device, zeros
-from lycoris.tensor.tensor import Tensor, changed
+from lycoris.tensor.tensor import Layout, Tensor, changed, layout_of
 from lycoris.tensor.uploaded import Uploaded
 from plans.core import ElementKind
 from plans.optimizer import (
@@ -91,6 +91,37 @@ class _State:
         second, master = (None if x is None else flat(x).mut() for x in (self.second, self.master))
         gradient = flat(self.parameter.grad).ref()
         return Member(flat(self.parameter).mut(), gradient, flat(self.first).mut(), second, master)
+
+
+@dataclass
+class _Launch:
+    """States that one launch steps, their gradients' layouts, the plan, its table but for gradients, and the groups."""
+
+    states: list[_State]
+    layouts: list[Layout]
+    plan: UpdatePlan
+    rows: np.ndarray
+    groups: int
+
+    def gradient_addresses(self) -> list[int]:
+        """Where the gradients lie. Raises RefusedInput for one of another shape or kind."""
+        gradients = [state.parameter.grad for state in self.states]
+        found = [g.storage.buffer.address + g.offset * F32.itemsize for g in gradients]
+        if [g.layout for g in gradients] == self.layouts and not any([address & 15 for address in found]):
+            return found
+        for state in self.states:
+            _make_ready(state.parameter)
+        return [state.parameter.grad.address for state in self.states]
+
+
+def _make_ready(parameter: Tensor) -> None:
+    """Put the gradient in place where it lies otherwise than the launch takes it."""
+    gradient = parameter.grad
+    if gradient.shape != parameter.shape or gradient.kind is not F32:
+        found = f"{gradient.kind.value} {gradient.shape}"
+        raise RefusedInput(f"optimizer: a gradient of {found}, wanted f32 {parameter.shape}; let backward() make it")
+    if not gradient.contiguous_ or not gradient.aligned:
+        parameter.grad = converted(gradient, F32)
 
 
 class _StepNumbers:
@@ -162,7 +193,7 @@ class Optimizer:
         self._one = filled((), 1.0, F32, self.device)
         self._tables = Tables(self.device)
         self._numbers = _StepNumbers(self)
-        self._prepared: dict[tuple, tuple[UpdatePlan, np.ndarray, int]] = {}
+        self._prepared: dict[tuple[bool, ...], list[_Launch]] = {}
 
     @property
     def parameters(self) -> list[Tensor]:
@@ -200,14 +231,11 @@ class Optimizer:
         itself be recorded: each replay is one more of the schedule. Raises RefusedInput for a gradient of another shape
         or kind.
         """
-        found: dict[tuple[ElementKind, bool], list[int]] = {}
-        for number, state in enumerate(self._states):
-            if state.parameter.grad is not None:
-                _check_gradient(state.parameter)
-                found.setdefault((state.parameter.kind, state.master is not None), []).append(number)
+        launches = self._launches(tuple([state.parameter.grad is not None for state in self._states]))
+        addresses = [launch.gradient_addresses() for launch in launches]
         numbers = self._step_numbers()
-        for key, chosen in found.items():
-            self._launch(key, tuple(chosen), numbers, self._one if scale is None else flat_number(scale))
+        for launch, found in zip(launches, addresses, strict=True):
+            self._launch(launch, found, numbers, self._one if scale is None else flat_number(scale))
 
     def _step_numbers(self) -> _StepNumbers:
         """The numbers of one more step, on the device; recorded work has its own, which each replay writes anew."""
@@ -220,30 +248,37 @@ class Optimizer:
         work.updates.append(numbers.count_step)
         return numbers
 
-    def _launch(
-        self, key: tuple[ElementKind, bool], chosen: tuple[int, ...], numbers: _StepNumbers, scale: Tensor
-    ) -> None:
-        states = [self._states[number] for number in chosen]
-        prepared = self._prepared.get((key, chosen))
-        if prepared is None:
-            prepared = self._prepared[key, chosen] = self._prepare(*key, states)
-        plan, rows, groups = prepared
-        rows[:, GRADIENT_COLUMN] = [state.parameter.grad.address for state in states]
-        table = self._tables.set(("table", key), rows)
-        blocks = self._tables.set(("blocks", key), block_table(plan.descriptor.counts))
+    def _launch(self, launch: _Launch, gradients: list[int], numbers: _StepNumbers, scale: Tensor) -> None:
+        launch.rows[:, GRADIENT_COLUMN] = gradients
+        table = self._tables.set(("table", id(launch)), launch.rows)
+        blocks = self._tables.set(("blocks", id(launch)), block_table(launch.plan.descriptor.counts))
         # The tensors themselves are reached by the table; they are there for the simulator's checks.
-        members = [state.member() for state in states] if self.device.is_simulator else []
-        own = numbers.groups.narrow(0, 0, groups).ref(), scale.ref(), numbers.origin.ref()
-        run(plan, UpdateArgs(members, table.ref(), blocks.ref(), *own))
-        changed(*(state.parameter for state in states))
+        members = [state.member() for state in launch.states] if self.device.is_simulator else []
+        own = numbers.groups.narrow(0, 0, launch.groups).ref(), scale.ref(), numbers.origin.ref()
+        run(launch.plan, UpdateArgs(members, table.ref(), blocks.ref(), *own))
+        changed(*[state.parameter for state in launch.states])
 
-    def _prepare(self, kind: ElementKind, master: bool, states: Sequence[_State]) -> tuple[UpdatePlan, np.ndarray, int]:
-        """The plan of a step of these tensors, its table but for the gradients, and how many groups they are in."""
+    def _launches(self, having: tuple[bool, ...]) -> list[_Launch]:
+        """One for all parameters of a kind that have a gradient, with and without an fp32 copy."""
+        found = self._prepared.get(having)
+        if found is None:
+            kinds: dict[tuple[ElementKind, bool], list[_State]] = {}
+            for state, has in zip(self._states, having, strict=True):
+                if has:
+                    kinds.setdefault((state.parameter.kind, state.master is not None), []).append(state)
+            found = self._prepared[having] = [self._prepare(*key, states) for key, states in kinds.items()]
+        return found
+
+    def _prepare(self, kind: ElementKind, master: bool, states: list[_State]) -> _Launch:
         stochastic = self.stochastic and kind is ElementKind.BF16
         counts, groups = (tuple(values) for values in zip(*((s.parameter.size, s.group) for s in states), strict=True))
         descriptor = UpdateDescriptor(self.rule, kind, master, stochastic, counts, groups)
-        rows = descriptor.table([state.member() for state in states])
-        return UpdatePlan.select(None, descriptor, device=self.device), rows, max(groups) + 1
+        plan = UpdatePlan.select(None, descriptor, device=self.device)
+        rows, layouts = (
+            descriptor.table([s.member() for s in states]),
+            [layout_of(s.parameter.shape, F32) for s in states],
+        )
+        return _Launch(states, layouts, plan, rows, max(groups) + 1)
 
     def state_dict(self) -> dict[str, np.ndarray]:
         """Step, moments and fp32 copies as arrays: ``steps`` and ``<number of the parameter>.<name>``."""
@@ -283,15 +318,6 @@ def _options(given: Mapping[str, Any]) -> Options:
                 f"optimizer: no option {name!r}, wanted one of {', '.join(sorted(known))}; correct the name"
             )
     return Options(**given)
-
-
-def _check_gradient(parameter: Tensor) -> None:
-    gradient = parameter.grad
-    if gradient.shape != parameter.shape or gradient.kind is not F32:
-        found = f"{gradient.kind.value} {gradient.shape}"
-        raise RefusedInput(f"optimizer: a gradient of {found}, wanted f32 {parameter.shape}; let backward() make it")
-    if not gradient.contiguous_ or not gradient.aligned:
-        parameter.grad = converted(gradient, F32)
 
 
 def flat_number(x: Tensor) -> Tensor:

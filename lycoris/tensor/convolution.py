@@ -68,31 +68,33 @@ def conv(
     groups: int = 1,
     *,
     channels_first: bool = False,
+    stored: Tensor | None = None,
 ) -> Tensor:
     """Convolve x [N, *axes, C] with weight [out, C / groups, *kernel], plus bias [out]: [N, *output axes, out].
 
-    With ``channels_first`` x and the result have their channels after N, as in PyTorch. Output extents are (extent +
+    With ``channels_first`` x and the result have their channels after N, as in PyTorch. ``stored`` is the weight's
+    `channels_last` where it is kept; else it is made here. Output extents are (extent +
     2 padding - dilation (kernel - 1) - 1) // stride + 1. Raises RefusedInput where shapes do not fit.
     """
     if channels_first:
         axes = x.ndim - 2
         last = permute(x, 0, *range(2, x.ndim), 1)
-        y = conv(last, weight, bias, stride, padding, dilation, groups)
+        y = conv(last, weight, bias, stride, padding, dilation, groups, stored=stored)
         return permute(y, 0, axes + 1, *range(1, axes + 1))
     window = Window(stride, padding, dilation, groups)
     geometry = geometry_of(x.shape, weight.shape, window)
     inputs = (x, weight) if bias is None else (x, weight, bias)
     same_device("conv", inputs)
     kind = pointwise.result_kind("conv", (x, weight))
-    rows, stored = ready(x), channels_last(weight)
+    rows, stored = ready(x), channels_last(weight) if stored is None else stored
     out = convolved(rows, stored, geometry, kind, None if bias is None else bias.detach())
     if not autograd.wanted(inputs):
         return out
 
     def pull(g: Tensor, edges: Sequence[autograd.Node | None]) -> list[Tensor | None]:
         g = ready(g)
-        d_x = _input_gradient(g, stored, geometry, edges[0].kind) if edges[0] else None
-        d_weight = _weight_gradient(g, rows, geometry, weight.shape, edges[1].kind) if edges[1] else None
+        d_x = input_gradient(g, stored, geometry, edges[0].kind) if edges[0] else None
+        d_weight = weight_gradient(g, rows, geometry, weight.shape, edges[1].kind) if edges[1] else None
         return [d_x, d_weight, *(_bias_gradient(g, edge.kind) if edge else None for edge in edges[2:])]
 
     return autograd.record("conv", out, inputs, (rows, stored), pull)
@@ -169,12 +171,18 @@ def _run(
     return out
 
 
-def _input_gradient(g: Tensor, weight: Tensor, geometry: Convolution, kind: ElementKind) -> Tensor:
-    problem = (Conv2dInputGradientDescriptor, geometry, g.kind, weight.kind, kind)
-    return _run(Conv2dInputGradientPlan, problem, geometry.x_shape, kind, (g, weight))
+def input_gradient(
+    g: Tensor, weight: Tensor, geometry: Convolution, kind: ElementKind, residual: Tensor | None = None
+) -> Tensor:
+    """The gradient of a convolution's x, of ready operands, the weight channels last, plus a tensor like it."""
+    steps = () if residual is None else (Residual(residual.kind),)
+    problem = (Conv2dInputGradientDescriptor, geometry, g.kind, weight.kind, kind, steps)
+    added = () if residual is None else (residual,)
+    return _run(Conv2dInputGradientPlan, problem, geometry.x_shape, kind, (g, weight, *added))
 
 
-def _weight_gradient(g: Tensor, x: Tensor, geometry: Convolution, shape: tuple[int, ...], kind: ElementKind) -> Tensor:
+def weight_gradient(g: Tensor, x: Tensor, geometry: Convolution, shape: tuple[int, ...], kind: ElementKind) -> Tensor:
+    """The gradient of a convolution's weight of ``shape``, as checkpoints store it, of ready operands."""
     problem = (Conv2dWeightGradientDescriptor, geometry, x.kind, g.kind, kind)
     out = _run(Conv2dWeightGradientPlan, problem, geometry.weight_shape, kind, (g, x))
     return permute(out, 0, len(shape) - 1, *range(1, len(shape) - 1))

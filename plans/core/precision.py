@@ -70,7 +70,8 @@ class PrecisionGuarantee:
 
     The result is some ``x`` rounded once, to nearest even, to the output's kind, with
     ``|x - exact| <= rounding_units * 2**-24 * magnitude``: ``magnitude`` is the family's own (for a merge
-    ``|W| + sum of |terms|``), and ``derivation`` says where the number comes from.
+    ``|W| + sum of |terms|``), and ``derivation`` says where the number comes from. ``settled`` results also keep the
+    golden rule, ``|x - exact| <= 2**-12 ulp + 8 * 2**-24 * (|W| + |exact - W|)``, however far their terms cancel.
     """
 
     math_precision: MathPrecision
@@ -79,6 +80,7 @@ class PrecisionGuarantee:
     bit_stable_on_same_hardware: bool
     rounding_units: float
     derivation: str
+    settled: bool = False
 
     @classmethod
     def exact(cls, derivation: str) -> PrecisionGuarantee:

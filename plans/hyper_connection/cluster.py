@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from kernels.hyper_connection import cluster as kernel
-from kernels.hyper_connection.cluster import Team
+from kernels.hyper_connection import cluster_stage as kernel
+from kernels.hyper_connection.cluster import connect_in_clusters
+from kernels.hyper_connection.cluster_stage import Team
 from plans.core import Device, ElementKind, Workspace
 from plans.hyper_connection.common import KINDS, NamedArguments
 from plans.hyper_connection.stream import Launch
@@ -27,7 +28,8 @@ def team_of(n: int, channels: int) -> Team | None:
     The order of the sums follows from it, so that it is the same for every batch and device.
     """
     groups = -(-channels // kernel.CHANNELS)
-    blocks = max(1, min(kernel.MOST_BLOCKS, groups // _LEAST_WARPS))
+    wanted = max(1, min(kernel.MOST_BLOCKS, groups // _LEAST_WARPS))
+    blocks = 1 << wanted.bit_length() - 1
     team = Team(blocks, -(-groups // blocks))
     fits = team.warps <= kernel.MOST_WARPS and kernel.shared_bytes(n, team) <= kernel.SHARED_BYTES
     return team if fits else None
@@ -69,15 +71,18 @@ DERIVATION = (
 
 
 class ClusterProgram:
-    """One launch, of the whole connection or of what comes before a sublayer, role "full" or "pre"."""
+    """One launch, of the whole connection or of what comes before a sublayer, role "full" or "pre".
 
-    def __init__(self, role: str, descriptor: Any, device: Device) -> None:
+    ``clusters`` walk over the samples, as many as the device holds at once where it is not said.
+    """
+
+    def __init__(self, role: str, descriptor: Any, device: Device, clusters: int | None = None) -> None:
         self.role, self.descriptor = role, descriptor
         d, team = descriptor, team_of(descriptor.n_streams, descriptor.hidden_dim)
         gamma = None if d.gamma is None else d.gamma.value
-        made = kernel.connect_in_clusters(role, gamma, d.mode.value, d.n_streams, team)
-        resident = device.multiprocessors * made.min_blocks // team.blocks
-        self.clusters = min(-(-d.batch // kernel.SAMPLES), max(1, resident))
+        made = connect_in_clusters(role, gamma, d.mode.value, d.n_streams, team)
+        resident = max(1, device.multiprocessors * made.min_blocks // team.blocks)
+        self.clusters = min(-(-d.batch // kernel.SAMPLES), clusters or resident)
         self.connect = made.launcher((self.clusters * team.blocks, 1, 1))
 
     def bind(self, args: NamedArguments, workspace: Workspace) -> list[Launch]:

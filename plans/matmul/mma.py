@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
-from kernels.matmul import reduce as matmul_reduce
 from kernels.matmul.mma import Problem, matmul_mma, matmul_mma_grouped
-from kernels.matmul.mma_tile import MmaTile
+from kernels.matmul.mma_tile import UNIT, MmaTile
 from kernels.target import SIMULATOR, Kernel
 from plans.core.device import Device
-from plans.core.operand import Operand
 from plans.core.plan import Launches, Sku
 from plans.core.precision import ElementKind, MathPrecision, PrecisionGuarantee
 from plans.core.sku import ArchSku, BackendKind
@@ -25,12 +22,15 @@ from plans.matmul.measure import program_seconds
 from plans.matmul.program import (
     MOST_BLOCKS,
     MatmulProgram,
+    is_wide,
     kernel_steps,
     matmul_guarantee,
     refuses_low_rank,
     row_words,
     tile_count,
+    vector_of,
 )
+from plans.matmul.second_stage import SecondStage, parts_bytes, refuses_elements
 
 TILES = (
     (MmaTile(32, 32, 32, 2, 1, 3), MmaTile(16, 32, 16, 1, 2, 3))
@@ -43,7 +43,6 @@ SLOTS = 8 if SIMULATOR else 2 * 132
 MOST_PARTS, LEAST_DEPTH = 16, 16 if SIMULATOR else 512
 _KINDS = (ElementKind.BF16, ElementKind.F16)
 _LARGEST = 1 << 31
-UNIT = 8
 
 
 def tile_of(descriptor: SegmentedMatmulDescriptor) -> MmaTile:
@@ -55,25 +54,13 @@ def _tiles(descriptor: SegmentedMatmulDescriptor, tile: MmaTile) -> int:
     return tile_count(descriptor, tile.rows, tile.columns // 2 if descriptor.gated else tile.columns)
 
 
-def _vector(operands: Iterable[Operand], *more: int) -> int:
-    """Elements, of at most eight, that every line of the operands begins at a multiple of."""
-    strides = [stride for operand in operands for stride in operand.strides[:-1]]
-    return math.gcd(UNIT, *strides, *more)
-
-
-def is_wide(descriptor: SegmentedMatmulDescriptor) -> bool:
-    """Whether results and the epilogue's operands lie in whole 16-byte units."""
-    operands = [descriptor.operands()[0], *(o for o in descriptor.step_operands if o is not None)]
-    return descriptor.columns % UNIT == 0 and _vector(operands) == UNIT
-
-
 @functools.cache
 def _problem(descriptor: SegmentedMatmulDescriptor, tile: MmaTile, split: bool) -> Problem:
     """The kernel's compile-time shape; where the sum is split, its parts are plain fp32 products."""
     layout, kind = descriptor.segments[0].layout, descriptor.segments[0].a
     halves = (descriptor.columns,) if descriptor.gated else ()
-    a_vector = _vector(a for a, _ in descriptor.segment_operands)
-    b_vector = _vector((b for _, b in descriptor.segment_operands), *(halves if layout[1] == "N" else ()))
+    a_vector = vector_of(a for a, _ in descriptor.segment_operands)
+    b_vector = vector_of((b for _, b in descriptor.segment_operands), *(halves if layout[1] == "N" else ()))
     gated = descriptor.gated and not split
     columns = descriptor.columns if gated else descriptor.n
     whole = columns % (tile.columns // 2 if gated else tile.columns) == 0 and descriptor.m % tile.rows == 0
@@ -163,9 +150,8 @@ def _refuses(descriptor: SegmentedMatmulDescriptor) -> str:
 def _split_refuses(descriptor: SegmentedMatmulDescriptor) -> str:
     if reason := _refuses(descriptor):
         return reason
-    elements = descriptor.m * descriptor.n * (1 if descriptor.batch is None else descriptor.batch)
-    if not 0 < elements < _LARGEST:
-        return f"wants 1 to 2**31 elements, found {elements}"
+    if reason := refuses_elements(descriptor):
+        return reason
     return "" if parts_of(descriptor) > 1 else "its tiles fill the chip without splitting the sum"
 
 
@@ -212,14 +198,9 @@ class SplitProgram(MatmulProgram):
         tile, self.parts = tile_of(descriptor), parts_of(descriptor)
         self.batches = 1 if descriptor.batch is None else descriptor.batch
         self.part = -(-depth_tiles(descriptor, tile) // self.parts)
-        self.plane = self.batches * descriptor.m * descriptor.n
         blocks = _split_tiles(descriptor, tile) * self.parts
-        units = self.batches * descriptor.m * -(-descriptor.columns // UNIT)
-        reduce = matmul_reduce.matmul_reduce(
-            descriptor.out.value, kernel_steps(descriptor), is_wide(descriptor) and descriptor.n % UNIT == 0
-        )
         self.multiply = matmul_mma(_problem(descriptor, tile, True), tile).launcher((blocks, 1, 1))
-        self.reduce = reduce.launcher((-(-units // matmul_reduce.THREADS), 1, 1))
+        self.second = SecondStage(descriptor, self.parts)
 
     def bind(self, args: SegmentedMatmulArgs, workspace: Workspace) -> Launches:
         """Both launches."""
@@ -227,16 +208,10 @@ class SplitProgram(MatmulProgram):
         parts = workspace.buffer.pointer(np.float32)
         segments = self.segment_arguments(args, self.smallest_first(args))
         result = (parts, m, n, n, m * n)
-        head = (parts, self.parts, self.plane, n, self.batches)
         return [
             (self.multiply, (self.batches, self.part, *result, *segments)),
-            (self.reduce, (*head, *self.result_arguments(args), *self.epilogue_arguments(args))),
+            self.second.bind(self, args, workspace),
         ]
-
-
-def _split_workspace(descriptor: SegmentedMatmulDescriptor) -> int:
-    batches = 1 if descriptor.batch is None else descriptor.batch
-    return 4 * parts_of(descriptor) * batches * descriptor.m * descriptor.n
 
 
 MMA_SPLIT = Sku(
@@ -246,7 +221,7 @@ MMA_SPLIT = Sku(
     refuses=_split_refuses,
     guarantee=_guarantee,
     build=SplitProgram,
-    workspace=_split_workspace,
+    workspace=lambda descriptor: parts_bytes(descriptor, parts_of(descriptor)),
     alignment=16,
 )
 MMA = Sku(

@@ -17,6 +17,7 @@ from plans.matmul.narrow import NARROW
 from plans.matmul.portable import PORTABLE
 from plans.matmul.skinny import SKINNY
 from plans.matmul.wgmma import WGMMA
+from plans.matmul.wgmma_split import WGMMA_SPLIT
 
 _LARGEST = float(np.finfo(np.float32).max)
 
@@ -32,6 +33,8 @@ class SegmentedMatmulPlan(Plan):
         SKINNY,
         NARROW,
         in_parts(WGMMA),
+        with_low_rank(WGMMA_SPLIT),
+        WGMMA_SPLIT,
         with_low_rank(WGMMA),
         WGMMA,
         in_parts(MMA),

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Sequence
+import math
+from collections.abc import Container, Iterable, Sequence
 from typing import Any
 
 import numpy as np
 
+from kernels.matmul.store import UNIT
 from kernels.parameters import flat_length
 from kernels.target import Kernel
 from plans.core.device import Device
@@ -32,6 +34,18 @@ def kernel_steps(descriptor: SegmentedMatmulDescriptor) -> tuple[tuple, ...]:
 def row_words(kernel: Kernel) -> int:
     """Words of a table row with a single kernel's parameters, for its grouped form."""
     return sum(flat_length(parameter) for parameter in kernel.parameters)
+
+
+def vector_of(operands: Iterable[Operand], *more: int) -> int:
+    """Elements, of at most eight, that every line of the operands begins at a multiple of."""
+    strides = [stride for operand in operands for stride in operand.strides[:-1]]
+    return math.gcd(UNIT, *strides, *more)
+
+
+def is_wide(descriptor: SegmentedMatmulDescriptor) -> bool:
+    """Whether results and the epilogue's operands lie in whole 16-byte units."""
+    operands = [descriptor.operands()[0], *(o for o in descriptor.step_operands if o is not None)]
+    return descriptor.columns % UNIT == 0 and vector_of(operands) == UNIT
 
 
 def refuses_low_rank(descriptor: SegmentedMatmulDescriptor) -> str:

@@ -9,7 +9,7 @@ import numpy as np
 
 from kernels.matmul.wgmma import multiply_wgmma
 from kernels.matmul.wgmma_store import STAGING_BYTES, WARP_ROWS, chunk_columns
-from kernels.matmul.wgmma_tile import DIAGONAL, PART_WORDS, ROWS, SEGMENT_WORDS, WAITS, WgmmaTile
+from kernels.matmul.wgmma_tile import DIAGONAL, DIAGONAL_COLUMNS, PART_WORDS, ROWS, SEGMENT_WORDS, WAITS, WgmmaTile
 from kernels.target import SIMULATOR
 from kernels.wgmma import DEPTH, STEPS
 from plans.core.device import Device
@@ -35,7 +35,6 @@ _KINDS = (ElementKind.BF16, ElementKind.F16)
 _COLUMNS = (256, 192, 160, 128, 96, 64)
 _SHARED_BYTES = 227 * 1024
 _LARGEST = 1 << 31
-_BLOCK_UNIT = 16
 # What the choice of a tile reckons with, in cycles: a stage's products, its bytes from L2, and a tile's beginning and
 # end, when its products do not run.
 _CYCLES_A_COLUMN, _BYTES_A_CYCLE, TILE_CYCLES = 4.0, 40.0, 1500.0
@@ -118,7 +117,7 @@ def _block_columns(descriptor: SegmentedMatmulDescriptor) -> int:
     blocks = {(descriptor.n // s.diagonal, s.k // s.diagonal % DEPTH) for s in descriptor.segments if s.diagonal > 1}
     plain = descriptor.segments[0].layout == "NT" and not descriptor.gated
     (columns, rest), *others = blocks or {(0, 0)}
-    return 0 if others or rest or columns % _BLOCK_UNIT or not plain else columns
+    return 0 if others or rest or columns != DIAGONAL_COLUMNS or not plain else columns
 
 
 def candidate_tiles(descriptor: SegmentedMatmulDescriptor) -> list[WgmmaTile]:

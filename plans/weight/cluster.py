@@ -59,7 +59,7 @@ def split_of(descriptor: WeightDescriptor) -> _Split | None:
         cluster = _cluster_of(all_panels)
         panels = -(-all_panels // cluster)
         ragged = rows % tile.rows != 0 or columns != cluster * panels * tile.columns
-        tile = Tile(warps, tiles.MAX_GROUPS, ragged, "shared")
+        tile = Tile(warps, tiles.MAX_GROUPS, ragged, "shared", tiles.settles(descriptor))
         shared = kernel.cluster_shared_bytes(descriptor.base.value, tiles.tile_sources(descriptor), tile, panels)
         found.append(_Split(tile, cluster, panels, shared))
     best = max(found, key=lambda split: split.warps_resident)

@@ -48,7 +48,9 @@ class WeightDescriptor:
     ``W + strength * (magnitude * V / (norm(V) + 2**-23) - W)``, the norm over each output row or each input channel.
     ``base`` is the kind of W (None for the delta alone), ``out`` the kind of the result, ``magnitude`` DoRA's.
     ``check_finite`` adds an operand, set to 1 where a result is not finite and otherwise left alone: whether W was
-    finite there is for the caller to see.
+    finite there is for the caller to see. ``settled``: results that a tensor core's sum would leave in doubt are made
+    again in pairs of fp32, so that the golden rule holds however far terms cancel; costs time where kernels are bound
+    by instructions, and nothing where files are.
     """
 
     out_features: int
@@ -61,6 +63,7 @@ class WeightDescriptor:
     layout: WeightLayout = WeightLayout.CHECKPOINT
     magnitude: ElementKind | None = None
     check_finite: bool = False
+    settled: bool = False
 
     category = OpCategory.ADAPTER_WEIGHT
 

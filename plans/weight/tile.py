@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import numpy as np
@@ -10,6 +11,7 @@ from kernels.elements import ELEMENTS
 from kernels.target import SIMULATOR
 from kernels.weight import tile as weight_tile
 from kernels.weight.low_rank_tile import STEP, Product, Tile
+from kernels.weight.tile_groups import shared_bytes
 from kernels.weight.tile_sources import Source, product_words
 from plans.core.device import Device
 from plans.core.plan import Sku
@@ -26,6 +28,10 @@ MAX_SHARED_BYTES = 160 * 1024
 PRODUCT_WORDS, WALK_WORDS = 12, 32
 WALK_START = 0.35
 LONGEST_WALK = 16
+_SETTLED = (
+    "; where that error could decide a rounding, by the magnitudes of the very terms, the element is summed again in "
+    "pairs of fp32"
+)
 _FIRST_PRODUCT = {"low_rank": 0, "hadamard": 0, "kronecker_product": 1}
 
 
@@ -71,11 +77,18 @@ def tile_of(descriptor: WeightDescriptor) -> Tile | None:
     while groups:
         tile = Tile(WARPS, groups, True, "registers")
         ragged = rows % tile.rows != 0 or columns % tile.columns != 0
-        tile = Tile(WARPS, groups, ragged, _base_place(descriptor, product_words(sources)))
-        if weight_tile.shared_bytes(base_name, sources, tile) <= MAX_SHARED_BYTES:
+        place = _base_place(descriptor, product_words(sources))
+        tile = Tile(WARPS, groups, ragged, place, settles(descriptor))
+        if shared_bytes(base_name, sources, tile) <= MAX_SHARED_BYTES:
             return tile
         groups //= 2
     return None
+
+
+def settles(descriptor: WeightDescriptor) -> bool:
+    """Whether a kernel has sums to settle; a single source without products keeps the golden rule as it is."""
+    sources = tile_sources(descriptor)
+    return descriptor.settled and (len(sources) > 1 or sources[0][0] in _FIRST_PRODUCT)
 
 
 def _base_place(descriptor: WeightDescriptor, words: int) -> str:
@@ -111,6 +124,7 @@ def refuses(descriptor: WeightDescriptor) -> str:
 
 def tensor_core_guarantee(descriptor: WeightDescriptor) -> PrecisionGuarantee:
     """Exact products of parts, summed by the tensor core."""
+    settled = settles(descriptor)
     depth = sum(source.depth for source in descriptor.sources)
     return PrecisionGuarantee(
         math_precision=MathPrecision.BF16_TENSOR_CORE,
@@ -120,7 +134,8 @@ def tensor_core_guarantee(descriptor: WeightDescriptor) -> PrecisionGuarantee:
         rounding_units=2.0 * depth + 10.0 * len(descriptor.sources) + (48.0 if descriptor.is_dora else 2.0),
         derivation="the tensor core truncates each aligned term at fp32's last place (2 units a term); parts left "
         "out of fp32 factors are below 2**-24 (2), scaling, combination and addition 8; DoRA's norm sums 32 squares "
-        "a lane, 4 lanes and the tiles (half of 64), division and products 16",
+        "a lane, 4 lanes and the tiles (half of 64), division and products 16" + (_SETTLED if settled else ""),
+        settled=settled,
     )
 
 
@@ -154,7 +169,8 @@ class TileProgram(WeightProgram):
         out, check = descriptor.out.value, descriptor.check_finite
         if descriptor.is_dora:
             dora = weight_tile.weight_tile(base, out, sources, f"dora {descriptor.magnitude.value}", check, tile)
-            norm = weight_tile.weight_tile(base, out, sources, "norm", False, tile)
+            unsettled = dataclasses.replace(tile, settled=False)
+            norm = weight_tile.weight_tile(base, out, sources, "norm", False, unsettled)
             self.norm, self.merge = norm.launcher(self.grid), dora.launcher(self.grid)
             return
         choices = (base, out, sources, "delta" if base is None else "merge", check, tile)
