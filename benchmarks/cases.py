@@ -22,6 +22,7 @@ class Limit(enum.Enum):
     PEER = "lycoris-lora"
     PEFT = "PEFT"
     TORCH = "torch"
+    LIGER = "Liger-Kernel"
     CUBLAS = "cuBLAS"
     CUDNN = "cuDNN"
     CP = "cp"

@@ -113,7 +113,7 @@ class Transformer(nn.Module):
 
 
 def transformer_step(device: Device, rng: np.random.Generator) -> Callable[[], Any]:
-    """A captured forward and backward, and AdamW."""
+    """A captured forward, backward and AdamW."""
     model = Transformer(Generator(0))
     adapters = nn.adapt(model, LoConModule, TRANSFORMER["rank"], seed=1)
     model.train()
@@ -121,20 +121,15 @@ def transformer_step(device: Device, rng: np.random.Generator) -> Callable[[], A
     shape = tuple(TRANSFORMER[name] for name in ("batch", "length", "width"))
     x, wanted = (random_tensor(device, rng, shape) for _ in range(2))
 
-    def gradients() -> Tensor:
+    def step() -> Tensor:
         with enable_grad():
             optimizer.zero_grad()
             loss = tensor.mse_loss(model(x), wanted)
             loss.backward()
+            optimizer.step()
             return loss.detach()
 
-    graph = capture(gradients, device)
-
-    def step() -> None:
-        graph.replay()
-        optimizer.step()
-
-    return step
+    return capture(step, device).replay
 
 
 @pytest.fixture(scope="module")

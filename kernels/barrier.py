@@ -60,8 +60,8 @@ shared_load_remote = instruction(
     "r",
     twin=twins.shared_load_remote,
 )
-# (shared address, barrier, rank, word): the word to the same address in another block of the cluster, counted as 4 bytes
-# at that block's barrier; who waits there sees it, and no fence is needed.
+# (shared address, barrier, rank, word): the word to the same address in another block of the cluster, which counts as
+# 4 bytes at that barrier there; who waits for them sees it, and no fence is needed.
 shared_store_counted = instruction(
     "{ .reg .b32 there, counted; mapa.shared::cluster.u32 there, $0, $2; mapa.shared::cluster.u32 counted, $1, $2; "
     "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.b32 [there], $3, [counted]; }",

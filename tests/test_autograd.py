@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
+
 import numpy as np
 import pytest
 from gradient_cases import CASES
@@ -233,6 +236,28 @@ def test_checkpoint_reaches_leaves_beside_its_arguments():
     z.sum().backward()
     assert frozen.grad is None
     assert not tensor.checkpoint(lambda a: a * 2, frozen).requires_grad
+
+
+def test_checkpoint_draws_the_same_numbers_again():
+    def inner(a):
+        return (a @ w).dropout(0.4, generator=generator)
+
+    def outer(a, call):
+        return call(inner, tensor.dropout(a, 0.3)) * tensor.rand((4, 3))
+
+    found = []
+    for call in (lambda fn, *args: fn(*args), tensor.checkpoint):
+        generator, x, w = tensor.Generator(2), leaf(np.ones((4, 3))), leaf(np.full((3, 3), 0.5))
+        tensor.manual_seed(7)
+        y = call(functools.partial(outer, call=call), x)
+        tensor.rand((2,)), tensor.rand((2,), generator=generator)  # what comes between counts for neither
+        y.sum().backward()
+        found.append([t.numpy().tobytes() for t in (y, x.grad, w.grad, tensor.rand((2,)))] + [generator.number])
+    assert found[0] == found[1]
+    count = itertools.count()
+    y = tensor.checkpoint(lambda a: a.dropout(0.5) if next(count) == 0 else a.dropout(0.5).dropout(0.5), x)
+    with pytest.raises(RefusedInput, match="more random numbers on the way back than before"):
+        y.sum().backward()
 
 
 def test_max_shares_its_gradient_among_equals():

@@ -8,24 +8,33 @@ import functools
 import numpy as np
 import pytest
 from matmul_cases import BF16, F16, F32, gaussian
-from test_convolution import FORWARD, INPUT, check, solve
+from test_convolution import FORWARD, INPUT, WEIGHT, check, solve
 
 from kernels.matmul.wgmma_tile import WgmmaTile
 from kernels.target import SIMULATOR
-from plans.convolution import Conv2dDescriptor, Conv2dInputGradientDescriptor, Convolution
+from plans.convolution import (
+    Conv2dDescriptor,
+    Conv2dInputGradientDescriptor,
+    Conv2dWeightGradientDescriptor,
+    Convolution,
+)
+from plans.convolution.weight_sums import sums_bytes
 from plans.convolution.wgmma import WGMMA, WgmmaProgram, box_width_of
+from plans.convolution.wgmma_weight import WEIGHT_GRADIENT_WGMMA, WeightGradientProgram, split_of
 from plans.core import BackendKind, Device, NoSku
 from plans.matmul import Activation, Bias, ColumnScale, Residual, RowScale
 
 BACKEND = BackendKind.WGMMA
 pytestmark = pytest.mark.skipif(Device.open().arch < (9, 0), reason="wgmma is an instruction of sm_90a")
-EVERY_PROBLEM = pytest.mark.parametrize("problem", [FORWARD, INPUT], ids=["forward", "input"])
+EVERY_PROBLEM = pytest.mark.parametrize("problem", [FORWARD, INPUT, WEIGHT], ids=["forward", "input", "weight"])
+PIXELS = pytest.mark.parametrize("problem", [FORWARD, INPUT], ids=["forward", "input"])
 GEOMETRIES = {
     "3x3": Convolution(2, (9, 17), 8, 40, (3, 3), padding=(1, 1)),
     "1x1 of many channels": Convolution(1, (3, 7), 136, 16, (1, 1)),
     "dilation, uneven": Convolution(1, (7, 20), 16, 8, (3, 2), (1, 1), (2, 0), (2, 3)),
     "one axis": Convolution(3, (150,), 8, 24, (5,), padding=(2,)),
     "filter larger than the image": Convolution(1, (2, 2), 8, 8, (5, 5), padding=(2, 2)),
+    "three groups": Convolution(2, (5, 9), 24, 48, (2, 2), padding=(1, 0), groups=3),
 }
 STRIDED = {
     "stride 2": Convolution(1, (19, 34), 8, 16, (3, 3), (2, 2), (1, 1)),
@@ -45,17 +54,18 @@ LARGE = (
 @pytest.mark.parametrize("geometry", (GEOMETRIES | LARGE).values(), ids=(GEOMETRIES | LARGE).keys())
 def test_geometries(device, poisoned, rng, problem, geometry):
     plan = check(device, poisoned, rng, problem, problem[1](geometry), BACKEND, both=True)
-    assert plan.chosen is WGMMA
+    assert plan.chosen.backend is BACKEND
 
 
 @pytest.mark.parametrize("geometry", STRIDED.values(), ids=STRIDED.keys())
 def test_strides(device, poisoned, rng, geometry):
     check(device, poisoned, rng, FORWARD, Conv2dDescriptor(geometry), BACKEND, both=True)
+    check(device, poisoned, rng, WEIGHT, Conv2dWeightGradientDescriptor(geometry, out=F32), BACKEND, both=True)
     with pytest.raises(NoSku, match="and 1 for the gradient of the input"):
         solve(device, poisoned, INPUT, Conv2dInputGradientDescriptor(geometry), gaussian(rng), BACKEND)
 
 
-@EVERY_PROBLEM
+@PIXELS
 @pytest.mark.parametrize("kinds", [(BF16, BF16, F32), (F16, F16, F16), (F16, F16, BF16)], ids=str)
 def test_kinds_and_epilogues(device, poisoned, rng, problem, kinds):
     geometry = Convolution(2, (6, 11), 16, 24, (3, 3), padding=(1, 1))
@@ -63,7 +73,7 @@ def test_kinds_and_epilogues(device, poisoned, rng, problem, kinds):
     check(device, poisoned, rng, problem, problem[1](geometry, *kinds, steps[kinds[0]]), BACKEND)
 
 
-@EVERY_PROBLEM
+@PIXELS
 def test_tiles(device, poisoned, rng, problem):
     """Several tiles a block, a tile beyond the last image in a cluster, boxes of every width."""
     family, descriptor = problem[0], problem[1](Convolution(3, (5, 10), 72, 72, (1, 2), padding=(0, 1)))
@@ -77,6 +87,31 @@ def test_tiles(device, poisoned, rng, problem):
         assert plan.precision_guarantee.accepts(found, exact, magnitude, BF16).all(), tile
 
 
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize(("columns", "cluster", "parts"), [(64, 1, 1), (128, 2, 2), (64, 1, 5)], ids=str)
+def test_weight_gradients_in_parts(device, poisoned, rng, groups, columns, cluster, parts):
+    """Boxes that parts do not divide, more parts than boxes, several tiles a tap, blocks that share x; residuals."""
+    geometry = Convolution(2, (9, 11), 72 * groups, 136 * groups, (1, 2), padding=(0, 1), groups=groups)
+    tile = WgmmaTile(columns, 2, cluster, False, False)
+    sku = dataclasses.replace(
+        WEIGHT_GRADIENT_WGMMA,
+        build=functools.partial(WeightGradientProgram, parts=parts, tile=tile),
+        workspace=lambda d: sums_bytes(d.geometry, parts) if parts > 1 or d.epilogue else 0,
+    )
+    patched = type("Patched", (WEIGHT[0],), {"skus": (sku,), "name": f"{columns} {cluster} {parts} {groups}"})
+    for steps, out in (((), BF16), ((Residual(F32), Residual(F16)), F32)):
+        check(device, poisoned, rng, (patched, None), WEIGHT[1](geometry, out=out, epilogue=steps), BACKEND)
+
+
+def test_weight_gradients_of_few_taps_and_many_pixels_are_split():
+    for geometry, parts in (
+        (Convolution(2, (128, 128), 320, 320, (3, 3), padding=(1, 1)), 2),
+        (Convolution(1, (256, 256), 64, 64, (1, 1)), 16),
+    ):
+        assert split_of(Conv2dWeightGradientDescriptor(geometry))[0] >= parts
+    assert split_of(Conv2dWeightGradientDescriptor(Convolution(1, (4, 4), 2048, 2048, (3, 3))))[0] == 1
+
+
 def test_boxes_cover_images_with_few_of_them():
     images = ((128, 128), (32, 32), (1, 500), (9, 100), (100, 7))
     assert [box_width_of(*image) for image in images] == [16, 16, 128, 128, 8]
@@ -86,8 +121,9 @@ def test_boxes_cover_images_with_few_of_them():
     ("reason", "geometry"),
     [
         ("channels in multiples of 8, found 12 and 8", Convolution(1, (4, 4), 12, 8, (1, 1))),
-        ("one or two axes, one group", Convolution(1, (4, 4, 4), 8, 8, (1, 1, 1))),
-        ("one or two axes, one group", Convolution(1, (4, 4), 16, 16, (1, 1), groups=2)),
+        ("channels in multiples of 8, found 4 and 8", Convolution(1, (4, 4), 8, 16, (1, 1), groups=2)),
+        ("one or two axes", Convolution(1, (4, 4, 4), 8, 8, (1, 1, 1))),
+        ("a pixel or more", Convolution(1, (0, 4), 8, 8, (1, 1), padding=(1, 0))),
         ("strides up to 2", Convolution(1, (9, 9), 8, 8, (1, 1), (3, 3))),
         ("the weight as OHWI", Convolution(1, (4, 4), 8, 8, (1, 1), weight_layout="OIHW")),
     ],

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from lycoris import nn, optim, tensor
-from lycoris.algorithms import LoConModule
+from lycoris.algorithms import LoConModule, load, save
 from lycoris.errors import RefusedInput
 from lycoris.graph import capture
 from lycoris.tensor import Generator
@@ -19,20 +19,26 @@ REPLAYS = 3
 class Training:
     """An adapted layer with all of its dropouts but the module's, dropout before it, clipping, an optimiser."""
 
-    def __init__(self, make_optimizer, accumulate=1):
+    def __init__(self, make_optimizer, accumulate=1, modules=None):
         self.generator = Generator(11)
         self.layer = nn.AdaptedLinear(tensor.randn((5, 8), kind=BF16, seed=1))
-        module = LoConModule.new_linear(8, 5, 3, seed=2)
-        self.layer.add("a", module, dropout=0.3)
-        self.layer.add("b", LoConModule.new_linear(8, 5, 2, seed=3), rank_dropout=0.4)
+        self.modules = modules or self.untrained()
+        self.layer.add("a", self.modules["a"], dropout=0.3)
+        self.layer.add("b", self.modules["b"], rank_dropout=0.4)
         self.layer.train()
         self.parameters = [p.requires_grad_() for _, p in self.layer.parameters()]
-        with tensor.no_grad():
-            for number, p in enumerate(self.parameters):  # a factor of zeros would hide the other one's gradient
-                p.copy_(tensor.randn(p.shape, seed=20 + number).to(BF16))
         self.dropout = nn.Dropout(0.5, generator=self.generator)
         self.x, self.wanted = tensor.randn((6, 8), kind=BF16, seed=5), tensor.randn((6, 5), seed=6)
         self.optimizer, self.accumulate = make_optimizer(self.parameters), accumulate
+
+    @staticmethod
+    def untrained():
+        """Modules without zeros, which would hide gradients."""
+        modules = {"a": LoConModule.new_linear(8, 5, 3, seed=2), "b": LoConModule.new_linear(8, 5, 2, seed=3)}
+        for number, module in enumerate(modules.values()):
+            for name, factor in module.tensors().items():
+                factor.copy_(tensor.randn(factor.shape, seed=20 + 2 * number + len(name)).to(BF16))
+        return modules
 
     def __call__(self):
         with tensor.enable_grad():
@@ -95,6 +101,33 @@ def test_eager_and_recorded_steps_take_turns(default_generator):
     graph.replay()
     turns()
     assert turns.state() == eager.state()
+
+
+@pytest.mark.parametrize("recorded", [False, True], ids=["eager", "recorded"])
+def test_a_resumed_run_is_the_whole_one(default_generator, tmp_path, recorded):
+    default_generator()
+    whole = Training(OPTIMIZERS["adamw"])
+    for _ in range(4):
+        whole()
+    default_generator()
+    half = Training(OPTIMIZERS["adamw"])
+    step = capture(half).replay if recorded else half
+    for _ in range(1 if recorded else 2):
+        step()
+    generators = {"dropout": half.generator, "default": tensor.default_generator()}
+    save(tmp_path / "adapter.safetensors", {f"lycoris_{name}": module for name, module in half.modules.items()})
+    optim.save_state(tmp_path / "state.safetensors", half.optimizer, generators)
+    tensor.manual_seed(999)
+
+    loaded = load(tmp_path / "adapter.safetensors")
+    resumed = Training(OPTIMIZERS["adamw"], modules={name: loaded[f"lycoris_{name}"] for name in half.modules})
+    generators["dropout"] = resumed.generator
+    optim.load_state(tmp_path / "state.safetensors", resumed.optimizer, generators)
+    assert resumed.state() == half.state()
+    step = capture(resumed).replay if recorded else resumed
+    for _ in range(1 if recorded else 2):
+        step()
+    assert resumed.state() == whole.state()
 
 
 def test_each_replay_draws_other_numbers():

@@ -105,12 +105,12 @@ def test_blocks_along_a_diagonal(device, poisoned, rng, block, depth):
     tiles = [tile for tile in candidate_tiles(descriptor) if tile.columns in (64, 128) and n >= tile.columns]
     assert {tile.diagonal for tile in tiles} == {block if (block, depth % 64) == (64, 0) else 0}
     for tile in tiles[:: 3 if SIMULATOR else 1]:
-        problem = make(device, descriptor, draw, (0.5, 1.0, -1.0))
+        problem, stream = make(device, descriptor, draw, (0.5, 1.0, -1.0)), device.stream()
         sku = dataclasses.replace(
             WGMMA, build=functools.partial(WgmmaProgram, tile=dataclasses.replace(tile, stages=2))
         )
-        SegmentedMatmulPlan(descriptor, sku, device).run(device.stream(), None, problem.args)
-        device.synchronize(device.stream())
+        SegmentedMatmulPlan(descriptor, sku, device).run(stream, None, problem.args)
+        device.synchronize(stream)
         assert_exact(problem)
 
 

@@ -13,6 +13,7 @@ from collections.abc import Callable
 import numpy as np
 
 from kernels import bits, functions, memory, warp
+from kernels.attention.products import packer, register_multiplier, score_multiplier
 from kernels.attention.tiles import (
     BATCH,
     HEAD,
@@ -25,10 +26,7 @@ from kernels.attention.tiles import (
     in_turn,
     lane_of,
     loader,
-    packer,
-    register_multiplier,
     row_of,
-    score_multiplier,
     storer,
 )
 from kernels.target import cuda, device, f32, f32p, i64, kernel_factory
@@ -106,9 +104,9 @@ def _online_softmax(tile: Tile) -> Callable:
                 at = 4 * (block * blocks + j) + 2 * half
                 high = functions.maximum(high, functions.maximum(scores[at], scores[at + 1]))
             high = warp.quad_maximum(high)
-            # A row that has seen nothing keeps a finite shift, as infinity minus infinity is no number.
-            shift = np.float32(0) if high == _NOTHING else high * factor
-            older = functions.exp2(most[number] * factor - shift)
+            # A row that has seen nothing keeps a finite base, as infinity minus infinity is no number.
+            base = np.float32(0) if high == _NOTHING else high
+            shift, older = base * factor, functions.exp2((most[number] - base) * factor)
             total = totals[number] * older
             for j in range(blocks):
                 at = 4 * (block * blocks + j) + 2 * half
@@ -172,7 +170,9 @@ def _walker(kind: str, tile: Tile, causal: bool) -> Callable:
             soften(scores, most, totals, out, factor)
             packed(scores, words)
             multiply(shared, v_at, words, out, where(thread)[0])
+        # Without a turn, other threads' copies of q may still be under way to where results go.
         memory.copy_async_wait_all()
+        warp.block_barrier()
 
     return walk
 

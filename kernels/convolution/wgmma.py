@@ -1,4 +1,4 @@
-"""Convolutions on Hopper, channels last: the pipeline of `matmul_wgmma` over boxes of pixels instead of rows.
+"""Convolutions on Hopper, channels last: the pipeline of `matmul.wgmma` over boxes of pixels instead of rows.
 
 A tile's 128 rows are a box of output pixels of one image. For every tap and 64 channels TMA brings the input pixels
 that the box meets there, shifted and strided by the map; what lies outside of the image arrives as zeros, which is the
@@ -136,7 +136,7 @@ def warp_box(box_width: int) -> tuple[int, int]:
 def convolve_wgmma(kind: str, out_kind: str, tile: WgmmaTile, box_width: int, stride: tuple[int, int], steps: tuple):
     """A convolution by boxes of 128 / ``box_width`` by ``box_width`` output pixels, ``stride`` (y, x) apart.
 
-    Parameters: those of `matmul_wgmma.persistent` with rows as numbered above, one part of one segment whose maps are
+    Parameters: those of `matmul.wgmma.persistent` with rows as numbered above, one part of one segment whose maps are
     x's [channels, width, height, images] and the weight's [channels, taps, columns]; the last are :data:`SHAPE`.
     """
     target = tile_store(out_kind, tile.columns, "tma", steps, _rows_of_pixels(box_width))

@@ -42,7 +42,7 @@ def _cluster_sums(cluster: int) -> Callable:
     """``add_up(squares, shared, at, lane)``: the lane's sums of squares become those of its rows over the cluster.
 
     The block's sums of the lane's rows lie at ``at`` and 16 elements on. The blocks meet once; who leaves has to meet
-    them again, since its sums are still being read.
+    them again, since its sums are still being read. A warp comes to the cluster's barriers as one: they count warps.
     """
 
     @device
@@ -52,6 +52,7 @@ def _cluster_sums(cluster: int) -> Callable:
             own = warp.quad_sum(squares[i])
             if quarter == np.uint32(0):
                 memory.shared_store32(shared, at + np.int64(16 * i), bits.f32_bits(own))
+        warp.sync_warp()
         cluster_barrier()
         for i in range(ROWS_OF_LANE):
             address = shared_address(shared, at + np.int64(16 * i))
@@ -61,6 +62,7 @@ def _cluster_sums(cluster: int) -> Callable:
                 if rank < np.uint32(cluster):
                     total += bits.bits_f32(shared_load_remote(address, rank))
             squares[i] = warp.quad_sum(total)
+        warp.sync_warp()
         cluster_arrive()
 
     return add_up
@@ -120,6 +122,7 @@ def _body(base, out, sources, magnitude, check, tile, cluster) -> Callable:
             trace = merge_groups(trace, view, raw, zero, held, state, out_pointer, place, p, ())
         if check and not all_finite(trace):
             flag[0] = np.int32(1)
+        warp.sync_warp()
         cluster_wait()
 
     return body

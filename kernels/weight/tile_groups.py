@@ -107,9 +107,9 @@ def group_chain(base, out, sources, sink, check, tile) -> Callable:
 def ordered(sources: tuple[Source, ...], sink: str, tile: Tile) -> bool:
     """Whether groups are kept apart: always, but for merging one small product over a base in registers.
 
-    Lanes that settle come to the next group at their own time.
+    Lanes that settle, or store while others do not, come to the next group at their own time.
     """
-    if tile.settled:
+    if tile.settled or tile.ragged:
         return True
     small = len(sources) == 1 and sources[0][0] == "low_rank" and held_words(sources, tile) <= 12
     return not (small and sink == "merge" and tile.base == "registers")

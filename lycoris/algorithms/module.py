@@ -278,6 +278,7 @@ class LycorisModule:
             sink=sink,
             layout=self.layout,
             magnitude=self.dora_scale.kind if sink in (Sink.DORA_ROW, Sink.DORA_COLUMN) else None,
+            settled=True,
         )
 
     def _ordered(self, binding: SourceBinding) -> list[DeviceArray]:

@@ -191,6 +191,7 @@ def _merge_jobs(place: Place, extents: tuple[Extent, ...], changes: Sequence[Cha
             layout=WeightLayout.FLAME if change.transposed else WeightLayout.CHECKPOINT,
             magnitude=magnitude.kind if magnitude else None,
             check_finite=True,
+            settled=True,
         )
     except PlanError as error:
         raise RefusedInput(f"{where}: cannot change {place.name!r} ({error}); merge them one by one") from error
@@ -219,7 +220,7 @@ def _dense_jobs(
     for row in range(0, rows, step):
         band = min(step, rows - row)
         first, count = row * columns, band * columns
-        descriptor = WeightDescriptor(band, columns, sources, base=base, out=out, check_finite=True)
+        descriptor = WeightDescriptor(band, columns, sources, base=base, out=out, check_finite=True, settled=True)
         parts = tuple((factor.part(first, count),) for (factor,) in factors)
         yield Job(_within(extents, first, count), out, where, descriptor, parts, scales)
 

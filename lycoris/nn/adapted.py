@@ -26,11 +26,11 @@ from lycoris.formats.keys import UP
 from lycoris.formats.shapes import Shape, fits
 from lycoris.ops.weight import evaluate
 from lycoris.replay import only_recorded
-from lycoris.tensor import Tensor, autograd, default_generator, dropout, from_array, rand
+from lycoris.tensor import Tensor, autograd, dropout, from_array, rand
+from lycoris.tensor.creation import chance
 from lycoris.tensor.pointwise import apply, sum_of
 from plans.core import ElementKind
 from plans.expression import leaf
-from plans.random import first_uniform
 from plans.weight import Dense, Sink, WeightDescriptor, WeightLayout
 
 MODES = ("merged", "separate")
@@ -226,7 +226,7 @@ class Adapted:
         dropping = [adapter for adapter in found if self.training and adapter.module_dropout]
         if dropping and only_recorded() is not None:
             raise RefusedInput("module_dropout: drawn on the host, so not in recorded work; use dropout, or no graph")
-        gone = [a for a in dropping if first_uniform(*default_generator().take()) < a.module_dropout]
+        gone = [adapter for adapter in dropping if chance() < adapter.module_dropout]
         return [adapter for adapter in found if not any(adapter is other for other in gone)]
 
     def live_factors(self, adapter: Adapter) -> dict[str, Tensor]:
@@ -306,6 +306,7 @@ class Adapted:
             base=base.kind,
             kernel=first.kernel,
             sink=Sink.MERGE,
+            settled=True,
         )
         scales = [adapter.strength * scale for adapter, (_, _, scale) in zip(found, terms, strict=True)]
         merged = evaluate(descriptor, [factors for _, factors, _ in terms], scales, base.reshape(descriptor.shape))

@@ -119,7 +119,7 @@ class Dropout(Module):
 
 
 class SelfAttention(Module):
-    """Multi-head self-attention, arXiv:1706.03762: softmax(Q K^T / sqrt(width of a head)) V, in whole matrices."""
+    """Multi-head self-attention, arXiv:1706.03762: softmax(Q K^T / sqrt(width of a head)) V, no scores in memory."""
 
     def __init__(
         self,
@@ -140,12 +140,7 @@ class SelfAttention(Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Of x [batch, length, width] gives the same shape."""
-        batch, length, width = x.shape
-        size = width // self.heads
-        q, k, v = self.qkv(x).reshape(batch, length, 3, self.heads, size).permute(2, 0, 3, 1, 4).split(1)
-        scores = q[0].matmul(k[0].transpose(), 1 / math.sqrt(size))
-        mixed = scores.softmax() @ v[0]
-        return self.out(mixed.permute(0, 2, 1, 3).reshape(batch, length, width))
+        return self.out(tensor.self_attention(self.qkv(x), self.heads))
 
 
 class MLP(Module):

@@ -26,7 +26,7 @@ from lycoris.tensor.creation import Generator, from_numpy
 from lycoris.tensor.launch import F32, converted, filled, run, same_device, zeros
 from lycoris.tensor.tensor import Layout, Tensor, changed, layout_of
 from lycoris.tensor.uploaded import Uploaded
-from plans.core import ElementKind
+from plans.core import ElementKind, TensorRef
 from plans.optimizer import (
     GRADIENT_COLUMN,
     Member,
@@ -95,12 +95,16 @@ class _State:
 
 @dataclass
 class _Launch:
-    """States that one launch steps, their gradients' layouts, the plan, its table but for gradients, and the groups."""
+    """States that one launch steps, their gradients' layouts, the plan, its tables, how many groups they are in.
+
+    ``rows`` is the table but for gradients, ``blocks`` the other one, on the device.
+    """
 
     states: list[_State]
     layouts: list[Layout]
     plan: UpdatePlan
     rows: np.ndarray
+    blocks: TensorRef
     groups: int
 
     def gradient_addresses(self) -> list[int]:
@@ -151,7 +155,8 @@ class _StepNumbers:
         own = self._optimizer
         factor = own.schedule(max(own.steps, 1) - 1)
         self._groups.set(np.array([g.numbers(own.rule, factor, max(own.steps, 1)) for g in own.groups], np.float32))
-        self._origin.set(np.array([own.seed, own.steps if own.stochastic else 0], np.int64))
+        if own.stochastic or self.origin is None:
+            self._origin.set(np.array([own.seed, own.steps], np.int64))
 
 
 class Optimizer:
@@ -250,12 +255,11 @@ class Optimizer:
 
     def _launch(self, launch: _Launch, gradients: list[int], numbers: _StepNumbers, scale: Tensor) -> None:
         launch.rows[:, GRADIENT_COLUMN] = gradients
-        table = self._tables.set(("table", id(launch)), launch.rows)
-        blocks = self._tables.set(("blocks", id(launch)), block_table(launch.plan.descriptor.counts))
+        table = self._tables.set(id(launch), launch.rows)
         # The tensors themselves are reached by the table; they are there for the simulator's checks.
         members = [state.member() for state in launch.states] if self.device.is_simulator else []
         own = numbers.groups.narrow(0, 0, launch.groups).ref(), scale.ref(), numbers.origin.ref()
-        run(launch.plan, UpdateArgs(members, table.ref(), blocks.ref(), *own))
+        run(launch.plan, UpdateArgs(members, table.ref(), launch.blocks, *own))
         changed(*[state.parameter for state in launch.states])
 
     def _launches(self, having: tuple[bool, ...]) -> list[_Launch]:
@@ -274,11 +278,10 @@ class Optimizer:
         counts, groups = (tuple(values) for values in zip(*((s.parameter.size, s.group) for s in states), strict=True))
         descriptor = UpdateDescriptor(self.rule, kind, master, stochastic, counts, groups)
         plan = UpdatePlan.select(None, descriptor, device=self.device)
-        rows, layouts = (
-            descriptor.table([s.member() for s in states]),
-            [layout_of(s.parameter.shape, F32) for s in states],
-        )
-        return _Launch(states, layouts, plan, rows, max(groups) + 1)
+        layouts = [layout_of(state.parameter.shape, F32) for state in states]
+        rows = descriptor.table([state.member() for state in states])
+        blocks = Uploaded(self.device).set(block_table(counts)).ref()
+        return _Launch(states, layouts, plan, rows, blocks, max(groups) + 1)
 
     def state_dict(self) -> dict[str, np.ndarray]:
         """Step, moments and fp32 copies as arrays: ``steps`` and ``<number of the parameter>.<name>``."""

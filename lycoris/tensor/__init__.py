@@ -13,7 +13,7 @@
 | `launch` | plans on tensors, without gradients |
 | `autograd` | the graph, `backward`, `grad`, `no_grad`, `checkpoint` |
 | `pointwise`, `reductions`, `views`, `indexing`, `rows` | operations, each with its gradient |
-| `products`, `low_rank`, `adapted`, `decomposed`, `mixing`, `convolution`, `losses` | likewise |
+| `products`, `attention`, `low_rank`, `adapted`, `decomposed`, `mixing`, `convolution`, `losses` | likewise |
 | `creation`, `exchange` | constants, random numbers; NumPy, DLPack, CUDA array interface |
 | `methods` | which of them are methods and operators |
 
@@ -23,6 +23,7 @@ the host by itself.
 
 from lycoris.tensor import methods as _methods
 from lycoris.tensor.adapted import hadamard_linear, kronecker_linear
+from lycoris.tensor.attention import scaled_dot_product_attention, self_attention
 from lycoris.tensor.autograd import backward, checkpoint, enable_grad, grad, is_grad_enabled, no_grad
 from lycoris.tensor.creation import (
     Generator,
@@ -112,6 +113,8 @@ __all__ = [
     "randn",
     "reshape",
     "rms_norm",
+    "scaled_dot_product_attention",
+    "self_attention",
     "softmax",
     "split",
     "stack",

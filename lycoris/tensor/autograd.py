@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lycoris.errors import RefusedInput
+from lycoris.tensor import streams
 from lycoris.tensor.launch import zeros_like_layout
 from plans.core import ElementKind
 
@@ -348,26 +349,28 @@ def _accumulate(leaf: Tensor | None, gradient: Tensor, own: bool) -> None:
 
 
 def checkpoint(fn: Callable[..., Tensor], *args: Tensor) -> Tensor:
-    """fn(*args), of which only the arguments are kept: the way back computes it once more.
+    """fn(*args), of which only the arguments are kept: the way back computes it once more, by the same random numbers.
 
-    ``fn`` gives one tensor and does the same both times (random numbers by seed). Leaves that it uses beside its
-    arguments get their gradients too.
+    ``fn`` gives one tensor and does the same both times. Leaves that it uses beside its arguments get their gradients
+    too. Raises RefusedInput on the way back where it draws more random numbers than it did.
     """
 
-    def again() -> tuple[list[Tensor], Tensor]:
+    def run() -> tuple[list[Tensor], Tensor]:
         with enable_grad():
             inner = [a.detach().requires_grad_(a.requires_grad) for a in args]
             return inner, fn(*inner)
 
     if not _mode.enabled:
         return fn(*args)
-    _, first = again()
+    with streams.noted() as drawn:
+        _, first = run()
     out = first.detach()
     if not first.requires_grad:
         return out
 
     def pull(g: Tensor, edges: Sequence[Node | None]) -> list[Tensor | None]:
-        inner, result = again()
+        with streams.repeated(drawn):
+            inner, result = run()
         backward([result], [g])
         return [None if e is None or a.grad is None else a.grad.to(e.kind) for e, a in zip(edges, inner, strict=True)]
 

@@ -11,7 +11,7 @@ import numpy as np
 from lycoris.buffers import DeviceArray
 from lycoris.errors import RefusedInput
 from lycoris.replay import Recorded, recorded
-from lycoris.tensor import autograd, launch
+from lycoris.tensor import autograd, launch, streams
 from lycoris.tensor.launch import F32, empty, run
 from lycoris.tensor.tensor import FLOATS, Storage, Tensor
 from lycoris.tensor.uploaded import Uploaded
@@ -24,6 +24,7 @@ from plans.random import (
     RandomArgs,
     RandomDescriptor,
     RandomPlan,
+    first_uniform,
 )
 
 
@@ -150,15 +151,22 @@ class _Counted:
 
 
 def _stream(seed: int | None, generator: Generator | None, device: Device) -> _Stream:
-    if seed is not None:
-        return _Stream(seed, 0)
-    own, work = generator or _default, recorded()
+    return _Stream(seed, 0) if seed is not None else streams.take(lambda: _next(generator or _default, device))
+
+
+def _next(generator: Generator, device: Device) -> _Stream:
+    work = recorded()
     if work is None:
-        return _Stream(*own.take())
-    key = ("random numbers", id(own), device.ordinal)
+        return _Stream(*generator.take())
+    key = ("random numbers", id(generator), device.ordinal)
     if key not in work.made:
-        work.made[key] = _Counted(own, work, device)
+        work.made[key] = _Counted(generator, work, device)
     return work.made[key].take()
+
+
+def chance() -> float:
+    """A uniform number on the host from the generator that is used where no other is given."""
+    return first_uniform(*streams.take(_default.take))
 
 
 def _random(

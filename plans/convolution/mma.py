@@ -7,7 +7,6 @@ import math
 import numpy as np
 
 from kernels.convolution.mma import ConvolutionProblem, convolve_mma, weight_gradient_mma
-from kernels.matmul import reduce as matmul_reduce
 from kernels.matmul.mma_tile import MmaTile
 from plans.convolution.descriptor import Conv2dArgs
 from plans.convolution.program import (
@@ -18,12 +17,12 @@ from plans.convolution.program import (
     is_input_gradient,
     refuses_extents,
 )
+from plans.convolution.weight_sums import WeightSums, plane_of, residual_arguments, sums_bytes
 from plans.core.device import Device
 from plans.core.plan import Launches, Sku
 from plans.core.precision import ElementKind, MathPrecision, PrecisionGuarantee
 from plans.core.sku import ArchSku, BackendKind
 from plans.core.workspace import Workspace
-from plans.matmul.epilogue import Residual
 from plans.matmul.mma import LEAST_DEPTH, MOST_PARTS, SLOTS, TILES, UNIT
 
 _KINDS = (ElementKind.BF16, ElementKind.F16)
@@ -151,9 +150,7 @@ class WeightGradientProgram(ConvolutionProgram):
         blocks = _weight_blocks(descriptor, tile) * self.parts
         self.multiply = weight_gradient_mma(problem, tile).launcher((blocks, 1, 1))
         if split:
-            units = g.taps * g.out_channels * -(-g.group_in // UNIT)
-            reduce = matmul_reduce.matmul_reduce(descriptor.out.value, self.steps, wide)
-            self.reduce = reduce.launcher((-(-units // matmul_reduce.THREADS), 1, 1))
+            self.sums = WeightSums(descriptor, self.parts)
 
     def bind(self, args: Conv2dArgs, workspace: Workspace) -> Launches:
         """One launch or two; none where the result is empty."""
@@ -161,35 +158,18 @@ class WeightGradientProgram(ConvolutionProgram):
             return []
         g = self.geometry
         row, tap, _ = g.weight_strides
-        residuals = tuple(
-            value
-            for tensor, number in zip(args.epilogue, args.numbers, strict=True)
-            for value in (tensor.data, row, tap, np.float32(number))
-        )
         work = (g.taps, self.part, g.groups, *g.kernel_geometry)
         operands = (args.first.data, g.out_channels, g.out_pixels, args.second.data, g.in_channels)
-        result = (args.out.data, g.out_channels, g.group_in, row, tap)
         if self.parts == 1:
             own = (args.out.data, g.group_out, g.group_in, row, tap)
-            return [(self.multiply, (*work, *own, *operands, *residuals))]
-        sums, plane = workspace.buffer.pointer(np.float32), g.out_channels * g.group_in
-        own = (sums, g.group_out, g.group_in, g.group_in, plane)
-        head = (sums, self.parts, g.taps * plane, g.group_in, g.taps)
-        return [
-            (self.multiply, (*work, *own, *operands)),
-            (self.reduce, (*head, *result, *residuals)),
-        ]
+            return [(self.multiply, (*work, *own, *operands, *residual_arguments(g, args)))]
+        own = (workspace.buffer.pointer(np.float32), g.group_out, g.group_in, g.group_in, plane_of(g))
+        return [(self.multiply, (*work, *own, *operands)), self.sums.bind(args, workspace)]
 
 
 def _weight_workspace(descriptor: Descriptor) -> int:
-    parts, g = _weight_parts(descriptor), descriptor.geometry
-    return 4 * parts * g.out_channels * g.taps * g.group_in if parts > 1 else 0
-
-
-def _refuses_weight_gradient(descriptor: Descriptor) -> str:
-    if any(not isinstance(step, Residual) for step in descriptor.epilogue):
-        return "takes residuals only"
-    return _refuses(descriptor)
+    parts = _weight_parts(descriptor)
+    return sums_bytes(descriptor.geometry, parts) if parts > 1 else 0
 
 
 MMA = Sku(
@@ -206,7 +186,7 @@ WEIGHT_GRADIENT_MMA = Sku(
     name="mma",
     backend=BackendKind.MMA,
     arch=ArchSku.SM80,
-    refuses=_refuses_weight_gradient,
+    refuses=_refuses,
     guarantee=_guarantee,
     build=WeightGradientProgram,
     workspace=_weight_workspace,

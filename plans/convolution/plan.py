@@ -8,6 +8,7 @@ from plans.convolution.descriptor import Conv2dArgs
 from plans.convolution.mma import MMA, WEIGHT_GRADIENT_MMA
 from plans.convolution.portable import PORTABLE, WEIGHT_GRADIENT_PORTABLE
 from plans.convolution.wgmma import WGMMA
+from plans.convolution.wgmma_weight import WEIGHT_GRADIENT_WGMMA
 from plans.core.errors import InvalidProblem
 from plans.core.plan import Plan
 
@@ -43,4 +44,4 @@ class Conv2dWeightGradientPlan(_ConvolutionPlan):
     """The gradient of the weight; see :class:`plans.convolution.Conv2dWeightGradientDescriptor`."""
 
     name = "convolution, gradient of the weight"
-    skus = (WEIGHT_GRADIENT_MMA, WEIGHT_GRADIENT_PORTABLE)
+    skus = (WEIGHT_GRADIENT_WGMMA, WEIGHT_GRADIENT_MMA, WEIGHT_GRADIENT_PORTABLE)

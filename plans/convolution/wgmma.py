@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import functools
+import itertools
+from dataclasses import dataclass
 
 import numpy as np
 
 from kernels.convolution.wgmma import convolve_wgmma, warp_box
 from kernels.matmul.wgmma_store import STAGING_BYTES, chunk_columns
-from kernels.matmul.wgmma_tile import PART_WORDS, ROWS, WgmmaTile
+from kernels.matmul.wgmma_tile import PART_WORDS, ROWS, SEGMENT_WORDS, WgmmaTile
 from kernels.target import SIMULATOR
 from kernels.wgmma import DEPTH, STEPS
 from plans.convolution.descriptor import Conv2dArgs
+from plans.convolution.geometry import Convolution
 from plans.convolution.program import (
     ConvolutionProgram,
     Descriptor,
@@ -32,30 +35,37 @@ _UNIT = 8
 _BOX_WIDTHS = (16, 8, 32, 64, 128)
 _MOST_STRIDE = 2
 _FEW_PIXELS = 2048
+_FEW_CHANNELS = 32
 
 
-def _axes(values: tuple[int, ...], missing: int) -> tuple[int, int]:
+def axes_of(values: tuple[int, ...], missing: int) -> tuple[int, int]:
     """(y, x) of one or two axes."""
     return (missing, *values) if len(values) == 1 else values
 
 
-def _refuses(descriptor: Descriptor) -> str:
+def refuses(descriptor: Descriptor) -> str:
+    """What TMA's boxes do not take, or ""; of all three problems."""
     g = descriptor.geometry
     if reason := refuses_extents(descriptor):
         return reason
     if descriptor.x is not descriptor.weight or descriptor.x not in _KINDS:
         return f"wants both factors bf16 or both fp16, found {descriptor.x.value} and {descriptor.weight.value}"
-    if len(g.extents) > 2 or g.groups != 1 or g.weight_layout != "OHWI":
-        return "wants one or two axes, one group, and the weight as OHWI"
-    if g.in_channels % _UNIT or g.out_channels % _UNIT or not (g.in_channels and g.out_channels):
-        return f"TMA wants channels in multiples of {_UNIT}, found {g.in_channels} and {g.out_channels}"
+    if len(g.extents) > 2 or g.weight_layout != "OHWI":
+        return "wants one or two axes, and the weight as OHWI"
+    if g.group_in % _UNIT or g.group_out % _UNIT or not (g.group_in and g.group_out):
+        return f"TMA wants a group's channels in multiples of {_UNIT}, found {g.group_in} and {g.group_out}"
+    if descriptor.operands()[0].count and not (g.in_pixels and g.out_pixels):
+        return "TMA wants a pixel or more"
     if max(g.stride) > (1 if is_input_gradient(descriptor) else _MOST_STRIDE):
         return f"wants strides up to {_MOST_STRIDE}, and 1 for the gradient of the input, found {g.stride}"
     return ""
 
 
-def _suits(descriptor: Descriptor) -> bool:
-    return not SIMULATOR and descriptor.matrix[0] >= _FEW_PIXELS
+def suits(descriptor: Descriptor) -> bool:
+    """Whether pixels and a group's channels fill tiles; the simulator's 384 threads are for tests that ask for them."""
+    g = descriptor.geometry
+    wide = g.groups == 1 or min(g.group_in, g.group_out) >= _FEW_CHANNELS
+    return not SIMULATOR and min(g.in_pixels, g.out_pixels) >= _FEW_PIXELS and wide
 
 
 def _guarantee(descriptor: Descriptor) -> PrecisionGuarantee:
@@ -67,17 +77,18 @@ def _guarantee(descriptor: Descriptor) -> PrecisionGuarantee:
     return convolution_guarantee(descriptor, MathPrecision.BF16_TENSOR_CORE, units, derivation)
 
 
-def box_width_of(height: int, width: int) -> int:
-    """The width of the box of 128 pixels that covers an image with the fewest boxes."""
-    return min(_BOX_WIDTHS, key=lambda w: -(-width // w) * -(-height // (ROWS // w)))
+def box_width_of(height: int, width: int, pixels: int = ROWS) -> int:
+    """The width of the box of so many pixels that covers an image with the fewest boxes."""
+    widths = [w for w in _BOX_WIDTHS if w <= pixels]
+    return min(widths, key=lambda w: -(-width // w) * -(-height // (pixels // w)))
 
 
 @functools.lru_cache(maxsize=1024)
-def choose_tile(rows: int, columns: int, depth: int, multiprocessors: int, transposed: bool) -> WgmmaTile:
+def choose_tile(rows: int, columns: int, depth: int, groups: int, multiprocessors: int, transposed: bool) -> WgmmaTile:
     """The tile that a count of cycles finds fastest, as for products."""
 
     def cycles(tile: WgmmaTile) -> float:
-        tiles = -(-rows // (ROWS * tile.cluster)) * -(-columns // tile.columns)
+        tiles = -(-rows // (ROWS * tile.cluster)) * -(-columns // tile.columns) * groups
         waves = -(-tiles // max(1, multiprocessors // tile.cluster))
         return waves * (depth * stage_cycles(tile) + TILE_CYCLES)
 
@@ -85,8 +96,34 @@ def choose_tile(rows: int, columns: int, depth: int, multiprocessors: int, trans
     return WgmmaTile(best.columns, stages_of(best, STAGING_BYTES), best.cluster, True, not transposed)
 
 
+@dataclass(frozen=True)
+class Images:
+    """An activation [images, *axes, groups * channels] in memory, ``axes`` (y, x) and ``channels`` of a group."""
+
+    address: int
+    kind: ElementKind
+    geometry: Convolution
+    axes: tuple[int, int]
+    channels: int
+
+    def map_address(
+        self,
+        device: Device,
+        group: int,
+        box: tuple[int, int, int],
+        steps: tuple[int, int] = (1, 1),
+        swizzle: int = 128,
+    ) -> int:
+        """The address of the map of a group's channels, for boxes of (channels, width, height) of one image."""
+        (height, width), every = self.axes, self.channels * self.geometry.groups
+        extents = (self.channels, width, height, self.geometry.batch)
+        strides = (every, every * width, every * width * height)
+        address = self.address + group * self.channels * self.kind.itemsize
+        return map_address(device, Box(address, self.kind, extents, strides, (*box, 1), (1, *steps, 1), swizzle))
+
+
 class WgmmaProgram(ConvolutionProgram):
-    """One launch of a persistent grid."""
+    """One launch of a persistent grid; groups are parts."""
 
     reads_addresses = True
 
@@ -95,28 +132,28 @@ class WgmmaProgram(ConvolutionProgram):
         if self.empty:
             return
         g, self.transposed = self.geometry, is_input_gradient(descriptor)
-        self.out_axes = _axes(g.extents if self.transposed else g.out_extents, 1)
-        self.in_axes = _axes(g.out_extents if self.transposed else g.extents, 1)
-        self.stride, height, width = _axes(g.stride, 1), *self.out_axes
+        self.out_axes = axes_of(g.extents if self.transposed else g.out_extents, 1)
+        self.in_axes = axes_of(g.out_extents if self.transposed else g.extents, 1)
+        self.stride, height, width = axes_of(g.stride, 1), *self.out_axes
         self.box_width = box_width_of(height, width)
         self.box = (ROWS // self.box_width, self.box_width)
         across, down = -(-width // self.box_width), -(-height // self.box[0])
         self.c_tiles, rows = -(-self.inner // DEPTH), g.batch * across * down * ROWS
-        depth = g.taps * self.c_tiles
-        self.tile = tile or choose_tile(rows, self.columns, depth, device.multiprocessors, self.transposed)
-        self.shape = (across, down, width, height, g.batch, _axes(g.kernel, 1)[1], g.taps, self.c_tiles, *self._taps())
+        depth, taps_x = g.taps * self.c_tiles, axes_of(g.kernel, 1)[1]
+        self.tile = tile or choose_tile(rows, self.columns, depth, g.groups, device.multiprocessors, self.transposed)
+        self.shape = (across, down, width, height, g.batch, taps_x, g.taps, self.c_tiles, *self._taps())
         panel = max(1, PANEL_ROWS // (ROWS * self.tile.cluster))
-        self.numbers = (1, rows, self.columns, panel)
+        self.numbers = (g.groups, rows, self.columns, panel)
         kinds = (descriptor.x.value, descriptor.out.value)
         kernel = convolve_wgmma(*kinds, self.tile, self.box_width, self.stride, self.steps)
-        tiles = -(-rows // (ROWS * self.tile.cluster)) * -(-self.columns // self.tile.columns)
+        tiles = -(-rows // (ROWS * self.tile.cluster)) * -(-self.columns // self.tile.columns) * g.groups
         clusters = max(1, min(device.multiprocessors // self.tile.cluster, tiles))
         self.launch = kernel.launcher((clusters * self.tile.cluster, 1, 1))
 
     def _taps(self) -> tuple[int, int, int, int]:
         """The input's x and y at output pixel 0, tap 0, and a tap's steps."""
         g = self.geometry
-        (pad_y, pad_x), (step_y, step_x) = _axes(g.padding, 0), _axes(g.dilation, 1)
+        (pad_y, pad_x), (step_y, step_x) = axes_of(g.padding, 0), axes_of(g.dilation, 1)
         if self.transposed:
             return pad_x, pad_y, -step_x, -step_y
         return -pad_x, -pad_y, step_x, step_y
@@ -125,37 +162,32 @@ class WgmmaProgram(ConvolutionProgram):
         """The launch; none where the result is empty."""
         if self.empty:
             return []
-        maps = (self._pixels(args), self._weight(args))
-        segment = (*maps, self.geometry.taps * self.c_tiles, STEPS, 0, int(np.float32(1).view(np.uint32)))
-        table = np.array([PART_WORDS, 1, self._result(args), 0, *segment], np.int64)
+        stages, one = self.geometry.taps * self.c_tiles, int(np.float32(1).view(np.uint32))
+        groups = range(self.geometry.groups)
+        parts = [(len(groups) * PART_WORDS + g * SEGMENT_WORDS, 1, self._result(args, g), 0) for g in groups]
+        segments = [(self._pixels(args, g), self._weight(args, g), stages, STEPS, 0, one) for g in groups]
+        table = np.array([*itertools.chain(*parts, *segments)], np.int64)
         head = (constants(self.device).pointer(table), *self.numbers, args.out.data, self.columns, np.float32(1))
         return [(self.launch, (*head, *self.epilogue_arguments(args), *self.shape))]
 
-    def _image_map(self, address: int, kind: ElementKind, axes: tuple[int, int], channels: int, **box: object) -> int:
-        height, width = axes
-        extents = (channels, width, height, self.geometry.batch)
-        strides = (channels, channels * width, channels * width * height)
-        return map_address(self.device, Box(address, kind, extents, strides, **box))
-
-    def _pixels(self, args: Conv2dArgs) -> int:
+    def _pixels(self, args: Conv2dArgs, group: int) -> int:
         (box_y, box_x), (step_y, step_x) = self.box, self.stride
-        box = (DEPTH, box_x * step_x, box_y * step_y, 1)
-        address, kind = args.first.address, self.descriptor.x
-        return self._image_map(address, kind, self.in_axes, self.inner, box=box, steps=(1, step_x, step_y, 1))
+        images = Images(args.first.address, self.descriptor.x, self.geometry, self.in_axes, self.inner)
+        return images.map_address(self.device, group, (DEPTH, box_x * step_x, box_y * step_y), (step_x, step_y))
 
-    def _result(self, args: Conv2dArgs) -> int:
-        kind = self.descriptor.out
+    def _result(self, args: Conv2dArgs, group: int) -> int:
         height, width = warp_box(self.box_width)
-        box = (chunk_columns(kind.value), width, height, 1)
-        return self._image_map(args.out.address, kind, self.out_axes, self.columns, box=box, swizzle=64)
+        images = Images(args.out.address, self.descriptor.out, self.geometry, self.out_axes, self.columns)
+        return images.map_address(self.device, group, (chunk_columns(images.kind.value), width, height), swizzle=64)
 
-    def _weight(self, args: Conv2dArgs) -> int:
+    def _weight(self, args: Conv2dArgs, group: int) -> int:
         """[channels, taps, columns], or [columns, taps, channels] as the gradient of the input reads it: as stored."""
-        g, piece = self.geometry, self.tile.columns // self.tile.pieces
-        extents = (g.in_channels, g.taps, g.out_channels)
-        strides = (g.in_channels, g.in_channels * g.taps)
+        g, kind, piece = self.geometry, self.descriptor.weight, self.tile.columns // self.tile.pieces
+        extents = (g.group_in, g.taps, g.group_out)
+        strides = (g.group_in, g.group_in * g.taps)
         box = (64, 1, DEPTH) if self.transposed else (DEPTH, 1, piece)
-        return map_address(self.device, Box(args.second.address, self.descriptor.weight, extents, strides, box))
+        address = args.second.address + group * g.group_out * strides[1] * kind.itemsize
+        return map_address(self.device, Box(address, kind, extents, strides, box))
 
 
 WGMMA = Sku(
@@ -163,9 +195,9 @@ WGMMA = Sku(
     backend=BackendKind.WGMMA,
     arch=ArchSku.SM90A,
     proof="tests/test_convolution_wgmma.py",
-    refuses=_refuses,
+    refuses=refuses,
     guarantee=_guarantee,
     build=WgmmaProgram,
     alignment=16,
-    suits=_suits,
+    suits=suits,
 )

@@ -24,6 +24,7 @@ class OpCategory(enum.Enum):
     OPTIMIZER = "optimizer"
     MATMUL = "matrix product"
     CONVOLUTION = "convolution"
+    ATTENTION = "attention"
 
 
 class BackendKind(enum.Enum):

@@ -1,8 +1,7 @@
 """The fast gradient of dynamic hyper-connections.
 
-See ``kernels/hyper_connection/stream_shares.py``, ``kernels/hyper_connection/spread_tile.py`` and
-``kernels/hyper_connection/project_backward.py``. x is read three times and d_out twice: the gradient of x needs that of
-the mixing weights, which are sums over all of a sample, and the projection's gradient is a sum over samples.
+See ``kernels/hyper_connection/stream_shares.py`` and ``kernels/hyper_connection/spread_tile.py``. x and d_out are read
+twice: the gradient of x needs that of the mixing weights, which are sums over all of a sample.
 """
 
 from __future__ import annotations
@@ -11,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from kernels.hyper_connection import project_backward as project_kernel
-from kernels.hyper_connection import spread_tile as spread_kernel
+from kernels.hyper_connection import spread_stage
 from kernels.hyper_connection import stream as stream_kernel
 from kernels.hyper_connection import stream_shares as shares_kernel
+from kernels.hyper_connection.spread_tile import spread_tile
 from kernels.hyper_connection.sums import GROUPS, sum_parts
 from kernels.hyper_connection.weights import sample_weights_by_thread_backward
 from kernels.simulator import WARP
@@ -52,23 +51,11 @@ def refuses(role: str, descriptor: Any) -> str:
     return refuses_stream(d.sinkhorn, d.n_streams, d.hidden_dim, d.batch, shape, element=d.element, gamma=d.gamma)
 
 
-def _split(batch: int, step: int, across: int) -> tuple[int, int]:
-    """How many splits of the samples there are beside ``across`` blocks, and how many steps each takes."""
-    steps = -(-batch // step)
-    each = -(-steps // -(-_BLOCKS // across))
-    return -(-steps // each), each
-
-
 def spread_grid(d: Any) -> tuple[int, int, int]:
-    """Blocks of channels, splits of the samples, and a split's steps."""
-    across = -(-d.hidden_dim // (spread_kernel.WARPS * spread_kernel.CHANNELS))
-    return across, *_split(d.batch, spread_kernel.STEP, across)
-
-
-def _project_grid(d: Any) -> tuple[int, int, int]:
-    """Blocks of the projection's places, splits of the samples, and a split's steps."""
-    across = -(-d.n_streams * d.hidden_dim // (project_kernel.WARPS * project_kernel.SPAN))
-    return across, *_split(d.batch, project_kernel.STEP, across)
+    """Blocks of channels, splits of the samples, and how many steps a split takes."""
+    across, steps = -(-d.hidden_dim // (spread_stage.WARPS * spread_stage.CHANNELS)), -(-d.batch // spread_stage.STEP)
+    each = -(-steps // -(-_BLOCKS // across))
+    return across, -(-steps // each), each
 
 
 def _weight_blocks(d: Any) -> int:
@@ -86,7 +73,7 @@ def _scratch(d: Any) -> dict[str, int]:
         "logits": d.batch * m,
         "kept": 2 * d.sinkhorn_iters * d.n_streams * d.batch,
         "gamma_sums": spread_grid(d)[1] * d.hidden_dim,
-        "parts": _project_grid(d)[1] * m * flat,
+        "parts": spread_grid(d)[1] * m * flat,
         "of_weights": _weight_blocks(d) * (m + 3),
     }
 
@@ -100,10 +87,10 @@ def units(role: str, d: Any, counted: float) -> float:
     """The guarantee's units, where the magnitude counts Sinkhorn's own as so many times less than ``counted``."""
     shape, chunks = shape_of(role, d)
     of_sample = stream_kernel.RUN * chunks + 6 + shape.threads // WARP
-    (_, spreads, spread_steps), (_, projects, project_steps) = spread_grid(d), _project_grid(d)
+    _, spreads, steps = spread_grid(d)
     through = 2.0 * 6 * 32
-    of_gamma = 2 * spread_steps + 3 + spreads
-    of_projection = 2.0 * 3 * project_kernel.STEP * project_steps + projects
+    of_gamma = 2 * steps + 3 + spreads
+    of_projection = 2.0 * 3 * spread_stage.STEP * steps + spreads
     of_bias = -(-_weight_blocks(d) // GROUPS) + GROUPS + 16 + weights_count(d.n_streams)
     own = 4 * (d.n_streams + 8) + 3 * of_sample + 48 + max(through, of_gamma, of_projection, of_bias)
     return max(own, counted * gradient_units_by_thread(d.sinkhorn) / gradient_units(d.sinkhorn))
@@ -117,7 +104,7 @@ DERIVATION = (
 
 
 class DynamicStreamBackwardProgram:
-    """Seven launches: shares, lifts, d_x, the projection's gradient in parts, and the sums over parts.
+    """Six launches: shares, lifts, d_x with the projection's gradient in parts, and the sums over parts.
 
     Of the whole connection, role "full", or of what comes before a sublayer, role "pre".
     """
@@ -131,9 +118,8 @@ class DynamicStreamBackwardProgram:
         self.blocks = min(d.batch, device.multiprocessors * made.min_blocks)
         self.shares = made.launcher((self.blocks, 1, 1))
         self.unwind = sample_weights_by_thread_backward(d.mode.value, n).launcher((_weight_blocks(d), 1, 1))
-        spread = spread_kernel.spread_tile(role, d.projection.value, gamma, n)
+        spread = spread_tile(role, d.projection.value, gamma, n)
         self.spread = spread.launcher((*spread_grid(d)[:2], 1))
-        self.project = project_kernel.project_back_tile(n).launcher((*_project_grid(d)[:2], 1))
         self.sum_gamma = sum_parts().launcher((-(-channels // WARP), 1, 1))
         self.sum_projection = sum_parts().launcher((-(-m * n * channels // WARP), 1, 1))
         self.sum_weights = sum_parts().launcher((-(-(m + 3) // WARP), 1, 1))
@@ -144,7 +130,7 @@ class DynamicStreamBackwardProgram:
         m, flat, channels, batch = weights_count(n), n * d.hidden_dim, d.hidden_dim, d.batch
         shares, roots, *weighing, gamma_sums, parts, of_weights = scratch_pointers(workspace, _scratch(d))
         lifts, blocks, pieces = weighing[1], _weight_blocks(d), (channels, self.chunks)
-        (_, spreads, spread_steps), (_, projects, project_steps) = spread_grid(d), _project_grid(d)
+        _, spreads, steps = spread_grid(d)
         x, mixing = args["x_expanded"], args["mixing"]
         # Without a gamma the kernels do not read its pointer, and in role "full" neither a line of d nor more.
         gamma = args["rmsnorm_weight"] if d.gamma is not None else mixing
@@ -158,13 +144,12 @@ class DynamicStreamBackwardProgram:
                 args["d_mixing"],
             )
         weights = (args["projected"], args["alpha"], args["bias"], shares, *weighing, of_weights)
-        spreading = (x, gamma, streams, line, mixing, roots, args["projection"], lifts, args["d_x"], gamma_sums)
+        spreading = (x, gamma, streams, line, mixing, roots, args["projection"], lifts, args["d_x"], gamma_sums, parts)
         launches = [
             (self.shares, (x, gamma, of_shares, mixing, more, shares, roots, m, *pieces, batch, self.blocks, eps)),
             (self.unwind, (*weights, batch, d.sinkhorn_iters, eps, flat)),
-            (self.spread, (*spreading, m, channels, batch, spread_steps)),
-            (self.project, (x, lifts, parts, flat, batch, project_steps)),
-            (self.sum_projection, (parts, args["d_projection"], args["d_projection"], m * flat, m * flat, projects)),
+            (self.spread, (*spreading, m, channels, batch, steps)),
+            (self.sum_projection, (parts, args["d_projection"], args["d_projection"], m * flat, m * flat, spreads)),
             (self.sum_weights, (of_weights, args["d_bias"], args["d_alpha"], m, m + 3, blocks)),
         ]
         if d.gamma is not None:

@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from kernels.hyper_connection import spread_tile as spread_kernel
 from kernels.hyper_connection import stream as stream_kernel
 from kernels.hyper_connection import stream_shares as shares_kernel
+from kernels.hyper_connection.spread_tile import spread_tile
 from kernels.hyper_connection.static import mixing_weights
 from kernels.hyper_connection.sums import GROUPS, finish_static, sum_parts
 from kernels.simulator import WARP
@@ -92,7 +92,7 @@ class TileBackwardProgram:
         self.blocks, self.lines = min(d.batch, device.multiprocessors * made.min_blocks), _lines_left(d.batch)
         self.weigh = mixing_weights(mode, extent_for(n)).launcher((1, 1, 1))
         self.shares = made.launcher((self.blocks, 1, 1))
-        self.spread = spread_kernel.spread_tile("full", None, gamma, n).launcher((*spread_grid(d)[:2], 1))
+        self.spread = spread_tile("full", None, gamma, n).launcher((*spread_grid(d)[:2], 1))
         self.sum = sum_parts().launcher((-(-self.lines * weights_count(n) // WARP), 1, 1))
         self.finish = finish_static(mode, n, False).launcher((1 + -(-d.hidden_dim // WARP), 1, 1))
 
@@ -104,8 +104,8 @@ class TileBackwardProgram:
         logits, sinkhorn = (args.h_pre.data, args.h_post.data, args.h_res.data), (d.sinkhorn_iters, eps)
         gradients = (args.d_gamma.data, args.d_h_pre.data, args.d_h_post.data, args.d_h_res.data)
         (_, spreads, steps), columns = spread_grid(d), self.lines * weights_count(n)
-        # The kernels read no more, no line of d, no rows and no lifts here.
-        spreading = (x, gamma, d_out, x, weights, roots, x, roots, args.d_x.data, gamma_sums)
+        # The kernels read no more, no line of d, no rows and no lifts here, and write no gradient of rows.
+        spreading = (x, gamma, d_out, x, weights, roots, x, roots, args.d_x.data, gamma_sums, roots)
         finishing = (sums, gamma_sums, sums, *logits, *gradients, d_mixing, kept, self.lines, spreads, d.hidden_dim)
         pieces = (0, d.hidden_dim, self.chunks, d.batch, self.blocks, eps)
         return [

@@ -38,9 +38,13 @@ def split_of(descriptor: SegmentedMatmulDescriptor) -> tuple[int, WgmmaTile]:
     return (parts if cycles < whole else 1), replace(tile, stages=stages_of(tile, STAGING_BYTES))
 
 
+def second_cycles(nbytes: int) -> float:
+    """Cycles that parts of so many bytes cost: to write them, and the launch that reads them."""
+    return _SECOND_LAUNCH_CYCLES + 2 * nbytes / _BYTES_A_CYCLE
+
+
 def _cycles(first: SegmentedMatmulDescriptor, tile: WgmmaTile, parts: int) -> float:
-    moved = 2 * parts_bytes(first, parts) / _BYTES_A_CYCLE
-    return product_cycles(first, tile, MULTIPROCESSORS, parts) + _SECOND_LAUNCH_CYCLES + moved
+    return product_cycles(first, tile, MULTIPROCESSORS, parts) + second_cycles(parts_bytes(first, parts))
 
 
 @functools.lru_cache(maxsize=4096)

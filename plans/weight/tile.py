@@ -25,6 +25,8 @@ from plans.weight.resolve import ALIGN, Resolved, resolve
 WARPS = 1 if SIMULATOR else 8
 MAX_GROUPS = 1 if SIMULATOR else 4
 MAX_SHARED_BYTES = 160 * 1024
+MAX_ROWS = 65535 * 16 * WARPS
+"""As many tiles as a grid has along y."""
 PRODUCT_WORDS, WALK_WORDS = 12, 32
 WALK_START = 0.35
 LONGEST_WALK = 16
@@ -111,6 +113,8 @@ def refuses(descriptor: WeightDescriptor) -> str:
         return f"wants in_features * kernel to be a multiple of 8 (16-byte accesses), found {columns}"
     if max(rows, columns) >= 1 << 31:
         return f"wants fewer than 2**31 rows and columns, found {rows} x {columns}"
+    if rows > MAX_ROWS:
+        return f"wants at most {MAX_ROWS} rows, found {rows}"
     for resolved in resolve(descriptor, fused_second_half=True):
         name = resolved.kernel[0]
         if name in _FIRST_PRODUCT and min(numbers[0] for numbers in resolved.numbers[_FIRST_PRODUCT[name] :]) == 0:
