@@ -82,7 +82,10 @@ SMALL = ((3072, 3072), (1280, 1280))
 
 @dataclass(frozen=True)
 class WeightRow:
-    """One bf16 weight: ``merge`` into it, or the ``delta`` alone. ``gate`` is the largest ratio to the limit."""
+    """One bf16 weight: ``merge`` into it, settled or not, or the ``delta`` alone.
+
+    ``gate`` is the largest ratio to the limit, None where a number is only shown.
+    """
 
     work: str
     out_features: int
@@ -90,10 +93,10 @@ class WeightRow:
     algorithm: str
     factors: ElementKind
     limit: Limit
-    gate: float
+    gate: float | None
 
     def __str__(self) -> str:
-        return f"{self.work}-{self.shape}-{self.algorithm}-{self.factors.value}"
+        return f"{self.work.replace(', ', '-')}-{self.shape}-{self.algorithm}-{self.factors.value}"
 
     @property
     def shape(self) -> str:
@@ -101,8 +104,8 @@ class WeightRow:
         return f"{self.out_features}x{self.in_features}"
 
     def descriptor(self) -> WeightDescriptor:
-        """The plan's problem; merges look for results that are not finite, as ``lycoris merge`` does."""
-        algorithm, merge = ALGORITHMS[self.algorithm], self.work == "merge"
+        """The plan's problem; merges look for results that are not finite. ``lycoris merge`` also settles."""
+        algorithm, merge = ALGORITHMS[self.algorithm], self.work.startswith("merge")
         sink = algorithm.merge if merge else Sink.DELTA
         return WeightDescriptor(
             self.out_features,
@@ -113,6 +116,7 @@ class WeightRow:
             sink=sink,
             magnitude=self.factors if sink is Sink.DORA_ROW else None,
             check_finite=merge,
+            settled=self.work.endswith("settled"),
         )
 
 
@@ -124,6 +128,7 @@ _TABLE = (
     ("merge", LARGE, FIVE, (F16, F32), Limit.COPY, 1.25),
     ("merge", SMALL, SIX, (BF16,), Limit.COPY, 1.15),
     ("delta", (*LARGE, *SMALL), SIX, (BF16,), Limit.FILL, 1.10),
+    ("merge, settled", (LARGE[0],), ("locon-r16", "locon-r64", "loha-r16", "lokr8-r16"), (BF16,), Limit.COPY, None),
 )
 WEIGHT_ROWS = tuple(
     WeightRow(work, *shape, algorithm, kind, limit, gate)

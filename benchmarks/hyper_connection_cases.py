@@ -91,17 +91,17 @@ WORKS = {
     for work in (
         Work("static", HyperConnectionPlan, _whole(HyperConnectionDescriptor), 2, 2, 1.15),
         Work("static backward", HyperConnectionBackwardPlan, _whole(HyperConnectionBackwardDescriptor), 3, 3, 1.3),
-        Work("dynamic", DynamicHyperConnectionPlan, _whole(DynamicHyperConnectionDescriptor), 2, 3, 1.3),
+        Work("dynamic", DynamicHyperConnectionPlan, _whole(DynamicHyperConnectionDescriptor), 2, 2, 1.3),
         Work(
             "dynamic backward",
             DynamicHyperConnectionBackwardPlan,
             _whole(DynamicHyperConnectionBackwardDescriptor),
             3,
-            6,
+            5,
             1.5,
         ),
         Work(
-            "pre, dynamic", HyperConnectionPrePlan, _pre(HyperConnectionPreDescriptor, BF16), 1 + _LINE, 2 + _LINE, None
+            "pre, dynamic", HyperConnectionPrePlan, _pre(HyperConnectionPreDescriptor, BF16), 1 + _LINE, 1 + _LINE, None
         ),
         Work(
             "post, dynamic",
@@ -124,7 +124,7 @@ WORKS = {
             HyperConnectionPreBackwardPlan,
             _pre(HyperConnectionPreBackwardDescriptor, BF16),
             3 + _LINE,
-            5 + 2 * _LINE,
+            4 + 2 * _LINE,
             None,
         ),
         Work(

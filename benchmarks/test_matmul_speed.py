@@ -41,12 +41,12 @@ TOKENS, RANK, MOST_SKINNY = 4096, 16, 16
 
 @dataclass(frozen=True)
 class Row:
-    """A product of so many tokens, with so many adapters; ``gate`` is the largest ratio to the bare product."""
+    """A product of so many tokens, with so many adapters; ``gate`` is the largest ratio to the bare product, if any."""
 
     tokens: int
     out: int
     channels: int
-    gate: float
+    gate: float | None
     adapters: int = 0
 
     def __str__(self) -> str:
@@ -75,11 +75,12 @@ ROWS = [
     *(Row(TOKENS, out, channels, 1.05, 1) for out, channels in ((12288, 3072), (14336, 4096))),
     *(Row(TOKENS, out, channels, 1.10, 1) for out, channels in ((3072, 3072), (4096, 4096))),
     *(Row(TOKENS, out, channels, 1.08, 3) for out, channels in ((12288, 3072), (14336, 4096))),
+    *(Row(t, out, channels, None) for t, out, channels in ((128, 4096, 14336), (256, 3072, 12288))),
     *(Row(t, out, 4096, 1.15, a) for t in (1, 4, 16) for out in (4096, 14336) for a in (0, 1)),
 ]
 
 
-def gate_of(gate: float) -> float | None:
+def gate_of(gate: float | None) -> float | None:
     """The gate, none where a technique is forced."""
     return None if FORCED else gate
 

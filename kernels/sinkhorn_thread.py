@@ -29,10 +29,10 @@ def _inverse(x):
     return np.float32(1) / np.float32(x)
 
 
-# 1 / x to one unit in the last place: an approximation and Newton's step. Unlike a division it has no branch, so that
-# those of several lines are under way together.
+# 1 / x of a normal number to one unit in the last place: an approximation and a step of Newton's. Unlike a division it
+# has no branch, so that those of several lines are under way together.
 inverse = instruction(
-    "{ .reg .f32 near, minus, rest; rcp.approx.f32 near, $1; neg.f32 minus, $1; "
+    "{ .reg .f32 near, minus, rest; rcp.approx.ftz.f32 near, $1; neg.f32 minus, $1; "
     "fma.rn.f32 rest, near, minus, 0f3F800000; fma.rn.f32 $0, near, rest, near; }",
     "f",
     "f",
@@ -87,37 +87,29 @@ def matrix_steps(mode: str, n: int) -> SimpleNamespace:
         return total if total > eps else np.float32(0)
 
     @device
-    def reciprocal(divisor):
-        near = inverse(divisor)
-        return near if divisor != np.float32(0) else np.float32(1)
-
-    @device
-    def row_divisor(x, i, eps):
-        total = x[i * n]
-        for j in range(1, n):
-            total += x[i * n + j]
-        return divisor_of(total, eps)
-
-    @device
-    def column_divisor(x, j, eps):
-        total = x[j]
-        for i in range(1, n):
-            total += x[i * n + j]
-        return divisor_of(total, eps)
+    def scale_of(total, eps):
+        if softmax:
+            return inverse(total + eps)
+        near = inverse(total)
+        return near if total > eps else np.float32(1)
 
     @device
     def rows(x, eps, by):
         for i in range(n):
-            by[i] = row_divisor(x, i, eps)
-            scale = reciprocal(by[i])
+            total = x[i * n]
+            for j in range(1, n):
+                total += x[i * n + j]
+            scale, by[i] = scale_of(total, eps), divisor_of(total, eps)
             for j in range(n):
                 x[i * n + j] = x[i * n + j] * scale
 
     @device
     def columns(x, eps, by):
         for j in range(n):
-            by[j] = column_divisor(x, j, eps)
-            scale = reciprocal(by[j])
+            total = x[j]
+            for i in range(1, n):
+                total += x[i * n + j]
+            scale, by[j] = scale_of(total, eps), divisor_of(total, eps)
             for i in range(n):
                 x[i * n + j] = x[i * n + j] * scale
 

@@ -10,6 +10,12 @@ from plans.adapter_gradient import (
     LowRankGradientDescriptor,
     LowRankGradientPlan,
 )
+from plans.attention import (
+    AttentionBackwardDescriptor,
+    AttentionBackwardPlan,
+    AttentionDescriptor,
+    AttentionPlan,
+)
 from plans.core.plan import Plan
 from plans.core.precision import ElementKind
 from plans.expression import gradients, leaf
@@ -34,6 +40,7 @@ from plans.softmax import SOFTMAX, SOFTMAX_BACKWARD
 
 _BF16, _F32, _I32 = ElementKind.BF16, ElementKind.F32, ElementKind.I32
 _X, _Y, _G = leaf(0), leaf(1), leaf(2)
+_ATTENTION = AttentionDescriptor(4, 16, 1024, 1024, 64)
 _TENSORS = (3072 * 16,) * 500 + (16 * 3072,) * 500
 
 
@@ -113,6 +120,13 @@ EXAMPLES: tuple[tuple[type[Plan], str, object], ...] = (
         HadamardGradientPlan,
         "gradients of LoHa's factors, 4096 tokens, 3072x3072, rank 16",
         HadamardGradientDescriptor(4096, 3072, 3072, 16),
+    ),
+    (AttentionPlan, "attention, 4 x 16 heads of 64, 1024 tokens, bf16", _ATTENTION),
+    (AttentionBackwardPlan, "gradients of that attention", AttentionBackwardDescriptor(_ATTENTION)),
+    (
+        AttentionPlan,
+        "causal attention, 32 heads of 128 over 8 of keys, 4096 tokens",
+        AttentionDescriptor(1, 32, 4096, 4096, 128, key_heads=8, causal=True),
     ),
     (TakePlan, "embedding, 32000x3072, 4096 tokens", TakeDescriptor(1, 32000, 4096, 3072, _BF16, _I32)),
     (

@@ -42,7 +42,8 @@ def _run(device, poisoned, plan: Plan, arguments, operands: Sequence[Operand], v
         for o, value in zip(operands, values, strict=True)
     ]
     stream, size = device.stream(), plan.workspace_size()
-    plan.run(stream, Workspace(poisoned(size)) if size else None, arguments(tensors))
+    workspace = Workspace(poisoned(size)) if size else None
+    plan.run(stream, workspace, arguments(tensors))
     device.synchronize(stream)
     return [gather(device, tensor, o) for tensor, o in zip(tensors, operands, strict=True) if o.writes]
 

@@ -55,6 +55,9 @@ EXCEPTIONS: dict[str, dict[str, str]] = {
     "kernels.pointwise.strided": {"fp64 arithmetic": _WAVES},
     "kernels.weight.portable.merge": {"64-bit division": _ANY_SHAPE},
     "kernels.weight.portable.dora_gain": {"64-bit division": _ANY_SHAPE},
+    "kernels.hyper_connection.cluster.connect_in_clusters": {
+        "local memory": "rows of the projection that 17 warps have no registers for: read once for 16 samples"
+    },
 }
 
 # Factory -> (which kernels, by a pattern found in their keys; what must be among their instructions) ...
@@ -106,12 +109,34 @@ EXPECTED: dict[str, tuple[tuple[str, str], ...]] = {
         ("", r"LDSM\.16\.MT88\.4"),
         ("", r"LDGSTS\.E\..*128"),
     ),
+    **dict.fromkeys(
+        (
+            "kernels.attention.forward.attention_forward",
+            "kernels.attention.key_gradients.attention_key_gradients",
+            "kernels.attention.query_gradient.attention_query_gradient",
+        ),
+        (
+            ("'bf16'", r"HMMA\.16816\.F32\.BF16"),
+            ("'f16'", r"HMMA\.16816\.F32\b"),
+            ("", r"LDSM\.16\.M88\.4"),
+            ("", r"LDSM\.16\.MT88\.4"),
+            ("", r"LDGSTS\.E\..*128"),
+            ("", r"STG\.E\..*128"),
+            ("", r"MUFU\.EX2"),
+        ),
+    ),
     "kernels.weight.tile_cluster.dora_cluster": (
         ("", r"HMMA\.16816\.F32"),
         ("", r"LDSM\.16\.MT88\.4"),
         ("", r"LDGSTS\.E\..*128"),
         ("", r"STG\.E\..*128"),
         ("", r"UCGABAR_ARV"),
+    ),
+    "kernels.hyper_connection.cluster.connect_in_clusters": (
+        ("", r"HMMA\.16816\.F32\.BF16"),
+        ("", r"LDGSTS\.E\..*128"),
+        ("", r"STG\.E\..*128"),
+        ("", r"STAS"),
     ),
     "kernels.weight.kronecker.kronecker_merge": (("", r"LDG\.E\..*128"), ("", r"STG\.E\..*128")),
     "kernels.weight.kronecker.kronecker_merge_grouped": (("", r"LDG\.E\..*128"), ("", r"STG\.E\..*128")),

@@ -79,6 +79,17 @@ def _group_norm(x, w, b):
     return y * w[:, None] + b[:, None]
 
 
+def _attention(q, k, v, causal=False):
+    scores = q @ np.swapaxes(k, -1, -2) / math.sqrt(q.shape[-1])
+    hidden = np.arange(k.shape[-2]) > np.arange(q.shape[-2])[:, None]
+    return _softmax(np.where(hidden & causal, -np.inf, scores)) @ v
+
+
+def _self_attention(qkv, heads):
+    q, k, v = np.moveaxis(qkv.reshape(*qkv.shape[:2], 3, heads, -1), 2, 0).swapaxes(2, 3)
+    return _attention(q, k, v).swapaxes(1, 2).reshape(*qkv.shape[:2], -1)
+
+
 def _cross_entropy(x, target=_TARGET):
     lse = np.log(np.exp(x).sum(-1))
     known = (target >= 0) & (target < x.shape[-1])
@@ -206,6 +217,12 @@ OTHERS = [
           lambda x, w1, w2: x @ (_WEIGHT + np.kron(w1, w2)).T + _BIAS, (2, 3, 6), (2, 3), (2, 2)),
     _case("kronecker_linear, factored", lambda x, w1, a, b: tensor.kronecker_linear(x, _weight(), w1, [a, b]),
           lambda x, w1, a, b: x @ (_WEIGHT + np.kron(w1, a @ b)).T, (5, 6), (2, 2), (2, 1), (1, 3)),
+    _case("scaled_dot_product_attention", tensor.scaled_dot_product_attention, _attention,
+          (2, 5, 3), (2, 4, 3), (2, 4, 3)),
+    _case("scaled_dot_product_attention, causal",
+          lambda q, k, v: tensor.scaled_dot_product_attention(q, k, v, is_causal=True),
+          lambda q, k, v: _attention(q, k, v, True), (1, 2, 3, 4), (1, 2, 5, 4), (1, 2, 5, 4)),
+    _case("self_attention", lambda x: tensor.self_attention(x, 2), lambda x: _self_attention(x, 2), (2, 4, 12)),
     _case("low_rank_linear", lambda x, w, d, u, b: tensor.low_rank_linear(x, w, d, u, 0.5, b),
           lambda x, w, d, u, b: x @ (w + 0.5 * u @ d).T + b, (2, 3, 5), (4, 5), (2, 5), (4, 2), (4,)),
     _case("low_rank_linear, eight ranks", lambda x, w, d, u: tensor.low_rank_linear(x, w, d, u, 0.5),

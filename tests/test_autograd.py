@@ -11,7 +11,7 @@ from gradient_cases import CASES
 
 from lycoris import tensor
 from lycoris.errors import RefusedInput
-from lycoris.tensor import methods, pointwise
+from lycoris.tensor import autograd, methods, pointwise
 from plans.core import ElementKind
 
 BF16, F16, F32, I32 = ElementKind.BF16, ElementKind.F16, ElementKind.F32, ElementKind.I32
@@ -236,6 +236,45 @@ def test_checkpoint_reaches_leaves_beside_its_arguments():
     z.sum().backward()
     assert frozen.grad is None
     assert not tensor.checkpoint(lambda a: a * 2, frozen).requires_grad
+
+
+def test_a_leaf_that_is_used_again_and_again_has_one_gradient():
+    x, calls = leaf(np.array([1.0, 2.0])), []
+    doubled = x * 2
+    x.register_hook(lambda g: calls.append(g.numpy()))
+    y = (doubled + x * 3 + (x * x) * 0.5).sum()
+    np.testing.assert_array_equal(tensor.grad(y, [x], retain_graph=True)[0].numpy(), [6, 7])
+    y.backward()
+    np.testing.assert_array_equal(x.grad.numpy(), [6, 7])
+    np.testing.assert_array_equal(calls, [[6, 7]] * 2)
+
+
+def test_grad_computes_what_leads_to_its_inputs_only(monkeypatch):
+    x, w = leaf(np.ones((2, 3))), leaf(np.full((3, 3), 0.5))
+    pulled = []
+    record = autograd.record
+
+    def watched(name, out, inputs, saved, pull, kind=None):
+        def seen(g, edges):
+            pulled.append((name, [edge is not None for edge in edges]))
+            return pull(g, edges)
+
+        return record(name, out, inputs, saved, seen, kind)
+
+    monkeypatch.setattr(autograd, "record", watched)
+    hidden = x.tanh()
+    y = (hidden @ w).square().sum()
+    (found,) = tensor.grad(y, [hidden], retain_graph=True)
+    assert [name for name, _ in pulled] == ["sum", "square", "matmul"]
+    assert pulled[-1][1] == [True, False]
+    pulled.clear()
+    tensor.grad(y, [w], retain_graph=True)
+    assert pulled[-1] == ("matmul", [False, True])
+    assert tensor.grad(y, [leaf(np.ones(2))]) == [None]
+    np.testing.assert_allclose(found.numpy(), 2 * (np.tanh(np.ones((2, 3))) @ w.numpy()) @ w.numpy().T, rtol=1e-5)
+    assert x.grad is None
+    y.backward()  # nothing of it was freed by what was not needed
+    assert x.grad is not None
 
 
 def test_checkpoint_draws_the_same_numbers_again():

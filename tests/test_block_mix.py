@@ -41,6 +41,10 @@ def test_kinds_and_strides(device, rng, backend):
     run(device, rng, BlockMixDescriptor(9, 4, 6, 24, F16, F16, F16, x_stride=152), backend)
 
 
+def test_a_pass_that_lets_the_next_launch_begin(device, rng):
+    run(device, rng, BlockMixDescriptor(9, 4, 6, 24, early=True), BackendKind.MMA)
+
+
 def test_mixed_kinds_are_for_the_portable_sku(device, rng):
     descriptor = BlockMixDescriptor(4, 3, 5, 7, BF16, F32, F32)
     run(device, rng, descriptor, None)

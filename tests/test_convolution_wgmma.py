@@ -19,10 +19,11 @@ from plans.convolution import (
     Convolution,
 )
 from plans.convolution.weight_sums import sums_bytes
-from plans.convolution.wgmma import WGMMA, WgmmaProgram, box_width_of
+from plans.convolution.wgmma import WGMMA, WgmmaProgram, box_width_of, likely_tiles, tile_seconds, tiling_of
 from plans.convolution.wgmma_weight import WEIGHT_GRADIENT_WGMMA, WeightGradientProgram, split_of
 from plans.core import BackendKind, Device, NoSku
-from plans.matmul import Activation, Bias, ColumnScale, Residual, RowScale
+from plans.matmul import Activation, Bias, ColumnScale, Residual, RowScale, measure
+from plans.matmul.wgmma import MEASURED
 
 BACKEND = BackendKind.WGMMA
 pytestmark = pytest.mark.skipif(Device.open().arch < (9, 0), reason="wgmma is an instruction of sm_90a")
@@ -110,6 +111,39 @@ def test_weight_gradients_of_few_taps_and_many_pixels_are_split():
     ):
         assert split_of(Conv2dWeightGradientDescriptor(geometry))[0] >= parts
     assert split_of(Conv2dWeightGradientDescriptor(Convolution(1, (4, 4), 2048, 2048, (3, 3))))[0] == 1
+
+
+@pytest.mark.parametrize(
+    ("geometry", "columns"),
+    [
+        (Convolution(2, (128, 128), 320, 320, (3, 3), padding=(1, 1)), 160),
+        (Convolution(2, (32, 32), 1280, 1280, (3, 3), padding=(1, 1)), 160),
+        (Convolution(4, (128, 128), 512, 1024, (3, 3), padding=(1, 1)), 256),
+    ],
+    ids=["320", "1280", "512 to 1024"],
+)
+def test_the_estimate_of_tiles(geometry, columns):
+    """132 multiprocessors: whole waves of narrower tiles beat half-empty ones of wide tiles."""
+    likely = likely_tiles(tiling_of(Conv2dDescriptor(geometry)), 132)
+    assert len(likely) == MEASURED and columns in {tile.columns for tile in likely[:2]}
+
+
+def test_a_measured_tile_runs_over_operands_of_its_own(device, monkeypatch):
+    launched = []
+
+    def seconds(_device, launch):
+        stream = device.stream()
+        launch(stream)
+        device.synchronize(stream)
+        launched.append(launch)
+        return 0.5
+
+    monkeypatch.setattr(measure, "device_seconds", seconds)
+    geometry = Convolution(1, (3, 4), 8, 8, (1, 2))
+    for descriptor, k_major in ((Conv2dDescriptor(geometry, epilogue=(Bias(), Residual())), True),
+                                (Conv2dInputGradientDescriptor(geometry), False)):  # fmt: skip
+        assert tile_seconds(descriptor, device, WgmmaTile(64, 2, 1, True, k_major)) == 0.5
+    assert len(launched) == 2
 
 
 def test_boxes_cover_images_with_few_of_them():

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 from lycoris import nn, optim, tensor
-from lycoris.algorithms import LoConModule, load, save
+from lycoris.algorithms import FullModule, LoConModule, load, save
 from lycoris.errors import RefusedInput
 from lycoris.graph import capture
+from lycoris.nn import conv
 from lycoris.tensor import Generator
 from plans.core import DeviceError, ElementKind
 
@@ -186,6 +187,48 @@ def test_a_merged_layer_sees_recorded_steps():
     layer.train()
     graph.replay()
     assert layer.train(False)(training.x).numpy().tobytes() != before.tobytes()
+
+
+@pytest.mark.parametrize("layer", ["linear", "conv"])
+def test_what_recorded_work_merges_is_its_own(layer):
+    """Eager calls between recording and replays neither use nor change it."""
+    shape, x = ((4, 8), (5, 8)) if layer == "linear" else ((4, 8, 3, 3), (1, 4, 4, 8))
+    x = tensor.randn(x, kind=BF16, seed=2)
+
+    def make():
+        made = (nn.AdaptedLinear if layer == "linear" else nn.AdaptedConv)(tensor.randn(shape, kind=BF16, seed=1))
+        made.add("a", FullModule.new(shape, bias=True, dtype=BF16))
+        return made, dict(made.parameters())["a.diff"]
+
+    (made, factor), (other, ones) = make(), make()
+
+    def work():
+        factor.add_(tensor.ones(shape, BF16))
+        return made(x)
+
+    graph, wanted = capture(work), made(x).numpy()  # called once for real
+    ones.add_(tensor.ones(shape, BF16))
+    np.testing.assert_array_equal(wanted, other(x).numpy())
+    for _ in range(2):
+        graph.replay()
+        assert graph.result.numpy().tobytes() != wanted.tobytes()
+        wanted = made(x).numpy()
+        np.testing.assert_array_equal(graph.result.numpy(), wanted)
+    assert factor.numpy().astype(float).max() == factor.numpy().astype(float).min() == 3
+
+
+def test_the_base_is_turned_once(monkeypatch):
+    """A convolution's base is stored for the kernels once, however often its adapters change."""
+    made = nn.AdaptedConv(tensor.randn((4, 8, 3, 3), kind=BF16, seed=1), padding=1)
+    made.add("a", LoConModule.new_conv2d(8, 4, 3, 2, seed=2))
+    parameters = [p.requires_grad_() for _, p in made.train().parameters()]
+    optimizer, x, turned = optim.SGD(parameters, 0.1), tensor.randn((1, 4, 4, 8), kind=BF16, seed=3), []
+    channels_last = conv.channels_last
+    monkeypatch.setattr(conv, "channels_last", lambda w: turned.append(w.shape) or channels_last(w))
+    for _ in range(3):
+        made(x).sum().backward()
+        optimizer.step()
+    assert turned == [(4, 8, 3, 3)]
 
 
 def test_a_graph_keeps_its_tables():

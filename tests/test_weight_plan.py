@@ -40,6 +40,7 @@ from plans.weight import (
     WeightLayout,
     WeightPlan,
 )
+from plans.weight.tile import MAX_ROWS, MMA
 
 CASES = wc.cases()
 
@@ -310,6 +311,12 @@ def test_every_refusal_is_listed(device):
     assert refused.value.refusals.keys() == {sku.name for sku in WeightPlan.skus}
     assert "multiple of 8 (16-byte accesses), found 5" in str(refused.value)
     assert "portable: preference asks for mma" in str(refused.value)
+
+
+def test_more_rows_than_a_grid_has_tiles_for_are_left_to_others(device):
+    descriptor = describe(Shape(1, 1, MAX_ROWS + 1, 8), (LowRank(1, BF16, BF16),), BF16)
+    assert MMA.refuses(descriptor) == f"wants at most {MAX_ROWS} rows, found {MAX_ROWS + 1}"
+    assert WeightPlan.choose(descriptor, PlanPreference(), device).backend is BackendKind.PORTABLE
 
 
 def test_a_limit_on_workspace_is_obeyed(device):

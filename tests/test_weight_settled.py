@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import tensor_core_model
 from golden import assert_golden
+from settled_trials import CORES, FAMILIES, trial
 from weight_cases import BF16, F16, F32, Inputs, Placed, Shape, describe, poisoned_workspace, run, select
 
 from kernels import tensor_core
@@ -173,6 +174,12 @@ def test_only_sums_are_settled():
         assert MMA.guarantee(descriptor).settled is wanted
 
 
+def test_contracted_factors_are_not_promised():
+    tucker = LowRank(3, BF16, BF16, core=BF16, core_rank=2)
+    descriptor = dataclasses.replace(describe(SHAPE, (tucker,), BF16), settled=True)
+    assert settles(descriptor) and not MMA.guarantee(descriptor).settled
+
+
 @pytest.mark.parametrize("steps", [1, 2, 4, 16])
 @pytest.mark.parametrize("family", ["normal", "below what is kept", "any exponents"])
 def test_the_bound_on_a_sum_holds(rng, steps, family):
@@ -192,3 +199,12 @@ def test_the_bound_on_a_sum_holds(rng, steps, family):
     exact = a.astype(np.float64) @ b.astype(np.float64)
     bound = Product("bf16", "bf16", steps, 1, True).error * size.astype(np.float64)
     assert (np.abs(total - exact) <= bound).all()
+
+
+def test_trials(rng):
+    """A sample of what settled_trials.py runs by the million."""
+    error = Product("bf16", "bf16", 4, 8, True).error
+    for family in map(FAMILIES.index, ("halves cancel", "below what is kept")):
+        doubts, broken, plainly_broken, worst = trial(rng.integers(2**31), 5000, 64, family, CORES["sm_80"], error)
+        assert broken == 0 and worst <= 1
+        assert 0 < doubts < 5000 and plainly_broken > 0

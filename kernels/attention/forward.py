@@ -213,10 +213,9 @@ def _launch_bounds(tile: Tile) -> dict:
 
 @kernel_factory(
     ("bf16", Tile(128, 64, 4, 64), True),
-    ("bf16", Tile(128, 64, 4, 128), False),
+    ("bf16", Tile(128, 32, 4, 128), False),
     ("f16", Tile(128, 64, 4, 96), True),
-    ("bf16", Tile(128, 64, 4, 80), False),
-    ("bf16", Tile(64, 64, 4, 32), True),
+    ("bf16", Tile(128, 48, 4, 112), True),
 )
 def attention_forward(kind: str, tile: Tile, causal: bool):
     """Parameters: out, log-sum-exps, q, k, v, queries, keys, width, heads, q's heads of one of k's, diagonal, factor.

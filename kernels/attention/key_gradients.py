@@ -99,12 +99,8 @@ def _query_fetcher(tile: Tile) -> Callable:
 
     ``position``: the first query, and batch, head and their number counted as one.
     """
-    fetch_tile, column_elements, columns = (
-        loader(tile.columns, tile.width, tile.threads),
-        tile.column_elements,
-        tile.columns,
-    )
-    pieces = tile.columns // 4
+    fetch_tile, column_elements = loader(tile.columns, tile.width, tile.threads), tile.column_elements
+    columns, pieces = tile.columns, tile.columns // 4
 
     @device
     def fetch(shared, at, q, d_out, statistics, padded, queries, width, position, thread):
@@ -188,9 +184,8 @@ def _key_walker(kind: str, tile: Tile, causal: bool) -> Callable:
 
 @kernel_factory(
     ("bf16", Tile(128, 32, 4, 64), True),
-    ("bf16", Tile(64, 32, 4, 128), False),
-    ("f16", Tile(64, 32, 4, 96), True),
-    ("bf16", Tile(128, 32, 4, 32), False),
+    ("bf16", Tile(64, 32, 4, 128), True),
+    ("f16", Tile(64, 32, 4, 80), False),
 )
 def attention_key_gradients(kind: str, tile: Tile, causal: bool):
     """Parameters: d_k, d_v, q, k, v, d_out, statistics and how many queries they have room for, queries, keys, width.

@@ -107,16 +107,10 @@ def query_gradient_portable(kind: str, mask: str, groups: int, causal: bool):
     return kernel, sum(parameters, ()), {"threads": THREADS}
 
 
-@kernel_factory(("f32", "", 4, True), ("bf16", "f16", 2, False))
-def key_gradients_portable(kind: str, mask: str, groups: int, causal: bool):
-    """Parameters: d_k, d_v, q, k, v, d_out, mask, statistics, their room, queries, keys, width, and as above.
-
-    Heads are k's. A block for a few of one head's keys, over the queries of all heads that share them.
-    """
-    stage_rows, stage_others = portable.stager(kind, BLOCK_ROWS), portable.stager(kind, OTHERS)
-    weigh, gather, write = _weigher(mask, causal, False), portable.gatherer(groups), portable.writer(kind, groups)
-    sum_count = ROWS * groups
-    clear = _clear(sum_count)
+def _head_adder(kind: str, mask: str, groups: int, causal: bool) -> Callable:
+    """``add_head(shared, tensors, mask, statistics, arrays, problem, place)``: sums over the queries of one head."""
+    stage_others, gather = portable.stager(kind, OTHERS), portable.gatherer(groups)
+    weigh = _weigher(mask, causal, False)
 
     @device
     def add_head(shared, tensors, mask, statistics, arrays, problem, place):
@@ -144,6 +138,18 @@ def key_gradients_portable(kind: str, mask: str, groups: int, causal: bool):
             gather(shared, weights_at, d_out_at, width, d_v_sums, lane)
             gather(shared, weights_at + np.int64(ROWS * OTHERS), q_at, width, d_k_sums, lane)
             query0 += np.int64(OTHERS)
+
+    return add_head
+
+
+@kernel_factory(("f32", "", 4, True), ("bf16", "f16", 2, False))
+def key_gradients_portable(kind: str, mask: str, groups: int, causal: bool):
+    """Parameters: d_k, d_v, q, k, v, d_out, mask, statistics, their room, queries, keys, width, and as above.
+
+    Heads are k's. A block for a few of one head's keys, over the queries of all heads that share them.
+    """
+    stage_rows, write, sum_count = portable.stager(kind, BLOCK_ROWS), portable.writer(kind, groups), ROWS * groups
+    add_head, clear = _head_adder(kind, mask, groups, causal), _clear(sum_count)
 
     def kernel(
         d_k, d_v, q, k, v, d_out, mask, statistics, padded, queries, keys, width, heads, group, diagonal, factor, scale

@@ -1,22 +1,19 @@
-"""A stage of 16 samples of dynamic hyper-connections in a cluster of blocks: up to the mixing weights (sm_90).
+"""A stage of 16 samples of dynamic hyper-connections in a cluster of blocks: where it lies, and its projection (sm_90).
 
 A warp has 32 channels of every stream of all samples, and keeps the projection's rows of these places in registers. A
-lane copies what it needs to places of its own in shared memory and reads it there as often as it likes. Sums over
-channels are put together by warp, by block and by cluster, in this order. Blocks send one another single words, which
-are counted at a barrier where they arrive: each block makes the weights of some of the samples, and all receive them.
+lane copies what it needs to places of its own in shared memory and reads it there as often as it likes. Blocks send one
+another single words, which are counted at a barrier where they arrive.
 """
 
 from __future__ import annotations
 
 import functools
-import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from types import SimpleNamespace
 
 import numpy as np
 
-from kernels import bits, memory, tensor_core, warp
+from kernels import memory, tensor_core, warp
 from kernels.barrier import (
     barrier_expect_bytes,
     barrier_init,
@@ -25,11 +22,10 @@ from kernels.barrier import (
     cluster_barrier,
     cluster_rank,
     shared_address,
-    shared_store_counted,
+    shared_load_remote,
 )
-from kernels.hyper_connection.static import post_weight, pre_weight
+from kernels.ptx import instruction
 from kernels.simulator import WARP
-from kernels.sinkhorn_thread import matrix_steps
 from kernels.target import cuda, device
 
 SAMPLES = 16
@@ -50,14 +46,17 @@ _RESERVED_BYTES = 1 << 10
 
 @dataclass(frozen=True)
 class Team:
-    """How a cluster shares the channels: ``blocks``, a power of two, of ``warps`` warps each."""
+    """How a cluster shares the channels: ``blocks``, a power of two, of ``warps`` warps each.
+
+    A block has one more warp, which makes the mixing weights.
+    """
 
     blocks: int
     warps: int
 
     @property
-    def threads(self) -> int:
-        """Threads of a block."""
+    def lanes(self) -> int:
+        """Threads of a block that have channels."""
         return WARP * self.warps
 
 
@@ -70,7 +69,7 @@ class Layout:
 
     def __init__(self, n: int, team: Team) -> None:
         width = n * (n + 2) + 1
-        self.barriers = STAGES * 2 * n * team.threads * 4
+        self.barriers = STAGES * 2 * n * team.lanes * 4
         self.sums = self.barriers + 2 * BARRIERS
         """What the warps add to P and the sum of squares, [warps, 16, width]."""
         self.inbox = self.sums + team.warps * SAMPLES * width
@@ -93,7 +92,7 @@ def launch_options(n: int, team: Team) -> dict:
     """A kernel's threads, cluster, shared memory and blocks on a multiprocessor."""
     nbytes = shared_bytes(n, team)
     resident = min(SHARED_BYTES // (nbytes + _RESERVED_BYTES), MOST_WARPS // team.warps, MOST_RESIDENT)
-    options = {"threads": team.threads, "shared_bytes": nbytes, "cluster": team.blocks}
+    options = {"threads": WARP * (team.warps + 1), "shared_bytes": nbytes, "cluster": team.blocks}
     options |= {"architectures": (9, 0, "a"), "min_blocks": max(1, resident)}
     # With more registers than 512 threads can have the compiler keeps what it had better compute again, and spills.
     return options if team.warps * resident == MOST_WARPS else options | {"max_registers": 128}
@@ -145,40 +144,66 @@ def counters(n: int, team: Team) -> SimpleNamespace:
     return SimpleNamespace(begin=begin, wait=wait, address=address)
 
 
+def _word(address, offset):
+    return shared_load_remote(np.uint32(address + offset), cluster_rank())
+
+
+def _words(address, offset):
+    return tuple(_word(address, offset + np.uint32(4 * i)) for i in range(4))
+
+
+def _number(address, offset):
+    return np.uint32(_word(address, offset)).view(np.float32)
+
+
+# Of the block's own shared memory, ``offset`` bytes behind an address: a constant offset becomes a part of the
+# instruction, where an index would be computed anew.
+words_at = instruction(
+    "{ .reg .b32 at; add.u32 at, $4, $5; ld.shared.v4.u32 {$0,$1,$2,$3}, [at]; }", "rr", "rrrr", twin=_words
+)
+number_at = instruction("{ .reg .b32 at; add.u32 at, $1, $2; ld.shared.f32 $0, [at]; }", "rr", "f", twin=_number)
+
+
 @functools.cache
-def samples_in_place(n: int, threads: int) -> SimpleNamespace:
+def samples_in_place(n: int, lanes: int) -> SimpleNamespace:
     """Device functions for a lane's own eight channels of all streams of its samples g and g + 8 of a stage.
 
-    ``park`` starts their copies, ``words`` gives those of stream ``j`` of the ``half``-th sample as four words.
+    ``park`` starts their copies, ``words`` gives those of stream ``j`` of the ``half``-th sample as four words;
+    ``address`` is where the lane's lie in a slot.
     """
 
     @device
-    def place(stage, half, j):
-        slot = np.uint32(np.uint32(stage * np.uint32(2 * n)) + np.uint32(half * n + j))
-        return np.int64(np.uint32(np.uint32(slot * np.uint32(threads)) + warp.thread_index()) * np.uint32(RUN))
+    def place(slot):
+        return np.uint32(np.uint32(np.uint32(slot * np.uint32(2 * n * lanes)) + warp.thread_index()) * np.uint32(RUN))
 
     @device
-    def park(shared, stage, x, sample, c, channels, batch):
+    def address(shared, slot):
+        return shared_address(shared, np.int64(place(slot)))
+
+    @device
+    def park(shared, slot, x, sample, c, channels, batch):
+        first = place(slot)
         for half in range(2):
-            line = min(sample + np.int64(8 * half), batch - np.int64(1)) * np.int64(n)
+            source = min(sample + np.int64(8 * half), batch - np.int64(1)) * np.int64(n) * channels + c
             for j in range(n):
-                memory.copy_async16(shared, place(stage, half, j), x, (line + np.int64(j)) * channels + c)
+                to = np.int64(np.uint32(first + np.uint32((half * n + j) * lanes * RUN)))
+                memory.copy_async16(shared, to, x, source)
+                source += channels
 
     @device
-    def words(shared, stage, half, j, to, at):
-        a, b, c, d = memory.shared_load128(shared, place(stage, half, j))
-        to[at], to[at + 1], to[at + 2], to[at + 3] = a, b, c, d
+    def words(at, half, j, to, first):
+        a, b, c, d = words_at(at, np.uint32((half * n + j) * lanes * 2 * RUN))
+        to[first], to[first + 1], to[first + 2], to[first + 3] = a, b, c, d
 
-    return SimpleNamespace(park=park, words=words)
+    return SimpleNamespace(park=park, words=words, address=address)
 
 
 @functools.cache
 def projection(n: int, team: Team) -> SimpleNamespace:
     """Device functions for P on tensor cores: ``fetch`` the rows once, ``add`` the warp's part of a stage to shared."""
-    outputs = n * (n + 2)
-    tiles, width, words_of = -(-outputs // 8), outputs + 1, samples_in_place(n, team.threads).words
-    layout = Layout(n, team)
-    sums_at, sums = layout.sums, 4 * tiles
+    outputs, places = n * (n + 2), samples_in_place(n, team.lanes)
+    tiles, width, words_of, address = -(-outputs // 8), outputs + 1, places.words, places.address
+    sums_at, sums = Layout(n, team).sums, 4 * tiles
 
     @device
     def fetch(rows, held, c, channels):
@@ -195,168 +220,55 @@ def projection(n: int, team: Team) -> SimpleNamespace:
                     held[at], held[at + 1], held[at + 2], held[at + 3] = v0, v1, v2, v3
 
     @device
-    def multiply(acc, tile, words, half, b0, b1):
-        i, c = 2 * half, 4 * tile
+    def multiply(acc, at, words, half, b0, b1):
+        i = 2 * half
         r0, r1, r2, r3 = tensor_core.mma_bf16(
-            words[i], words[i + 4], words[i + 1], words[i + 5], b0, b1, acc[c], acc[c + 1], acc[c + 2], acc[c + 3]
+            words[i], words[i + 4], words[i + 1], words[i + 5], b0, b1, acc[at], acc[at + 1], acc[at + 2], acc[at + 3]
         )
-        acc[c], acc[c + 1], acc[c + 2], acc[c + 3] = r0, r1, r2, r3
+        acc[at], acc[at + 1], acc[at + 2], acc[at + 3] = r0, r1, r2, r3
 
     @device
-    def squares_of(total, words, at):
-        for i in range(4):
-            low, high = bits.low_bf16(words[at + i]), bits.high_bf16(words[at + i])
-            total += low * low
-            total += high * high
-        return total
-
-    @device
-    def add(shared, floats, stage, held, c, channels):
-        acc = cuda.local.array(sums, np.float32)
-        words = cuda.local.array(8, np.uint32)
+    def store(floats, acc, upper, lower):
+        """The warp's sums; a sample's with itself lie on the diagonal of its tile."""
         thread = warp.thread_index()
         lane, own = np.uint32(thread % np.uint32(WARP)), np.uint32(thread // np.uint32(WARP))
-        sample, t = (
-            np.uint32(own * np.uint32(SAMPLES)) + np.uint32(lane >> np.uint32(2)),
-            np.uint32(lane & np.uint32(3)),
-        )
-        for i in range(sums):
-            acc[i] = np.float32(0)
-        upper, lower = np.float32(0), np.float32(0)
-        for j in range(n):
-            for i in range(8):
-                words[i] = np.uint32(0)
-            if c < channels:
-                words_of(shared, stage, 0, j, words, 0)
-                words_of(shared, stage, 1, j, words, 4)
-            for tile in range(tiles):
-                at = 4 * (tile * n + j)
-                multiply(acc, tile, words, 0, held[at], held[at + 1])
-                multiply(acc, tile, words, 1, held[at + 2], held[at + 3])
-            upper, lower = squares_of(upper, words, 0), squares_of(lower, words, 4)
-        upper, lower = warp.quad_sum(upper), warp.quad_sum(lower)
+        g, t = np.uint32(lane >> np.uint32(2)), np.uint32(lane & np.uint32(3))
+        line = np.uint32(np.uint32(own * np.uint32(SAMPLES)) + g)
+        at = np.uint32(np.uint32(line * np.uint32(width)) + np.uint32(sums_at))
         for half in range(2):
-            to = np.uint32(np.uint32(sample) * np.uint32(width)) + np.uint32(sums_at + 8 * half * width)
             for tile in range(tiles):
                 for i in range(2):
                     e = np.uint32(np.uint32(2) * t) + np.uint32(8 * tile + i)
                     if e < np.uint32(outputs):
-                        floats[np.uint32(to) + np.uint32(e)] = acc[4 * tile + 2 * half + i]
-            if t == np.uint32(0):
-                floats[np.uint32(to) + np.uint32(outputs)] = upper if half == 0 else lower
+                        floats[at + np.uint32(8 * half * width) + e] = acc[4 * tile + 2 * half + i]
+            if np.uint32(g >> np.uint32(1)) == t:
+                odd, of_half = (g & np.uint32(1)) != np.uint32(0), lower if half else upper
+                floats[at + np.uint32(8 * half * width + outputs)] = of_half[2 * half + 1] if odd else of_half[2 * half]
+
+    @device
+    def add(shared, floats, slot, held, c, channels):
+        acc = cuda.local.array(sums, np.float32)
+        upper = cuda.local.array(4, np.float32)
+        lower = cuda.local.array(4, np.float32)
+        words = cuda.local.array(8, np.uint32)
+        at = address(shared, slot)
+        for i in range(sums):
+            acc[i] = np.float32(0)
+        for i in range(4):
+            upper[i] = np.float32(0)
+            lower[i] = np.float32(0)
+        for j in range(n):
+            for i in range(8):
+                words[i] = np.uint32(0)
+            if c < channels:
+                words_of(at, 0, j, words, 0)
+                words_of(at, 1, j, words, 4)
+            for half in range(2):
+                for tile in range(tiles):
+                    row = 4 * (tile * n + j) + 2 * half
+                    multiply(acc, 4 * tile, words, half, held[row], held[row + 1])
+                multiply(upper, 0, words, half, words[2 * half], words[2 * half + 1])
+                multiply(lower, 0, words, half, words[4 + 2 * half], words[5 + 2 * half])
+        store(floats, acc, upper, lower)
 
     return SimpleNamespace(fetch=fetch, add=add, words=4 * n * tiles)
-
-
-@device
-def opaque(count):
-    """A number that the compiler does not know, so that it does not unroll a loop at the price of registers."""
-    return np.int64(bits.again(np.uint32(count)))
-
-
-@functools.cache
-def sender(n: int, team: Team) -> Callable:
-    """A device function: the sums of a stage over the block to the blocks that make the weights of its samples."""
-    width, blocks, warps, threads, layout = n * (n + 2) + 1, team.blocks, team.warps, team.threads, Layout(n, team)
-    values, own_values, address = SAMPLES * width, SAMPLES // blocks * width, counters(n, team).address
-    sums_at, inbox_at = layout.sums, layout.inbox
-
-    @device
-    def send(shared, floats, stage):
-        parity = np.uint32(stage & np.uint32(1))
-        counted = address(shared, OF_SUMS, parity)
-        for index in range(np.int64(warp.thread_index()), values, threads):
-            e, total = np.uint32(index), np.float32(0)
-            for i in range(warps):
-                total += floats[e + np.uint32(sums_at + i * values)]
-            owner = np.uint32(e // np.uint32(own_values))
-            line = np.uint32(np.uint32(parity * np.uint32(blocks)) + cluster_rank())
-            place = np.uint32(np.uint32(line - owner) * np.uint32(own_values)) + e + np.uint32(inbox_at)
-            there = shared_address(shared, np.int64(np.uint32(np.uint32(2) * np.uint32(place))))
-            shared_store_counted(there, counted, owner, bits.f32_bits(total))
-
-    return send
-
-
-@functools.cache
-def maker(mode: str, n: int, team: Team) -> Callable:
-    """A device function of one warp: the mixing weights of the block's samples of a stage, to every block.
-
-    It leaves the samples' ``projected`` and ``mixing`` in memory as well.
-    """
-    outputs, blocks, samples, cells = n * (n + 2), team.blocks, SAMPLES // team.blocks, n * n
-    width, layout, step, s_pre = outputs + 1, Layout(n, team), matrix_steps(mode, n), pre_weight(mode)
-    values, count, start, iterate = samples * width, counters(n, team), step.start, step.iterate
-    inbox_at, lines_at, wait, address = layout.inbox, layout.lines, count.wait, count.address
-
-    @device
-    def add_up(floats, at, projected, b, batch, flat, eps, lane):
-        """P and r, in the place of the first block's sums."""
-        for index in range(lane, opaque(values), WARP):
-            e, total = np.uint32(index), np.float32(0)
-            for rank in range(blocks):
-                total += floats[np.uint32(at + e) + np.uint32(rank * values)]
-            if np.uint32(e % np.uint32(width)) == np.uint32(outputs):
-                total = np.float32(math.sqrt(total / np.float32(flat) + eps))
-            floats[at + e] = total
-            if b + np.int64(np.uint32(e // np.uint32(width))) < batch:
-                projected[b * np.int64(width) + index] = total
-
-    @device
-    def from_logits(floats, at, alpha, bias, mixing, b, batch, eps, lane):
-        """The logits, and of s_pre and s_post the weights."""
-        for index in range(lane, opaque(samples * outputs), WARP):
-            e = np.uint32(index)
-            own = np.uint32(e // np.uint32(outputs))
-            line, k = (
-                np.uint32(at + np.uint32(own * np.uint32(width))),
-                np.uint32(e - np.uint32(own * np.uint32(outputs))),
-            )
-            group = min(np.uint32(k // np.uint32(n)), np.uint32(2))
-            value = alpha[group] * (floats[line + k] / floats[line + np.uint32(outputs)]) + bias[k]
-            if group == np.uint32(0):
-                value = s_pre(value, eps)
-            elif group == np.uint32(1):
-                value = post_weight(value)
-            floats[line + k] = value
-            if group < np.uint32(2) and b + np.int64(own) < batch:
-                mixing[b * np.int64(outputs) + index] = value
-
-    @device
-    def project(floats, line, mixing, to, there, iterations, eps):
-        """M of a lane's sample."""
-        m = cuda.local.array(cells, np.float32)
-        start(floats, np.int64(line), m, eps)
-        iterate(m, iterations, eps)
-        for i in range(cells):
-            floats[line + np.uint32(i)] = m[i]
-            if there:
-                mixing[to + np.int64(i)] = m[i]
-
-    @device
-    def make(shared, floats, stage, projected, alpha, bias, mixing, first, batch, flat, iterations, eps):
-        lane, parity = np.uint32(warp.thread_index() % np.uint32(WARP)), np.uint32(stage & np.uint32(1))
-        at, index = np.uint32(parity * np.uint32(blocks * values) + np.uint32(inbox_at)), np.int64(lane)
-        sample0 = np.uint32(cluster_rank() * np.uint32(samples))
-        b = first + np.int64(sample0)
-        wait(shared, OF_SUMS, stage, lane == np.uint32(0))
-        add_up(floats, at, projected, b, batch, flat, eps, index)
-        warp.sync_warp()
-        from_logits(floats, at, alpha, bias, mixing, b, batch, eps, index)
-        warp.sync_warp()
-        if lane < np.uint32(samples):
-            line, to = (
-                np.uint32(at + np.uint32(lane * np.uint32(width) + np.uint32(2 * n))),
-                (b + index) * np.int64(outputs),
-            )
-            project(floats, line, mixing, to + np.int64(2 * n), b + index < batch, iterations, eps)
-        warp.sync_warp()
-        own_line = np.uint32(np.uint32(parity * np.uint32(SAMPLES)) + sample0)
-        counted, place = address(shared, OF_LINES, parity), np.uint32(own_line * np.uint32(width) + np.uint32(lines_at))
-        for own in range(index, opaque(values), WARP):
-            e = np.uint32(own)
-            there = shared_address(shared, np.int64(np.uint32(np.uint32(2) * np.uint32(place + e))))
-            for rank in range(blocks):
-                shared_store_counted(there, counted, np.uint32(rank), bits.f32_bits(floats[at + e]))
-
-    return make

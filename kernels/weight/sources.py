@@ -28,7 +28,10 @@ import numpy as np
 from kernels.division import divide
 from kernels.double_float import add_pairs, multiply_add, multiply_pairs
 from kernels.elements import ELEMENTS
-from kernels.target import device, f32, i64, types
+from kernels.target import cuda, device, f32, i64, types
+
+_RANKS_AT_ONCE = 8
+"""Ranks whose elements are requested together: one after the other each would wait for memory."""
 
 Source = tuple
 
@@ -59,7 +62,17 @@ def _dot(left: str, right: str, at: int) -> Callable:
         high, low = np.float32(0), np.float32(0)
         left_at = o * p[i_row]
         right_at = j
-        for _ in range(p[i_rank]):
+        a = cuda.local.array(_RANKS_AT_ONCE, np.float32)
+        b = cuda.local.array(_RANKS_AT_ONCE, np.float32)
+        together = p[i_rank] // np.int64(_RANKS_AT_ONCE)
+        for _ in range(together):
+            for k in range(_RANKS_AT_ONCE):
+                a[k], b[k] = load_left(p[i_left], left_at), load_right(p[i_right], right_at)
+                left_at += p[i_step]
+                right_at += p[i_next]
+            for k in range(_RANKS_AT_ONCE):
+                high, low = multiply_add(a[k], b[k], high, low)
+        for _ in range(p[i_rank] - together * np.int64(_RANKS_AT_ONCE)):
             high, low = multiply_add(load_left(p[i_left], left_at), load_right(p[i_right], right_at), high, low)
             left_at += p[i_step]
             right_at += p[i_next]

@@ -13,10 +13,10 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Self
+from typing import Any, Self
 
 from lycoris.algorithms import LycorisModule
 from lycoris.algorithms.terms import diff_weight
@@ -216,7 +216,8 @@ class Adapted:
 
     def merged_bias(self) -> Tensor | None:
         """The bias with the active adapters' differences, rounded once; None where there is neither."""
-        return self._kept("bias", self._merge_bias)
+        differences = [a.tensors[a.module.bias_name] for a in self.active() if a.module.bias is not None]
+        return self._kept("bias", self._merge_bias, differences)
 
     def staying(self, found: list[Adapter]) -> list[Adapter]:
         """Those that ``module_dropout`` leaves in this call, drawn from the default generator without the device.
@@ -272,18 +273,26 @@ class Adapted:
         result = moved * (magnitude / norm)
         return result if adapter.strength == 1 else base + (result - base) * adapter.strength
 
-    def _kept(self, what: str, make: object) -> object:
-        """A value that depends on nothing but adapters, strengths and factors, made again when one changes."""
-        state = self._state()
+    def _kept(self, what: str, make: Callable[[], Any], of: Iterable[Tensor] | None = None) -> Any:
+        """A value that depends on base, adapters, strengths and tensors (all factors if none are given), made once.
+
+        It is made again when one of them changes. What recorded work makes is its own, since only replays compute it.
+        """
+        state, work = self._state(of), only_recorded()
         found = self._cache.get(what)
+        if found is not None and found[0] == state:
+            return found[1]
+        cache = self._cache if work is None else work.made.setdefault(("kept", id(self)), {})
+        found = cache.get(what)
         if found is None or found[0] != state:
-            found = self._cache[what] = (state, make())
+            found = cache[what] = (state, make())
         return found[1]
 
-    def _state(self) -> tuple:
-        versions = [t.storage.version for adapter in self._adapters.values() for t in adapter.tensors.values()]
+    def _state(self, of: Iterable[Tensor] | None) -> tuple:
+        if of is None:
+            of = [tensor for adapter in self._adapters.values() for tensor in adapter.tensors.values()]
         bias = 0 if self.bias is None else self.bias.storage.version
-        return (self._changes, self.weight.storage.version, bias, *versions)
+        return (self._changes, self.weight.storage.version, bias, *[tensor.storage.version for tensor in of])
 
     def _changed(self) -> None:
         self._changes = next(_versions)

@@ -87,7 +87,7 @@ class AdaptedConv(Adapted):
 
     def _stored(self) -> Tensor:
         """The base as kernels read it."""
-        return self._kept("base, channels last", lambda: channels_last(self.weight))
+        return self._kept("base, channels last", lambda: channels_last(self.weight), ())
 
     def _terms(self, x: Tensor, found: list[Adapter], geometry: Convolution) -> Tensor:
         """The adapters' terms, summed in fp32: LoCons' as one product, then a convolution with each other's delta."""

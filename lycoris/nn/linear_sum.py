@@ -19,7 +19,7 @@ from lycoris.ops.weight import delta
 from lycoris.tensor import Tensor, autograd, from_array
 from lycoris.tensor.launch import empty, shaped
 from plans.block_mix import BlockMixArgs, BlockMixDescriptor, BlockMixPlan
-from plans.core import DeviceBuffer, ElementKind, TensorMut, Workspace
+from plans.core import BackendKind, DeviceBuffer, ElementKind, TensorMut, Workspace
 from plans.core.plan import Launches
 from plans.matmul import Bias, LowRankTerm, Segment, SegmentedMatmulArgs, SegmentedMatmulDescriptor, SegmentedMatmulPlan
 
@@ -138,7 +138,8 @@ class LinearSum:
         )  # fmt: skip
         plan = SegmentedMatmulPlan.select(None, descriptor, device=device)
         w1 = blocks[0].w1.shape
-        mixing = BlockMixDescriptor(m, *w1, k // w1[1], kind, kind, kind, x_stride=a_stride, early=True)
+        early = plan.chosen.backend is BackendKind.WGMMA
+        mixing = BlockMixDescriptor(m, *w1, k // w1[1], kind, kind, kind, x_stride=a_stride, early=early)
         mix = BlockMixPlan.select(None, mixing, device=device)
         one = -(-m * groups * depth * kind.itemsize // _ALIGNMENT) * _ALIGNMENT
         own = plan.workspace_size()

@@ -11,7 +11,7 @@
 |---|---|
 | `tensor` | memory, shape, strides, kind |
 | `launch` | plans on tensors, without gradients |
-| `autograd` | the graph, `backward`, `grad`, `no_grad`, `checkpoint` |
+| `autograd`, `recompute` | the graph, `backward`, `grad`, `no_grad`; `checkpoint` |
 | `pointwise`, `reductions`, `views`, `indexing`, `rows` | operations, each with its gradient |
 | `products`, `attention`, `low_rank`, `adapted`, `decomposed`, `mixing`, `convolution`, `losses` | likewise |
 | `creation`, `exchange` | constants, random numbers; NumPy, DLPack, CUDA array interface |
@@ -24,7 +24,7 @@ the host by itself.
 from lycoris.tensor import methods as _methods
 from lycoris.tensor.adapted import hadamard_linear, kronecker_linear
 from lycoris.tensor.attention import scaled_dot_product_attention, self_attention
-from lycoris.tensor.autograd import backward, checkpoint, enable_grad, grad, is_grad_enabled, no_grad
+from lycoris.tensor.autograd import backward, enable_grad, grad, is_grad_enabled, no_grad
 from lycoris.tensor.creation import (
     Generator,
     arange,
@@ -54,6 +54,7 @@ from lycoris.tensor.losses import (
 from lycoris.tensor.low_rank import low_rank_linear
 from lycoris.tensor.pointwise import clamp, fma, fuse, leaky_relu, where
 from lycoris.tensor.products import bmm, linear, matmul
+from lycoris.tensor.recompute import checkpoint
 from lycoris.tensor.rows import cross_entropy, group_norm, layer_norm, log_softmax, rms_norm, softmax
 from lycoris.tensor.tensor import Tensor
 from lycoris.tensor.views import cat, expand, flip, pad, permute, reshape, split, stack, transpose, triu

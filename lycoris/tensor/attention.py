@@ -75,7 +75,8 @@ def _check(
     heads, key_heads = (x.shape[-3] if x.ndim > 2 else 1 for x in (q, k))
     if heads != key_heads and not (enable_gqa and key_heads and heads % key_heads == 0):
         raise RefusedInput(
-            f"{_NAME}: {heads} heads of q and {key_heads} of k, wanted as many, or a divisor with enable_gqa=True"
+            f"{_NAME}: {heads} heads of q and {key_heads} of k, wanted as many; repeat k and v, or pass "
+            "enable_gqa=True where they are a divisor"
         )
     if mask is not None and (is_causal or mask.requires_grad):
         wrong = "is_causal beside attn_mask" if is_causal else "attn_mask requires a gradient, there is none"

@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lycoris.errors import RefusedInput
-from lycoris.tensor import streams
 from lycoris.tensor.launch import zeros_like_layout
 from plans.core import ElementKind
 
@@ -107,8 +106,10 @@ def record(
     ``saved`` are the tensors that ``pull`` reads: a change to one of them in place makes the walk back an error. Its
     gradient has ``kind``, or that of ``out``.
     """
+    # A leaf's node is made first, so that the walk, latest nodes first, comes to it after all that it went into.
+    edges = tuple([edge(tensor) if tensor.requires_grad else None for tensor in inputs])
     node = Node(name, out.shape, kind or out.kind)
-    node.inputs = tuple(edge(tensor) if tensor.requires_grad else None for tensor in inputs)
+    node.inputs = edges
     node.pull, node.saved = pull, tuple((tensor.storage, tensor.storage.version) for tensor in saved)
     out.node, out.requires_grad = node, True
     return out
@@ -281,8 +282,11 @@ def _walk(seeds: list[tuple[Node, Tensor]], retain_graph: bool, targets: set[Nod
     sums: dict[Node, _Sum] = {}
     heap: list[tuple[int, Node]] = []
     found: dict[Node, Tensor] = {}
+    needed = None if targets is None else _leading_to(targets, [node for node, _ in seeds])
 
     def give(node: Node, gradient: Tensor | Part, own: bool) -> None:
+        if needed is not None and node not in needed:
+            return
         if node not in sums:
             sums[node] = _Sum()
             heapq.heappush(heap, (-node.number, node))
@@ -302,9 +306,25 @@ def _walk(seeds: list[tuple[Node, Tensor]], retain_graph: bool, targets: set[Nod
             if targets is not None and node in targets:
                 found[node] = gradient
             if node.leaf is None:
-                _pull(node, gradient, give, retain_graph)
+                edges = node.inputs if needed is None else tuple([e if e in needed else None for e in node.inputs])
+                if any(edges):
+                    _pull(node, gradient, edges, give, retain_graph)
             elif targets is None:
                 _accumulate(node.leaf(), gradient, own)
+    return found
+
+
+def _leading_to(targets: set[Node], seeds: Sequence[Node]) -> set[Node]:
+    """The nodes from which the walk comes to a target, targets themselves among them."""
+    seen, order = set(seeds), list(seeds)
+    for node in order:
+        fresh = [e for e in node.inputs if e is not None and e not in seen]
+        seen.update(fresh)
+        order += dict.fromkeys(fresh)
+    found = targets & seen
+    for node in sorted(order, key=lambda node: node.number):  # inputs before what was made of them
+        if any(e in found for e in node.inputs):
+            found.add(node)
     return found
 
 
@@ -319,7 +339,14 @@ def _replaced(node: Node, gradient: Tensor, returned: Tensor | None) -> Tensor:
     return returned.detach().to(node.kind)
 
 
-def _pull(node: Node, gradient: Tensor, give: Callable[[Node, Tensor | Part, bool], None], retain_graph: bool) -> None:
+def _pull(
+    node: Node,
+    gradient: Tensor,
+    edges: Sequence[Node | None],
+    give: Callable[[Node, Tensor | Part, bool], None],
+    retain_graph: bool,
+) -> None:
+    """Hand the gradient on to the inputs that want it, which ``edges`` are."""
     if node.pull is None:
         raise RefusedInput(f"backward: the graph behind {node.name} was freed; pass retain_graph=True the time before")
     for storage, version in node.saved:
@@ -327,11 +354,11 @@ def _pull(node: Node, gradient: Tensor, give: Callable[[Node, Tensor | Part, boo
             raise RefusedInput(
                 f"backward: a tensor that the gradient of {node.name} needs was changed in place since; use a copy"
             )
-    gradients = node.pull(gradient, node.inputs)
+    gradients = node.pull(gradient, edges)
     if not retain_graph:
         node.pull, node.saved = None, ()
     seen = {gradient.storage}
-    for target, part in zip(node.inputs, gradients, strict=True):
+    for target, part in zip(edges, gradients, strict=True):
         if target is not None and part is not None:
             assert part.shape == target.shape, (node.name, part.shape, target.shape)
             give(target, part, part.storage not in seen)
@@ -346,32 +373,3 @@ def _accumulate(leaf: Tensor | None, gradient: Tensor, own: bool) -> None:
         leaf.grad = gradient if own and gradient.contiguous_ else gradient.clone()
     else:
         leaf.grad.add_(gradient)
-
-
-def checkpoint(fn: Callable[..., Tensor], *args: Tensor) -> Tensor:
-    """fn(*args), of which only the arguments are kept: the way back computes it once more, by the same random numbers.
-
-    ``fn`` gives one tensor and does the same both times. Leaves that it uses beside its arguments get their gradients
-    too. Raises RefusedInput on the way back where it draws more random numbers than it did.
-    """
-
-    def run() -> tuple[list[Tensor], Tensor]:
-        with enable_grad():
-            inner = [a.detach().requires_grad_(a.requires_grad) for a in args]
-            return inner, fn(*inner)
-
-    if not _mode.enabled:
-        return fn(*args)
-    with streams.noted() as drawn:
-        _, first = run()
-    out = first.detach()
-    if not first.requires_grad:
-        return out
-
-    def pull(g: Tensor, edges: Sequence[Node | None]) -> list[Tensor | None]:
-        with streams.repeated(drawn):
-            inner, result = run()
-        backward([result], [g])
-        return [None if e is None or a.grad is None else a.grad.to(e.kind) for e, a in zip(edges, inner, strict=True)]
-
-    return record("checkpoint", out, args, args, pull)

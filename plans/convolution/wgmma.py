@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 
@@ -26,9 +27,12 @@ from plans.core.device import Device
 from plans.core.plan import Launches, Sku
 from plans.core.precision import ElementKind, MathPrecision, PrecisionGuarantee
 from plans.core.sku import ArchSku, BackendKind
+from plans.core.tensor import TensorMut
 from plans.core.tensor_map import Box, constants, map_address
-from plans.core.workspace import Workspace
-from plans.matmul.wgmma import PANEL_ROWS, TILE_CYCLES, stage_cycles, stages_of, tile_widths
+from plans.core.tuning import tuned
+from plans.core.workspace import NO_WORKSPACE, Workspace
+from plans.matmul.measure import launches_seconds
+from plans.matmul.wgmma import MEASURED, PANEL_ROWS, TILE_CYCLES, stage_cycles, stages_of, tile_widths
 
 _KINDS = (ElementKind.BF16, ElementKind.F16)
 _UNIT = 8
@@ -83,17 +87,60 @@ def box_width_of(height: int, width: int, pixels: int = ROWS) -> int:
     return min(widths, key=lambda w: -(-width // w) * -(-height // (pixels // w)))
 
 
-@functools.lru_cache(maxsize=1024)
-def choose_tile(rows: int, columns: int, depth: int, groups: int, multiprocessors: int, transposed: bool) -> WgmmaTile:
-    """The tile that a count of cycles finds fastest, as for products."""
+class Tiling(NamedTuple):
+    """The product that a convolution is: boxes of pixels across and down an image; a group's rows, columns, depth."""
+
+    box_width: int
+    across: int
+    down: int
+    rows: int
+    columns: int
+    depth: int
+    groups: int
+    transposed: bool
+
+
+def tiling_of(descriptor: Descriptor) -> Tiling:
+    """Of a convolution or its input's gradient."""
+    g, transposed = descriptor.geometry, is_input_gradient(descriptor)
+    height, width = axes_of(g.extents if transposed else g.out_extents, 1)
+    columns, inner = (g.group_in, g.group_out) if transposed else (g.group_out, g.group_in)
+    box_width = box_width_of(height, width)
+    across, down = -(-width // box_width), -(-height // (ROWS // box_width))
+    depth = g.taps * -(-inner // DEPTH)
+    return Tiling(box_width, across, down, g.batch * across * down * ROWS, columns, depth, g.groups, transposed)
+
+
+def likely_tiles(tiling: Tiling, multiprocessors: int) -> list[WgmmaTile]:
+    """The tiles that a count of cycles finds fastest, as for products, the best first."""
 
     def cycles(tile: WgmmaTile) -> float:
-        tiles = -(-rows // (ROWS * tile.cluster)) * -(-columns // tile.columns) * groups
+        tiles = -(-tiling.rows // (ROWS * tile.cluster)) * -(-tiling.columns // tile.columns) * tiling.groups
         waves = -(-tiles // max(1, multiprocessors // tile.cluster))
-        return waves * (depth * stage_cycles(tile) + TILE_CYCLES)
+        return waves * (tiling.depth * stage_cycles(tile) + TILE_CYCLES)
 
-    best = min(tile_widths(True, not transposed, False), key=cycles)
-    return WgmmaTile(best.columns, stages_of(best, STAGING_BYTES), best.cluster, True, not transposed)
+    ranked = sorted(tile_widths(True, not tiling.transposed, False), key=cycles)
+    return [replace(tile, stages=stages_of(tile, STAGING_BYTES)) for tile in ranked[:MEASURED]]
+
+
+@functools.lru_cache(maxsize=1024)
+def choose_tile(descriptor: Descriptor, device: Device) -> WgmmaTile:
+    """The fastest of the likely tiles, measured once for a class of problems; see ``plans.core.tuning``."""
+    tiling, g = tiling_of(descriptor), descriptor.geometry
+    problem = (*tiling, g.stride, descriptor.x.value, descriptor.out.value, len(descriptor.epilogue))
+    seconds = functools.partial(tile_seconds, descriptor, device)
+    return tuned(device, "convolution wgmma", problem, likely_tiles(tiling, device.multiprocessors), seconds)
+
+
+def tile_seconds(descriptor: Descriptor, device: Device, tile: WgmmaTile) -> float:
+    """Seconds of one run with a tile, over operands of random bits."""
+    program = WgmmaProgram(descriptor, device, tile)
+
+    def bind(tensors: list[TensorMut]) -> Launches:
+        out, first, second, *epilogue = tensors
+        return program.bind(Conv2dArgs(out, first, second, epilogue), NO_WORKSPACE)
+
+    return launches_seconds(descriptor.operands(), device, bind)
 
 
 @dataclass(frozen=True)
@@ -131,17 +178,15 @@ class WgmmaProgram(ConvolutionProgram):
         super().__init__(descriptor, device)
         if self.empty:
             return
-        g, self.transposed = self.geometry, is_input_gradient(descriptor)
+        g, tiling = self.geometry, tiling_of(descriptor)
+        self.transposed, self.stride = tiling.transposed, axes_of(g.stride, 1)
         self.out_axes = axes_of(g.extents if self.transposed else g.out_extents, 1)
         self.in_axes = axes_of(g.out_extents if self.transposed else g.extents, 1)
-        self.stride, height, width = axes_of(g.stride, 1), *self.out_axes
-        self.box_width = box_width_of(height, width)
-        self.box = (ROWS // self.box_width, self.box_width)
-        across, down = -(-width // self.box_width), -(-height // self.box[0])
-        self.c_tiles, rows = -(-self.inner // DEPTH), g.batch * across * down * ROWS
-        depth, taps_x = g.taps * self.c_tiles, axes_of(g.kernel, 1)[1]
-        self.tile = tile or choose_tile(rows, self.columns, depth, g.groups, device.multiprocessors, self.transposed)
-        self.shape = (across, down, width, height, g.batch, taps_x, g.taps, self.c_tiles, *self._taps())
+        self.box_width, self.box = tiling.box_width, (ROWS // tiling.box_width, tiling.box_width)
+        self.tile, self.c_tiles, rows = tile or choose_tile(descriptor, device), tiling.depth // g.taps, tiling.rows
+        height, width = self.out_axes
+        boxes, taps = (tiling.across, tiling.down), (axes_of(g.kernel, 1)[1], g.taps)
+        self.shape = (*boxes, width, height, g.batch, *taps, self.c_tiles, *self._taps())
         panel = max(1, PANEL_ROWS // (ROWS * self.tile.cluster))
         self.numbers = (g.groups, rows, self.columns, panel)
         kinds = (descriptor.x.value, descriptor.out.value)

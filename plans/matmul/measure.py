@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
 from plans.core.device import Device
 from plans.core.operand import Operand
+from plans.core.plan import Launches
 from plans.core.tensor import TensorMut
 from plans.core.tuning import device_seconds
 from plans.core.workspace import NO_WORKSPACE
@@ -18,12 +20,12 @@ from plans.matmul.program import MatmulProgram
 _ROTATED_BYTES, _MOST_SETS = 180 << 20, 8
 
 
-def program_seconds(descriptor: SegmentedMatmulDescriptor, device: Device, program: MatmulProgram) -> float:
-    """Seconds of one run of a program that needs no workspace, over operands of random bits with small exponents."""
-    nbytes = sum(operand.nbytes for operand in descriptor.operands())
+def launches_seconds(operands: Sequence[Operand], device: Device, bind: Callable[[list[TensorMut]], Launches]) -> float:
+    """Seconds of the launches that ``bind`` makes of operands of random bits with small exponents."""
+    nbytes = sum(operand.nbytes for operand in operands)
     count = min(_MOST_SETS, -(-_ROTATED_BYTES // max(1, nbytes)))
-    args = [_random_args(descriptor, device) for _ in range(count)]
-    runs = itertools.cycle([program.bind(own, NO_WORKSPACE) for own in args])
+    sets = [[_random_operand(device, operand) for operand in operands] for _ in range(count)]
+    runs = itertools.cycle([bind(tensors) for tensors in sets])
 
     def launch(stream: Any) -> None:
         for run, arguments in next(runs):
@@ -32,12 +34,21 @@ def program_seconds(descriptor: SegmentedMatmulDescriptor, device: Device, progr
     return device_seconds(device, launch)
 
 
-def _random_args(descriptor: SegmentedMatmulDescriptor, device: Device) -> SegmentedMatmulArgs:
-    out, *tensors = [_random_operand(device, operand) for operand in descriptor.operands()]
+def program_seconds(descriptor: SegmentedMatmulDescriptor, device: Device, program: MatmulProgram) -> float:
+    """Seconds of one run of a product's program that needs no workspace."""
+
+    def bind(tensors: list[TensorMut]) -> Launches:
+        return program.bind(_arguments(descriptor, tensors), NO_WORKSPACE)
+
+    return launches_seconds(descriptor.operands(), device, bind)
+
+
+def _arguments(descriptor: SegmentedMatmulDescriptor, tensors: list[TensorMut]) -> SegmentedMatmulArgs:
+    out, *rest = tensors
     pairs = len(descriptor.segments) + len(descriptor.low_rank)
-    both = list(zip(tensors[0 : 2 * pairs : 2], tensors[1 : 2 * pairs : 2], strict=True))
+    both = list(zip(rest[0 : 2 * pairs : 2], rest[1 : 2 * pairs : 2], strict=True))
     first = len(descriptor.segments)
-    return SegmentedMatmulArgs(out, both[:first], epilogue=tensors[2 * pairs :], low_rank=both[first:])
+    return SegmentedMatmulArgs(out, both[:first], epilogue=rest[2 * pairs :], low_rank=both[first:])
 
 
 def _random_operand(device: Device, operand: Operand) -> TensorMut:

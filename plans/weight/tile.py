@@ -32,7 +32,7 @@ WALK_START = 0.35
 LONGEST_WALK = 16
 _SETTLED = (
     "; where that error could decide a rounding, by the magnitudes of the very terms, the element is summed again in "
-    "pairs of fp32"
+    "pairs of fp32; factors that are contracted before are rounded to fp32 and not settled"
 )
 _FIRST_PRODUCT = {"low_rank": 0, "hadamard": 0, "kronecker_product": 1}
 
@@ -139,7 +139,7 @@ def tensor_core_guarantee(descriptor: WeightDescriptor) -> PrecisionGuarantee:
         derivation="the tensor core truncates each aligned term at fp32's last place (2 units a term); parts left "
         "out of fp32 factors are below 2**-24 (2), scaling, combination and addition 8; DoRA's norm sums 32 squares "
         "a lane, 4 lanes and the tiles (half of 64), division and products 16" + (_SETTLED if settled else ""),
-        settled=settled,
+        settled=settled and not any(r.contractions for r in resolve(descriptor, fused_second_half=True)),
     )
 
 
