@@ -27,6 +27,7 @@ TITLES = {
     "layers": "Linear layers with live adapters, beside the bare one by cuBLAS",
     "layers beside peers": "Linear layers with live adapters, beside lycoris-lora and PEFT",
     "convolutions": "Convolutions, beside cuDNN",
+    "attention": "Attention, beside PyTorch's flash attention",
     "launch cost": "Cost of a launch, CPU time",
     "hyper-connections": "Hyper-connections",
     "hyper-connections beside torch": "Hyper-connections beside torch",

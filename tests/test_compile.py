@@ -110,9 +110,7 @@ def test_faults_in_the_machine_code_are_found(monkeypatch, tmp_path):
 )
 def test_kernels_that_could_not_run_as_declared_are_found(options, code, log, fault):
     kernel = Kernel(print, (), key="example", **{"threads": 256, **options})
-    numbers = SimpleNamespace(
-        **{"registers": 88, "max_threads": 256, "static_shared": 4 << 10, "serialized": False, **code}
-    )
+    numbers = {"registers": 88, "max_threads": 256, "static_shared": 4 << 10, "serialized": False, **code}
     found = list(compile_kernels.limits_exceeded(kernel, (8, 0), SimpleNamespace(**numbers), log))
     assert len(found) == (fault is not None)
     assert all(line.startswith(fault) for line in found)

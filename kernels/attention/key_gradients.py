@@ -193,13 +193,9 @@ def attention_key_gradients(kind: str, tile: Tile, causal: bool):
     Then k's heads, q's heads of one of k's, diagonal, scale log2(e), scale. A block for a tile of one head's keys.
     Statistics are [batch, head, 2, query], those of queries that are not there plus infinity and zero.
     """
-    sum_count, row_count, rows, columns = (
-        tile.row_blocks * tile.width // 2,
-        2 * tile.row_blocks,
-        tile.rows,
-        tile.columns,
-    )
-    row_elements, fetch = tile.row_elements, loader(tile.rows, tile.width, tile.threads)
+    sum_count, row_count = tile.row_blocks * tile.width // 2, 2 * tile.row_blocks
+    rows, columns, row_elements = tile.rows, tile.columns, tile.row_elements
+    fetch = loader(tile.rows, tile.width, tile.threads)
     walk, clear, store, where = _key_walker(kind, tile, causal), clearer(sum_count), storer(kind, tile), lane_of(tile)
 
     def kernel(

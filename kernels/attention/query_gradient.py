@@ -122,12 +122,8 @@ def attention_query_gradient(kind: str, tile: Tile, causal: bool):
 
     Then q's heads, those of one of k's, diagonal, scale log2(e), scale. A block for a tile of one head's queries.
     """
-    sum_count, row_count, rows, row_elements = (
-        tile.row_blocks * tile.width // 2,
-        2 * tile.row_blocks,
-        tile.rows,
-        tile.row_elements,
-    )
+    sum_count, row_count = tile.row_blocks * tile.width // 2, 2 * tile.row_blocks
+    rows, row_elements = tile.rows, tile.row_elements
     fetch, walk, edge_at = loader(tile.rows, tile.width, tile.threads), _query_walker(kind, tile, causal), edge_of(tile)
     clear, store, where = clearer(sum_count), storer(kind, tile), lane_of(tile)
 

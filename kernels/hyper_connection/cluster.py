@@ -145,12 +145,39 @@ def aggregates(n: int, team: Team) -> SimpleNamespace:
 
 
 @functools.cache
+def _mix(n: int, i: int, team: Team) -> Callable:
+    """A device function: out of the lane's channels from stream i on; each has code of its own, with its own places."""
+    if i == n:
+        return _nothing
+    of, store8, rest = aggregates(n, team), ELEMENTS["bf16"].store8, _mix(n, i + 1, team)
+    words_of, half_line = of.words, of.half_line
+
+    @device
+    def mix(at, line, half, a, out, to, channels):
+        words = cuda.local.array(4, np.uint32)
+        result = cuda.local.array(RUN, np.float32)
+        weight = number_at(line, np.uint32(half * half_line + 4 * (n + i)))
+        for e in range(RUN):
+            result[e] = weight * a[e]
+        for j in range(n):
+            words_of(at, half, j, words, 0)
+            add_scaled(result, number_at(line, np.uint32(half * half_line + 4 * ((2 + i) * n + j))), words)
+        store8(out, to, result, 0, np.uint32(0))
+        rest(at, line, half, a, out, to + channels, channels)
+
+    return mix
+
+
+@device
+def _nothing(at, line, half, a, out, to, channels):
+    """Behind the last stream."""
+
+
+@functools.cache
 def _finish(role: str, n: int, gamma_element: str | None, team: Team) -> Callable:
     """A device function: what a lane writes of a stage, out in role "full" and the aggregate in role "pre"."""
     of = aggregates(n, team)
-    lines, aggregate, norms, scale_of, address, words_of, half_line = (
-        of.lines, of.aggregate, of.norms, of.scale_of, of.address, of.words, of.half_line,
-    )  # fmt: skip
+    lines, aggregate, norms, scale_of, address = of.lines, of.aggregate, of.norms, of.scale_of, of.address
     store8, normalised, mixes = ELEMENTS["bf16"].store8, gamma_element is not None, role == "full"
     fetch_gamma, unpack_gamma, _ = gamma_runs(gamma_element, 1)
     gamma_held = ELEMENTS[gamma_element or "f32"].words
@@ -165,19 +192,7 @@ def _finish(role: str, n: int, gamma_element: str | None, team: Team) -> Callabl
         for e in range(RUN):
             a[e] = v[e] * (a[e] * scale)
 
-    @device
-    def mix(at, line, half, a, out, to, channels):
-        words = cuda.local.array(4, np.uint32)
-        result = cuda.local.array(RUN, np.float32)
-        for i in range(n):
-            weight = number_at(line, np.uint32(half * half_line + 4 * (n + i)))
-            for e in range(RUN):
-                result[e] = weight * a[e]
-            for j in range(n):
-                words_of(at, half, j, words, 0)
-                add_scaled(result, number_at(line, np.uint32(half * half_line + 4 * ((2 + i) * n + j))), words)
-            store8(out, to, result, 0, np.uint32(0))
-            to += channels
+    mix = _mix(n, 0, team)
 
     @device
     def finish(shared, slot, parity, gamma, out, sample, c, channels, batch, eps):

@@ -67,7 +67,6 @@ def staged(role: str, projection: str | None, n: int) -> SimpleNamespace:
             if pre:
                 source = sample * channels + c
                 memory.copy_async16(shared, place(stage, np.uint32(half), np.uint32(2 * n), thread), d_line, source)
-        memory.copy_async_commit()
 
     @device
     def words(shared, stage, half, line, to):

@@ -269,6 +269,7 @@ def spread_tile(role, projection, gamma_element, n):
         end, b, stage = batch - np.int64(1), warp.block_y() * steps * np.int64(STEP) + g, np.uint32(0)
         last = min(batch, b - g + steps * np.int64(STEP))
         park(shared, stage, x, d, d_line, min(b, end), min(b + np.int64(8), end), c, channels)
+        memory.copy_async_commit()
         if projected:
             fill(shared, rows, first, channels)
         fetch_gamma(gamma, scale, 0, c)
@@ -278,18 +279,10 @@ def spread_tile(role, projection, gamma_element, n):
             of_rows[i] = np.float32(0)
         warp.block_barrier()
         while b - g < last:
-            coming = b + np.int64(STEP)
-            park(
-                shared,
-                np.uint32(stage ^ np.uint32(1)),
-                x,
-                d,
-                d_line,
-                min(coming, end),
-                min(coming + np.int64(8), end),
-                c,
-                channels,
-            )
+            coming, other = b + np.int64(STEP), np.uint32(stage ^ np.uint32(1))
+            if coming - g < last:
+                park(shared, other, x, d, d_line, min(coming, end), min(coming + np.int64(8), end), c, channels)
+            memory.copy_async_commit()
             arrived()
             # The warp's lanes read one another's samples.
             warp.sync_warp()
@@ -305,7 +298,7 @@ def spread_tile(role, projection, gamma_element, n):
             if projected:
                 add_rows(of_rows, shared, stage, lifts, b - g, lane, batch)
             warp.sync_warp()
-            b, stage = coming, np.uint32(stage ^ np.uint32(1))
+            b, stage = coming, other
         memory.copy_async_wait_all()
         for e in range(RUN):
             total = of_gamma[e]

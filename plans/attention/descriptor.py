@@ -186,6 +186,8 @@ class Exact:
             total = powers.sum(-1, keepdims=True)
             self.weights = np.where(total > 0, powers / np.where(total > 0, total, 1), 0)
             self.lse = (np.log(total) + shift)[..., 0]
+        # Of fp16, what lies below its normal numbers is rounded to 2^-25: as much as 2^-14 is relative to itself.
+        self.floor = np.where(powers > 0, 2.0**-14 if d.element is ElementKind.F16 else 0.0, 0.0)
         # Errors of a row's scores reach all its weights through their sum.
         self.sizes = 1 + sizes + np.where(np.isfinite(self.lse), np.abs(self.lse), 0)[..., None]
         self.sizes = self.sizes + np.einsum("bhij,bhij->bhi", self.weights, sizes)[..., None]
@@ -193,7 +195,7 @@ class Exact:
     def out(self) -> tuple[np.ndarray, np.ndarray]:
         """The result and its magnitudes."""
         size = np.abs(self.v)
-        return self.weights @ self.v, np.stack([self.weights @ size, (self.weights * self.sizes) @ size])
+        return self.weights @ self.v, np.stack([(self.weights + self.floor) @ size, (self.weights * self.sizes) @ size])
 
     def log_sum_exp(self) -> tuple[np.ndarray, np.ndarray]:
         """The log-sum-exps and their magnitudes."""
@@ -210,8 +212,13 @@ class Exact:
         delta_size = (np.abs(d_out) * out_size).sum(-1, keepdims=True)
         delta_spread = (np.abs(d_out) * out_spread).sum(-1, keepdims=True)
         slope = self.weights * (back - delta)
-        slope_sizes = self.weights * np.stack([sizes + delta_size, self.sizes * (sizes + delta_size) + delta_spread])
-        weight_sizes = np.stack([self.weights, self.weights * self.sizes])
+        slope_sizes = np.stack(
+            [
+                self.weights * (sizes + delta_size) + self.floor,
+                self.weights * (self.sizes * (sizes + delta_size) + delta_spread),
+            ]
+        )
+        weight_sizes = np.stack([self.weights + self.floor, self.weights * self.sizes])
         d_q = self.scale * slope @ self.k, self.scale * slope_sizes @ np.abs(self.k)
         d_k = self.scale * _turned(slope) @ self.q, self.scale * _turned(slope_sizes) @ np.abs(self.q)
         d_v = _turned(self.weights) @ d_out, _turned(weight_sizes) @ np.abs(d_out)

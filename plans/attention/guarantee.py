@@ -9,8 +9,8 @@ import numpy as np
 from plans.attention.descriptor import AttentionBackwardDescriptor, AttentionDescriptor
 from plans.core.precision import ElementKind, MathPrecision, PrecisionGuarantee
 
-ROUNDING = {ElementKind.BF16: 2.0**15, ElementKind.F16: 2.0**12, ElementKind.F32: 0.5}
-"""Half of a kind's last place, relative, in units of 2^-24."""
+ROUNDING = {ElementKind.BF16: 2.0**16, ElementKind.F16: 2.0**13, ElementKind.F32: 1.0}
+"""Half of a kind's last place, as a part of the number where that is largest, in units of 2^-24."""
 
 
 @dataclass(frozen=True)
