@@ -8,7 +8,10 @@ import numpy as np
 import pytest
 from hyper_cases import assert_kept, problem, run, tensors_of
 
+from kernels import warp
+from kernels.hyper_connection.cluster import inverse_root
 from kernels.hyper_connection.cluster_stage import SAMPLES, SHARED_BYTES, Team, shared_bytes
+from kernels.sinkhorn_thread import inverse
 from plans.core import BackendKind, Device, ElementKind, NoSku, PlanPreference, Workspace
 from plans.hyper_connection import cluster
 from plans.hyper_connection.common import NamedArguments
@@ -144,6 +147,24 @@ def test_the_kernels_for_other_devices_agree(device, poisoned, rng):
     arrays = problem(rng, descriptor)
     for preference in (CLUSTER, MMA):
         check(device, poisoned, descriptor, arrays, preference)
+
+
+@pytest.mark.parametrize(("name", "units"), [("inverse", 1.01), ("root", 2.1)])
+def test_reciprocals_without_a_branch(rng, run_kernel, name, units):
+    values = np.exp(rng.uniform(-80, 80, 1024)).astype(np.float32)
+    exact = 1 / values.astype(np.float64) if name == "inverse" else values.astype(np.float64) ** -0.5
+    (found,) = run_kernel(_inverses if name == "inverse" else _roots, [values], [(np.float32, 1024)], threads=1024)
+    assert (np.abs(found / exact - 1) <= units * 2.0**-24).all()
+
+
+def _inverses(x, out):
+    i = np.int64(warp.thread_index())
+    out[i] = inverse(x[i])
+
+
+def _roots(x, out):
+    i = np.int64(warp.thread_index())
+    out[i] = inverse_root(x[i])
 
 
 @pytest.mark.parametrize(

@@ -77,26 +77,28 @@ def cancelling(descriptor: WeightDescriptor, rng: np.random.Generator) -> Inputs
     return inputs
 
 
-def place_on_ties(descriptor: WeightDescriptor, inputs: Inputs, rng: np.random.Generator) -> None:
-    """A base that puts results next to ties of all sizes, from ulps of the terms up."""
+def place_on_ties(
+    descriptor: WeightDescriptor, inputs: Inputs, rng: np.random.Generator, largest: float, farthest: float
+) -> None:
+    """A base that puts results next to ties: of sizes up to 2**largest, at distances up to 2**farthest of the terms."""
     shape = inputs.base.shape
     inputs.base[...] = 0
     delta, terms = inputs.reference(dataclasses.replace(descriptor, sink=Sink.MERGE, magnitude=None))
-    result = terms * 2.0 ** rng.uniform(-14, 2, shape) * rng.choice([-1.0, 1.0], shape)
+    result = terms * 2.0 ** rng.uniform(-14, largest, shape) * rng.choice([-1.0, 1.0], shape)
     rounded = round_to(result, descriptor.out).astype(np.float64)
     mantissa, exponent = np.frexp(np.where(rounded == 0, 1.0, rounded))
     bits = {BF16: 8, F16: 11, F32: 24}[descriptor.out]
     tie = rounded + np.ldexp(0.5, exponent - bits) * np.sign(mantissa)
-    distance = terms * 2.0 ** rng.uniform(-30, -18, shape) * rng.choice([-1.0, 1.0], shape)
+    distance = terms * 2.0 ** rng.uniform(-28, farthest, shape) * rng.choice([-1.0, 1.0], shape)
     inputs.base[...] = round_to(tie + distance - delta, descriptor.base)
 
 
-def placed(sources, out, rng, sink=Sink.MERGE, base=F32):
+def placed(sources, out, rng, sink=Sink.MERGE, base=F32, largest=2, farthest=-18):
     descriptor = dataclasses.replace(describe(SHAPE, sources, out, sink, base=base), settled=True)
     inputs = cancelling(descriptor, rng)
     if descriptor.base is None:
         return descriptor, dataclasses.replace(inputs, base=None)
-    place_on_ties(descriptor, inputs, rng)
+    place_on_ties(descriptor, inputs, rng, largest, farthest)
     return descriptor, inputs
 
 
@@ -126,7 +128,7 @@ def test_bases_and_deltas_of_16_bits(device, rng, name, kind):
 
 @pytest.mark.skipif(not SIMULATOR, reason="the model takes the place of the simulator's tensor core")
 def test_without_settling_they_break_the_rule(device, rng):
-    descriptor, inputs = placed(SOURCES["locon r64"], BF16, rng)
+    descriptor, inputs = placed(SOURCES["locon r64"], BF16, rng, largest=-8, farthest=-23)
     unsettled = dataclasses.replace(descriptor, settled=False)
     with pytest.raises(AssertionError, match="values are wrong"):
         check(descriptor, inputs, run(unsettled, MMA, inputs, device).values)

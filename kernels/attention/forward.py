@@ -214,8 +214,7 @@ def _launch_bounds(tile: Tile) -> dict:
 @kernel_factory(
     ("bf16", Tile(128, 64, 4, 64), True),
     ("bf16", Tile(128, 32, 4, 128), False),
-    ("f16", Tile(128, 64, 4, 96), True),
-    ("bf16", Tile(128, 48, 4, 112), True),
+    ("f16", Tile(128, 48, 4, 112), True),
 )
 def attention_forward(kind: str, tile: Tile, causal: bool):
     """Parameters: out, log-sum-exps, q, k, v, queries, keys, width, heads, q's heads of one of k's, diagonal, factor.

@@ -182,11 +182,7 @@ def _key_walker(kind: str, tile: Tile, causal: bool) -> Callable:
     return walk
 
 
-@kernel_factory(
-    ("bf16", Tile(128, 32, 4, 64), True),
-    ("bf16", Tile(64, 32, 4, 128), True),
-    ("f16", Tile(64, 32, 4, 80), False),
-)
+@kernel_factory(("bf16", Tile(128, 32, 4, 64), True), ("f16", Tile(64, 32, 4, 128), True))
 def attention_key_gradients(kind: str, tile: Tile, causal: bool):
     """Parameters: d_k, d_v, q, k, v, d_out, statistics and how many queries they have room for, queries, keys, width.
 

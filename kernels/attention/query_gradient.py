@@ -112,11 +112,7 @@ def _query_walker(kind: str, tile: Tile, causal: bool) -> Callable:
     return walk
 
 
-@kernel_factory(
-    ("bf16", Tile(128, 32, 4, 64), True),
-    ("bf16", Tile(64, 32, 4, 128), True),
-    ("f16", Tile(64, 32, 4, 80), False),
-)
+@kernel_factory(("bf16", Tile(128, 32, 4, 64), True), ("f16", Tile(64, 32, 4, 128), False))
 def attention_query_gradient(kind: str, tile: Tile, causal: bool):
     """Parameters: d_q, q, k, v, d_out, statistics and how many queries they have room for, queries, keys, width.
 

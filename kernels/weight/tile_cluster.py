@@ -132,6 +132,7 @@ _P1 = Product("bf16", "bf16", 1, 2, True)
 _EXAMPLES = (
     ("bf16", "bf16", (("low_rank", "bf16", "bf16", _P1),), "f32", True, Tile(4, 4, False, "shared"), 8),
     ("f16", "f16", (("hadamard", *["bf16"] * 4, _P1, _P1),), "bf16", True, Tile(2, 4, True, "shared"), 1),
+    ("bf16", "bf16", (("hadamard", *["bf16"] * 4, _P1, _P1),), "f32", True, Tile(4, 4, True, "shared", True), 8),
 )
 
 

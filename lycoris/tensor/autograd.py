@@ -15,6 +15,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import TYPE_CHECKING
 
 from lycoris.errors import RefusedInput
@@ -322,8 +323,8 @@ def _leading_to(targets: set[Node], seeds: Sequence[Node]) -> set[Node]:
         seen.update(fresh)
         order += dict.fromkeys(fresh)
     found = targets & seen
-    for node in sorted(order, key=lambda node: node.number):  # inputs before what was made of them
-        if any(e in found for e in node.inputs):
+    for node in sorted(order, key=attrgetter("number")):  # inputs before what was made of them
+        if not found.isdisjoint(node.inputs):
             found.add(node)
     return found
 
