@@ -120,7 +120,10 @@ class DeviceArray:
 
 
 class _Chosen(threading.local):
+    """A thread's own: the stream that it chose, and the device that it is bound to."""
+
     stream: Any = None
+    device: Device | None = None
 
 
 _chosen = _Chosen()
@@ -131,6 +134,9 @@ def stream_of(device: Device) -> Any:
 
     None in the simulator, where everything is done when a call returns.
     """
+    if _chosen.device is not device:  # a launch wants the device bound to its thread, and threads begin without one
+        device.make_current()
+        _chosen.device = device
     return _chosen.stream or _stream(device)
 
 
@@ -157,11 +163,18 @@ def on_stream(stream: Any) -> Iterator[None]:
         _chosen.stream = before
 
 
-_scratch: dict[tuple[int, int], DeviceBuffer] = {}
+class _Scratch(threading.local):
+    """A thread's own: launches of two threads on one stream take turns, and would write over each other's parts."""
+
+    def __init__(self) -> None:
+        self.by_stream: dict[tuple[int, int], DeviceBuffer] = {}
+
+
+_scratch = _Scratch()
 
 
 def scratch(device: Device, nbytes: int) -> DeviceBuffer:
-    """Memory for the next launches on this thread's stream alone: the same every time, grown where it is too small.
+    """Memory for this thread's next launches on its stream alone: the same every time, grown where it is too small.
 
     Within a captured graph it is the graph's own.
     """
@@ -169,10 +182,10 @@ def scratch(device: Device, nbytes: int) -> DeviceBuffer:
     if device.capturing:
         return device.allocate(nbytes, stream)
     key = (device.ordinal, 0 if device.is_simulator else int(stream.handle))
-    found = _scratch.get(key)
+    found = _scratch.by_stream.get(key)
     if found is None or found.nbytes < nbytes:
         size = max(nbytes, 2 * found.nbytes if found is not None else 0)
-        found = _scratch[key] = device.allocate(size, stream)
+        found = _scratch.by_stream[key] = device.allocate(size, stream)
     return found
 
 
