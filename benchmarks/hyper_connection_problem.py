@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import ExitStack
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
+from held_buffers import HeldBuffers
 from hyper_connection_cases import WORKS, Row, arguments
 from problem import POISON, fill_random, random_values, repeats
 from timing import copy_call, rotations
@@ -19,38 +19,24 @@ _WEIGHTS = ("mixing", "projected")
 _ROWS_CHECKED = 3
 
 
-class HyperConnectionProblem:
+class HyperConnectionProblem(HeldBuffers):
     """A context manager, which frees its buffers. ``calls`` launch the plan over one set of operands after another.
 
     Small operands are the same for all sets. ``mixing`` and ``projected`` that a plan reads are positive numbers.
     """
 
     def __init__(self, device: Device, row: Row, rng: np.random.Generator) -> None:
-        self.device, self.row, self.work = device, row, WORKS[row.work]
+        super().__init__(device)
+        self.row, self.work = row, WORKS[row.work]
         self.descriptor = row.descriptor()
         self.plan = self.work.plan.select(None, self.descriptor, device=device)
-        self._held, self._stream = ExitStack(), device.stream()
-        with ExitStack() as failed:
-            failed.callback(self._held.close)
+        with self._freed_on_failure():
             self._allocate(rng)
-            failed.pop_all()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.device.synchronize(self._stream)
-        self._held.close()
 
     @property
     def x_bytes(self) -> int:
         """Bytes of x."""
         return self.row.batch * self.descriptor.n_streams * self.row.channels * self.row.kind.itemsize
-
-    def _buffer(self, nbytes: int) -> DeviceBuffer:
-        buffer = self.device.allocate(nbytes, self._stream)
-        self._held.callback(buffer.close)
-        return buffer
 
     def _small(self, operand: Any, rng: np.random.Generator) -> DeviceBuffer:
         values = random_values(rng, operand.shape, operand.element)
@@ -58,9 +44,7 @@ class HyperConnectionProblem:
             values = rng.standard_normal(operand.shape).astype(operand.element.values)
         if operand.name in _WEIGHTS:
             values = (np.abs(values.astype(np.float32)) + np.float32(0.25)).astype(np.float32)
-        buffer = self.device.upload(values)
-        self._held.callback(buffer.close)
-        return buffer
+        return self._upload(values)
 
     def _allocate(self, rng: np.random.Generator) -> None:
         operands = self.descriptor.operands()
@@ -71,16 +55,16 @@ class HyperConnectionProblem:
         for _ in range(sets):
             made = {}
             for operand in large:
-                buffer = made[operand.name] = self._buffer(operand.nbytes)
+                buffer = made[operand.name] = self._take(operand.nbytes)
                 if not operand.writes:
                     fill_random(self.device, rng, buffer, operand.nbytes, operand.element, self._stream)
             self.sets.append(small | made)
-        self.workspace = Workspace(self._buffer(max(1, self.plan.workspace_size())))
+        self.workspace = Workspace(self._take(max(1, self.plan.workspace_size())))
         self.arguments = [
             arguments(self.work, self.descriptor, {o.name: s[o.name].tensor(o.element, o.shape) for o in operands})
             for s in self.sets
         ]
-        pairs = [(self._buffer(self.x_bytes), self._buffer(self.x_bytes)) for _ in range(rotations(2 * self.x_bytes))]
+        pairs = [(self._take(self.x_bytes), self._take(self.x_bytes)) for _ in range(rotations(2 * self.x_bytes))]
         for source, _ in pairs:
             fill_random(self.device, rng, source, self.x_bytes, self.row.kind, self._stream)
         self._pairs = pairs

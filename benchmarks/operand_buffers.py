@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
+from held_buffers import HeldBuffers
 from problem import POISON, Call, fill_random, repeats
 from timing import copy_call, rotations
 
@@ -17,7 +17,7 @@ Values = Callable[[np.random.Generator, tuple[int, ...]], np.ndarray]
 _FLOATS = (ElementKind.BF16, ElementKind.F16, ElementKind.F32)
 
 
-class Rotated:
+class Rotated(HeldBuffers):
     """Runs of a plan over several sets of operands; a context manager, which frees them.
 
     ``make`` turns tensors, in the order of the descriptor's operands, into arguments; ``values`` gives what is not to
@@ -34,28 +34,19 @@ class Rotated:
         values: dict[str, Values] | None = None,
         preference: PlanPreference | None = None,
     ) -> None:
-        self.device, self.descriptor = device, descriptor
+        super().__init__(device)
+        self.descriptor = descriptor
         self.plan = kind.select(None, descriptor, preference, device)
-        self._held, self._stream = ExitStack(), device.stream()
         self.operands: Sequence[Operand] = descriptor.operands()
         self.nbytes = sum(operand.nbytes for operand in self.operands)
-        with ExitStack() as failed:
-            failed.callback(self._held.close)
+        with self._freed_on_failure():
             self._sets = [self._fill(rng, values or {}) for _ in range(rotations(self.nbytes, 2))]
             size = self.plan.workspace_size()
             self.workspace = Workspace(self._take(size)) if size else None
             half = -(-self.nbytes // 2)
             self._copies = [(self._take(half), self._take(half)) for _ in self._sets]
-            failed.pop_all()
         self.arguments = [make(self._tensors(buffers)) for buffers in self._sets]
         device.synchronize(self._stream)  # other streams take over what was filled here
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.device.synchronize(self._stream)
-        self._held.close()
 
     @property
     def calls(self) -> list[Call]:
@@ -70,11 +61,6 @@ class Rotated:
         half = -(-self.nbytes // 2)
         calls = [copy_call(target.address, source.address, half) for target, source in self._copies]
         return calls * repeats(len(calls))
-
-    def _take(self, nbytes: int) -> DeviceBuffer:
-        buffer = self.device.allocate(nbytes, self._stream)
-        self._held.callback(buffer.close)
-        return buffer
 
     def _fill(self, rng: np.random.Generator, values: dict[str, Values]) -> list[DeviceBuffer]:
         buffers = []

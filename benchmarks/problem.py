@@ -6,10 +6,11 @@ import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 from golden import assert_golden
+from held_buffers import HeldBuffers
 from timing import copy_call, fill_call, rotations
 
 from plans.core import Device, DeviceBuffer, ElementKind, Operand, PrecisionGuarantee, Workspace
@@ -64,27 +65,18 @@ class Factors:
         self.tensors = [[tensor for _, tensor in group] for group in pairs]
 
 
-class Problem:
+class Problem(HeldBuffers):
     """A weight plan with its arguments over several buffers; a context manager, which frees them.
 
     ``calls`` are launches of the plan, over one pair of base and output after the other.
     """
 
     def __init__(self, device: Device, descriptor: WeightDescriptor, rng: np.random.Generator) -> None:
-        self.device, self.descriptor = device, descriptor
+        super().__init__(device)
+        self.descriptor = descriptor
         self.plan = WeightPlan.select(None, descriptor, device=device)
-        self._held, self._stream = ExitStack(), device.stream()
-        with ExitStack() as failed:
-            failed.callback(self._held.close)
+        with self._freed_on_failure():
             self._allocate(rng)
-            failed.pop_all()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.device.synchronize(self._stream)
-        self._held.close()
 
     @property
     def nbytes(self) -> int:
@@ -128,11 +120,6 @@ class Problem:
     def _rotated(self, calls: list[Call]) -> list[Call]:
         return calls * repeats(len(calls))
 
-    def _take(self, nbytes: int) -> DeviceBuffer:
-        buffer = self.device.allocate(nbytes, self._stream)
-        self._held.callback(buffer.close)
-        return buffer
-
     def _allocate(self, rng: np.random.Generator) -> None:
         device, descriptor = self.device, self.descriptor
         has_base = descriptor.base is not None
@@ -146,9 +133,7 @@ class Problem:
         if descriptor.is_dora:
             (operand,) = (o for o in descriptor.operands() if o.name == "magnitude")
             self.magnitude = rng.uniform(0.5, 4.0, operand.shape).astype(operand.element.values)
-            buffer = device.upload(self.magnitude)
-            self._held.callback(buffer.close)
-            magnitude = buffer.tensor(operand.element, operand.shape)
+            magnitude = self._upload(self.magnitude).tensor(operand.element, operand.shape)
         device.fill(self._flag, 0, self._stream)
         for base in self._bases[:1]:
             fill_random(device, rng, base, self.nbytes, descriptor.base, self._stream)

@@ -10,13 +10,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import pytest
 from cases import Limit
+from held_buffers import HeldBuffers
 from hyper_connection_cases import BF16, EPS, ITERATIONS, LARGE, SMALL, STREAMS
 from measure import ROUNDS, WARMUP_ROUNDS, Result, record
 from problem import POISON, fill_random, random_values, repeats
@@ -47,11 +47,11 @@ _PER_SET = ("x_expanded", "out", "d_out")
 _CHECKED = 3
 
 
-class Connection:
+class Connection(HeldBuffers):
     """Four plans over buffers by name: what one writes another reads. A context manager, which frees its buffers."""
 
     def __init__(self, device: Device, batch: int, channels: int, rng: np.random.Generator) -> None:
-        self.device, self._held, self._stream = device, ExitStack(), device.stream()
+        super().__init__(device)
         sizes = (batch, channels, STREAMS)
         pre = (*sizes, ITERATIONS, EPS, BF16, None, BF16, SinkhornMode.SOFTMAX)
         post = (*sizes, BF16, True)
@@ -68,26 +68,15 @@ class Connection:
             HyperConnectionPreBackwardPlan,
         )
         self.plans = [p.select(None, d, device=device) for p, d in zip(classes, self.descriptors, strict=True)]
-        with ExitStack() as failed:
-            failed.callback(self._held.close)
+        with self._freed_on_failure():
             self._allocate(rng)
-            failed.pop_all()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.device.synchronize(self._stream)
-        self._held.close()
 
     def _buffer(self, operand: Operand, rng: np.random.Generator) -> DeviceBuffer:
         if operand.name in ("projection", "alpha", "bias"):
-            buffer = self.device.upload(random_values(rng, operand.shape, operand.element))
-        else:
-            buffer = self.device.allocate(operand.nbytes, self._stream)
-            if operand.name in ("x_expanded", "d_out"):
-                fill_random(self.device, rng, buffer, operand.nbytes, operand.element, self._stream)
-        self._held.callback(buffer.close)
+            return self._upload(random_values(rng, operand.shape, operand.element))
+        buffer = self._take(operand.nbytes)
+        if operand.name in ("x_expanded", "d_out"):
+            fill_random(self.device, rng, buffer, operand.nbytes, operand.element, self._stream)
         return buffer
 
     def _allocate(self, rng: np.random.Generator) -> None:
@@ -96,8 +85,7 @@ class Connection:
         count = rotations(2 * operands["out"].nbytes)
         self.sets = [shared | {name: self._buffer(operands[name], rng) for name in _PER_SET} for _ in range(count)]
         nbytes = max(1, *(plan.workspace_size() for plan in self.plans))
-        space = self.device.allocate(nbytes, self._stream)
-        self._held.callback(space.close)
+        space = self._take(nbytes)
         self.workspace = Workspace(space)
         self.arguments = [[self._arguments(d, buffers) for d in self.descriptors] for buffers in self.sets]
 

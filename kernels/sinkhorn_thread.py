@@ -42,6 +42,21 @@ inverse = instruction(
 
 
 @functools.cache
+def line_scale(mode: str) -> Callable:
+    """A device function ``(total, eps)``: what a line with that sum is multiplied by; 1 where the guard leaves it."""
+    softmax = mode == "softmax"
+
+    @device
+    def scale_of(total, eps):
+        if softmax:
+            return inverse(total + eps)
+        near = inverse(total)
+        return near if total > eps else np.float32(1)
+
+    return scale_of
+
+
+@functools.cache
 def _softmax_rows(n: int) -> Callable:
     """A device function: x = softmax of each row of the logits, its maximum subtracted."""
 
@@ -71,7 +86,7 @@ def matrix_steps(mode: str, n: int) -> SimpleNamespace:
     ``kept[at + line * pitch]``, 0 for a line that the guard left as it is; ``gradient`` takes g, the gradient with
     respect to the logarithm of M, to that of the first matrix, and x to the first matrix.
     """
-    softmax, fill = mode == "softmax", _softmax_rows(n)
+    softmax, fill, scale_of = mode == "softmax", _softmax_rows(n), line_scale(mode)
 
     @device
     def start(logits, at, x, eps):
@@ -85,13 +100,6 @@ def matrix_steps(mode: str, n: int) -> SimpleNamespace:
         if softmax:
             return total + eps
         return total if total > eps else np.float32(0)
-
-    @device
-    def scale_of(total, eps):
-        if softmax:
-            return inverse(total + eps)
-        near = inverse(total)
-        return near if total > eps else np.float32(1)
 
     @device
     def rows(x, eps, by):

@@ -53,25 +53,25 @@ def philox(count: int, seed: int, number: int) -> np.ndarray:
     low, shift = np.uint64(_WORD - 1), np.uint64(32)
     stream = np.full_like(block, number % _WORD**2)
     a, b, c, d = block & low, block >> shift, stream & low, stream >> shift
-    keys = [seed % _WORD, seed // _WORD % _WORD]
-    m0, m1 = (np.uint64(m) for m in kernel.MULTIPLIERS)
+    words = _philox_rounds((a, b, c, d), seed, np.uint64)
+    return np.stack(words, 1).reshape(-1)[:count].astype(np.uint32)
+
+
+def _philox_rounds(words: tuple, seed: int, number: type) -> tuple:
+    """All rounds on four words, each a ``number`` (a Python integer, or NumPy's of 64 bits) or an array of such."""
+    (a, b, c, d), keys = words, [seed % _WORD, seed // _WORD % _WORD]
+    low, shift, m0, m1 = (number(value) for value in (_WORD - 1, 32, *kernel.MULTIPLIERS))
     for _ in range(kernel.ROUNDS):
         p, q = a * m0, c * m1
-        a, b, c, d = (q >> shift) ^ b ^ np.uint64(keys[0]), q & low, (p >> shift) ^ d ^ np.uint64(keys[1]), p & low
+        a, b, c, d = (q >> shift) ^ b ^ number(keys[0]), q & low, (p >> shift) ^ d ^ number(keys[1]), p & low
         keys = [(key + step) % _WORD for key, step in zip(keys, kernel.INCREMENTS, strict=True)]
-    return np.stack([a, b, c, d], 1).reshape(-1)[:count].astype(np.uint32)
+    return a, b, c, d
 
 
 def first_uniform(seed: int, number: int) -> float:
     """Element 0 of a stream of uniform numbers, as the kernels make it, without a device or arrays."""
-    low, (m0, m1) = _WORD - 1, kernel.MULTIPLIERS
-    a, b, c, d = 0, 0, number & low, number >> 32 & low
-    k0, k1 = seed & low, seed >> 32 & low
-    for _ in range(kernel.ROUNDS):
-        p, q = a * m0, c * m1
-        a, b, c, d = (q >> 32) ^ b ^ k0, q & low, (p >> 32) ^ d ^ k1, p & low
-        k0, k1 = (k0 + kernel.INCREMENTS[0]) & low, (k1 + kernel.INCREMENTS[1]) & low
-    return (a >> 8) * 2.0**-24
+    first, *_ = _philox_rounds((0, 0, number % _WORD, number // _WORD % _WORD), seed, int)
+    return (first >> 8) * 2.0**-24
 
 
 def uniform(words: np.ndarray) -> np.ndarray:

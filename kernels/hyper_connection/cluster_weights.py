@@ -18,7 +18,7 @@ from kernels.hyper_connection.cluster_stage import OF_LINES, OF_SUMS, SAMPLES, L
 from kernels.hyper_connection.static import post_weight, pre_weight
 from kernels.simulator import WARP
 from kernels.sinkhorn import clamped, exponential
-from kernels.sinkhorn_thread import inverse
+from kernels.sinkhorn_thread import inverse, line_scale
 from kernels.target import device
 
 
@@ -58,20 +58,13 @@ def mixing_by_lanes(mode: str, n: int) -> Callable:
 
     Lane 4 i + j of 16 has element (i, j); where there is none it has 0 and stays 0, and the logit is not looked at.
     """
-    softmax = mode == "softmax"
+    softmax, scale_of = mode == "softmax", line_scale(mode)
 
     @device
     def line_sum(x, first):
         """Over a row for ``first`` 1, over a column for 4."""
         x = x + warp.shuffle_xor(x, np.uint32(first))
         return x + warp.shuffle_xor(x, np.uint32(2 * first))
-
-    @device
-    def scale_of(total, eps):
-        if softmax:
-            return inverse(total + eps)
-        near = inverse(total)
-        return near if total > eps else np.float32(1)
 
     @device
     def start(logit, inside, eps):
