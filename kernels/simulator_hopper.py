@@ -175,6 +175,11 @@ class TensorMap:
         """Of every line of the box that meets the tensor: its number, where that part begins, and its memory."""
         first = coordinates[0]
         assert self.steps[0] == 1, self
+        if first * self.itemsize % 16:
+            raise RuntimeError(
+                f"TMA wants coordinates of the contiguous axis in multiples of 16 bytes, found {first} of {self}: "
+                "an illegal instruction on a GPU"
+            )
         skipped = max(0, -first)
         count = min(self.extents[0] - max(0, first), self.moved[0] - skipped)
         for number, index in enumerate(np.ndindex(*reversed(self.moved[1:]))):

@@ -52,6 +52,15 @@ def _ldmatrix_transposed_ahead(array, index, offset):
     return collective(_deal_transposed, (array, index + np.int64(offset) // array.itemsize))
 
 
+def _transpose(lanes):
+    packed = np.array([word for (word,) in lanes], np.uint32).reshape(8, 4)
+    return [word for (word,) in _deal([packed.view(np.uint16).T])]
+
+
+def _transposed_matrix(word):
+    return collective(_transpose, (word,))
+
+
 def _halves(words, to_f32):
     words = np.asarray(words, np.uint32)
     return to_f32(np.stack([words & 0xFFFF, words >> 16], -1))
@@ -124,4 +133,8 @@ ldmatrix_transposed_ahead = instruction(
     (SHARED, "r"),
     "rrrr",
     twin=_ldmatrix_transposed_ahead,
+)
+# An 8x8 matrix of 16-bit values, in fragments as B's register: lane 4 g + t holds row g, columns 2 t and the next.
+transposed_matrix = instruction(
+    "movmatrix.sync.aligned.m8n8.trans.b16 $0, $1;", "r", "r", twin=_transposed_matrix, pure=True
 )

@@ -1,16 +1,19 @@
 """Element types of safetensors files: one table that readers, writers and the command line go by.
 
+NumPy is imported where an array type is asked for, not for the names.
 Source: the `Dtype` enum of safetensors 0.8; a test checks that both agree.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import ml_dtypes
-import numpy as np
+if TYPE_CHECKING:
+    import numpy as np
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,14 +23,19 @@ class DType:
     Attributes:
         name: Spelling in a file's header.
         bits: Bits per element. Types below 8 bits are packed without gaps.
-        numpy: Type of the array that views the stored bytes; uint8 where elements are packed into bytes.
+        array: NumPy's or ml_dtypes' name of the type that views the stored bytes; uint8 where elements are packed.
         option: Spelling on the command line (`--dtype`). Set for the types that a merge reads and writes.
     """
 
     name: str
     bits: int
-    numpy: np.dtype
+    array: str
     option: str | None = None
+
+    @property
+    def numpy(self) -> np.dtype:
+        """Type of the array that views the stored bytes."""
+        return _numpy_dtype(self.array)
 
     @property
     def packed(self) -> bool:
@@ -40,35 +48,39 @@ class DType:
         return self.option is not None
 
 
-def _row(name: str, bits: int, numpy_type: type, option: str | None = None) -> DType:
-    return DType(name, bits, np.dtype(numpy_type), option)
+@functools.cache
+def _numpy_dtype(name: str) -> np.dtype:
+    import ml_dtypes  # noqa: F401 - registers its types with NumPy
+    import numpy as np
+
+    return np.dtype(name)
 
 
 DTYPES: dict[str, DType] = {
     dtype.name: dtype
     for dtype in (
-        _row("BOOL", 8, np.bool_),
-        _row("F4", 4, np.uint8),
-        _row("F6_E2M3", 6, np.uint8),
-        _row("F6_E3M2", 6, np.uint8),
-        _row("U8", 8, np.uint8),
-        _row("I8", 8, np.int8),
-        _row("F8_E5M2", 8, ml_dtypes.float8_e5m2),
-        _row("F8_E4M3", 8, ml_dtypes.float8_e4m3fn),
-        _row("F8_E8M0", 8, ml_dtypes.float8_e8m0fnu),
-        _row("F8_E4M3FNUZ", 8, ml_dtypes.float8_e4m3fnuz),
-        _row("F8_E5M2FNUZ", 8, ml_dtypes.float8_e5m2fnuz),
-        _row("I16", 16, np.int16),
-        _row("U16", 16, np.uint16),
-        _row("F16", 16, np.float16, option="fp16"),
-        _row("BF16", 16, ml_dtypes.bfloat16, option="bf16"),
-        _row("I32", 32, np.int32),
-        _row("U32", 32, np.uint32),
-        _row("F32", 32, np.float32, option="fp32"),
-        _row("C64", 64, np.complex64),
-        _row("F64", 64, np.float64),
-        _row("I64", 64, np.int64),
-        _row("U64", 64, np.uint64),
+        DType("BOOL", 8, "bool"),
+        DType("F4", 4, "uint8"),
+        DType("F6_E2M3", 6, "uint8"),
+        DType("F6_E3M2", 6, "uint8"),
+        DType("U8", 8, "uint8"),
+        DType("I8", 8, "int8"),
+        DType("F8_E5M2", 8, "float8_e5m2"),
+        DType("F8_E4M3", 8, "float8_e4m3fn"),
+        DType("F8_E8M0", 8, "float8_e8m0fnu"),
+        DType("F8_E4M3FNUZ", 8, "float8_e4m3fnuz"),
+        DType("F8_E5M2FNUZ", 8, "float8_e5m2fnuz"),
+        DType("I16", 16, "int16"),
+        DType("U16", 16, "uint16"),
+        DType("F16", 16, "float16", option="fp16"),
+        DType("BF16", 16, "bfloat16", option="bf16"),
+        DType("I32", 32, "int32"),
+        DType("U32", 32, "uint32"),
+        DType("F32", 32, "float32", option="fp32"),
+        DType("C64", 64, "complex64"),
+        DType("F64", 64, "float64"),
+        DType("I64", 64, "int64"),
+        DType("U64", 64, "uint64"),
     )
 }
 

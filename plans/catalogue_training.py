@@ -132,7 +132,7 @@ EXAMPLES: tuple[tuple[type[Plan], str, object], ...] = (
     (
         TakeBackwardPlan,
         "gradient of an embedding",
-        TakeBackwardDescriptor(1, 32000, 4096, 3072, _BF16, _I32, False, _F32),
+        TakeBackwardDescriptor(1, 32000, 4096, 3072, _BF16, _I32),
     ),
     (
         WindowPlan,

@@ -4,7 +4,7 @@ For example, the rows of an embedding, and the gradient of the table:
 
     plan = TakePlan.select(stream, TakeDescriptor(1, 32000, 4096, 3072, ElementKind.BF16, ElementKind.I32))
     plan.run(stream, None, TakeArgs(out, table, index))
-    plan = TakeBackwardPlan.select(stream, TakeBackwardDescriptor(1, 32000, 4096, 3072, BF16, ElementKind.I32, F32))
+    plan = TakeBackwardPlan.select(stream, TakeBackwardDescriptor(1, 32000, 4096, 3072, BF16, ElementKind.I32))
 """
 
 from __future__ import annotations
@@ -35,7 +35,9 @@ from plans.core import (
 from plans.core.plan import Arguments, UnaryArguments
 
 MAX_AXES = 6
-_FLOATS = (ElementKind.BF16, ElementKind.F16, ElementKind.F32)
+_F32 = ElementKind.F32
+_FLOATS = (ElementKind.BF16, ElementKind.F16, _F32)
+_VECTOR_BYTES = 16
 _INTEGERS = (ElementKind.I32, ElementKind.I64)
 _COUNT = 2**31
 _NO_DIAGONAL = -(2**40)
@@ -140,7 +142,8 @@ class _WindowProgram:
 class TakeDescriptor:
     """out[o, j, i] = source[o, index[j], i] for source [outer, n, inner]; ``elementwise``: index[o, j, i].
 
-    An index outside of 0..n-1 gives NaN (integers: -1), so that it shows.
+    An index outside of 0..n-1 gives NaN (integers: -1), so that it shows. ``aligned``: everything but the index lies at
+    multiples of 16 bytes.
     """
 
     outer: int
@@ -150,6 +153,7 @@ class TakeDescriptor:
     element: ElementKind
     index: ElementKind
     elementwise: bool = False
+    aligned: bool = True
 
     category = OpCategory.INDEXING
 
@@ -165,6 +169,11 @@ class TakeDescriptor:
         return (self.outer, self.chosen, self.inner)
 
     @property
+    def alignment(self) -> int:
+        """Of what is moved, in bytes; 0 is an element's own."""
+        return _VECTOR_BYTES if self.aligned else 0
+
+    @property
     def index_operand(self) -> Operand:
         """``index``."""
         return Operand("index", self.index, self.out_shape if self.elementwise else (self.chosen,))
@@ -172,8 +181,8 @@ class TakeDescriptor:
     def operands(self) -> tuple[Operand, ...]:
         """``out``, ``source`` and ``index``."""
         return (
-            Operand("out", self.element, self.out_shape, writes=True),
-            Operand("source", self.element, (self.outer, self.n, self.inner)),
+            Operand("out", self.element, self.out_shape, writes=True, alignment=self.alignment),
+            Operand("source", self.element, (self.outer, self.n, self.inner), alignment=self.alignment),
             self.index_operand,
         )
 
@@ -193,23 +202,22 @@ class TakeDescriptor:
 
 @dataclass(frozen=True)
 class TakeBackwardDescriptor(TakeDescriptor):
-    """d_source[o, r, i] += sum of d_out[o, j, i] over the j whose index is r, in their order; others are not written.
+    """d_source[o, r, i] += sum of d_out[o, j, i] over the j whose index is r, in an order that the index alone decides.
 
-    ``element`` is d_out's kind, ``out`` d_source's (fp32 where ``elementwise``). d_source holds zeros beforehand.
+    ``element`` is d_out's kind, d_source is fp32. Rows that no index names are neither read nor written: who wants the
+    gradient alone fills d_source with zeros beforehand, who adds up gradients leaves what is there.
     """
-
-    out: ElementKind = ElementKind.F32
 
     def operands(self) -> tuple[Operand, ...]:
         """``d_source``, ``d_out`` and ``index``."""
         return (
-            Operand("d_source", self.out, (self.outer, self.n, self.inner), writes=True),
-            Operand("d_out", self.element, self.out_shape),
+            Operand("d_source", _F32, (self.outer, self.n, self.inner), writes=True, alignment=self.alignment),
+            Operand("d_out", self.element, self.out_shape, alignment=self.alignment),
             self.index_operand,
         )
 
     def backward_reference(self, d_out: np.ndarray, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The gradient in float64, and its magnitude: the sum of |terms|, as often as there are terms."""
+        """What is added, in float64, and its magnitude: the sum of |terms|, as often as there are terms."""
         o, row, i, ok = self.places(index)
         places = (o[ok], row[ok], i[ok])
         exact, terms, count = np.zeros((3, self.outer, self.n, self.inner))
@@ -238,13 +246,27 @@ def _refuses_take(d: TakeDescriptor) -> str:
 
 
 def _refuses_backward(d: TakeBackwardDescriptor) -> str:
-    if d.element not in _FLOATS or d.out not in _FLOATS:
-        return f"adds {', '.join(k.value for k in _FLOATS)}, not {d.element.value} to {d.out.value}"
-    if d.elementwise and d.out is not ElementKind.F32:
-        return f"adds up in f32 where the index is elementwise, not {d.out.value}"
-    if not d.elementwise and d.outer >= 2**16:
-        return "takes fewer than 2**16 outer rows"
+    if d.element not in _FLOATS:
+        return f"adds {', '.join(k.value for k in _FLOATS)}, not {d.element.value}"
     return _refuses_take(d)
+
+
+def _refuses_added_rows(d: TakeBackwardDescriptor) -> str:
+    return "has one index for all of inner" if d.elementwise else _refuses_backward(d)
+
+
+def _refuses_added_elements(d: TakeBackwardDescriptor) -> str:
+    return _refuses_backward(d) if d.elementwise else "has an index for each element"
+
+
+def _refuses_taken_rows(d: TakeDescriptor) -> str:
+    if reason := _refuses_take(d):
+        return reason
+    if d.elementwise or not d.n:
+        return "takes whole rows of a source that has some"
+    if not d.aligned or d.inner % (_VECTOR_BYTES // d.element.itemsize):
+        return "wants rows of whole 16-byte accesses, aligned to 16 bytes"
+    return ""
 
 
 class _TakeProgram:
@@ -271,21 +293,88 @@ class _TakeProgram:
         return [(self.launch, (args.source.data, args.index.data, args.out.data, *self.rest))]
 
 
-class _BackwardProgram:
-    """One launch: a block for each chosen row, or a thread for each column where the index is elementwise."""
+class _RowsProgram:
+    """One launch, four accesses a thread."""
+
+    def __init__(self, d: TakeDescriptor, device: Device) -> None:
+        inner = d.inner * d.element.itemsize // _VECTOR_BYTES
+        count = d.outer * d.chosen * inner
+        self.launch = None
+        if count:
+            made = kernel.take_rows(d.element.value, d.index.value)
+            self.launch = made.launcher((-(-count // (kernel.THREADS * kernel.ACCESSES)), 1, 1))
+            fill = np.full(4, -1 if d.element in _INTEGERS else np.nan, d.element.values).view(np.uint32)[0]
+            self.rest = (fill, d.n, d.chosen, inner, count)
+
+    def bind(self, args: TakeArgs, workspace: Workspace) -> list[tuple[Callable, tuple]]:
+        """The launch; none where nothing is taken."""
+        if self.launch is None:
+            return []
+        return [(self.launch, (args.source.data, args.index.data, args.out.data, *self.rest))]
+
+
+def _segment(d: TakeBackwardDescriptor) -> int:
+    """Places that a thread adds up at most."""
+    return kernel.SEGMENT if d.outer * d.inner <= kernel.FEW_COLUMNS else kernel.RANGE
+
+
+def _workspace(d: TakeBackwardDescriptor) -> int:
+    if not math.prod(d.out_shape):
+        return 0
+    segments = kernel.RANGE // _segment(d)
+    return 4 * (3 * kernel.RANGE + (segments * d.outer * d.inner if segments > 1 else 0))
+
+
+class _AddRows:
+    """Places are sorted, rows' sums added, and those of long rows' later segments: three launches a range of places."""
+
+    def __init__(self, d: TakeBackwardDescriptor, device: Device) -> None:
+        self.steps: list[tuple] = []
+        if not math.prod(d.out_shape) or not d.n:
+            return
+        width = 8 if d.aligned and d.inner % 8 == 0 else 1
+        inner, segment = d.inner // width, _segment(d)
+        units = d.outer * inner
+        team = min(kernel.THREADS, 1 << (units - 1).bit_length())
+        across, teams = -(-units // team), kernel.THREADS // team
+        sort = kernel.sort_places(d.index.value)
+        add, finish = kernel.add_rows(d.element.value, width), kernel.add_parts(width)
+        for first in range(0, d.chosen, kernel.RANGE):
+            count = min(kernel.RANGE, d.chosen - first)
+            seekers = kernel.THREADS // kernel.SEEKERS
+            segments = -(-count // segment)
+            self.steps.append((
+                (sort.launcher((-(-count // seekers), 1, 1)), (first, count, d.n)),
+                (add.launcher((across, -(-count // teams), 1)), (d.n, d.chosen, inner, units, count, segment, team)),
+                (finish.launcher((across, -(-segments // teams), 1)), (d.n, inner, units, count, segment, team))
+                if segments > 1 else None,
+            ))  # fmt: skip
+
+    def bind(self, args: TakeArgs, workspace: Workspace) -> list[tuple[Callable, tuple]]:
+        """The launches; none where nothing was taken."""
+        made: list[tuple[Callable, tuple]] = []
+        if not self.steps:
+            return made
+        ordered = workspace.buffer.pointer(np.int32)
+        parts = workspace.buffer.pointer(np.float32, 4 * 3 * kernel.RANGE)
+        for sort, add, finish in self.steps:
+            made.append((sort[0], (args.index.data, ordered, *sort[1])))
+            made.append((add[0], (ordered, args.source.data, args.out.data, parts, *add[1])))
+            if finish:
+                made.append((finish[0], (ordered, args.out.data, parts, *finish[1])))
+        return made
+
+
+class _AddElements:
+    """One launch: a thread for each column, where the index is elementwise."""
 
     def __init__(self, d: TakeBackwardDescriptor, device: Device) -> None:
         self.launch = None
-        if not math.prod(d.out_shape):
-            return
-        extents = (d.n, d.chosen, d.inner)
-        if d.elementwise:
-            columns = d.outer * d.inner
+        columns = d.outer * d.inner
+        if columns and d.chosen:
             made = kernel.gather_backward(d.element.value, d.index.value)
-            self.launch, self.rest = made.launcher((-(-columns // kernel.THREADS), 1, 1)), (*extents, columns)
-        else:
-            made = kernel.take_backward(d.element.value, d.out.value, d.index.value)
-            self.launch, self.rest = made.launcher((d.chosen, d.outer, 1)), extents
+            self.launch = made.launcher((-(-columns // kernel.THREADS), 1, 1))
+            self.rest = (d.n, d.chosen, d.inner, columns)
 
     def bind(self, args: TakeArgs, workspace: Workspace) -> list[tuple[Callable, tuple]]:
         """The launch; none where nothing was taken."""
@@ -301,32 +390,35 @@ _ADDED = PrecisionGuarantee(
     deterministic=True,
     bit_stable_on_same_hardware=True,
     rounding_units=1.0,
-    derivation="one rounding an addition, of no more than the sum of |terms|",
+    derivation="one rounding an addition, of no more than the sum of |terms|, of what was there before among them",
 )
 
 
-def _portable(refuses: Callable, guarantee: PrecisionGuarantee, build: type) -> tuple[Sku, ...]:
-    return (
-        Sku("portable", BackendKind.PORTABLE, ArchSku.ANY, refuses, lambda descriptor: guarantee, build),
-    )  # fmt: skip
+_TAKEN, _ADDED_UP = (lambda descriptor: _EXACT), (lambda descriptor: _ADDED)
 
 
 class WindowPlan(Plan):
     """A window of a tensor; see :class:`WindowDescriptor`."""
 
     name = "window"
-    skus = _portable(_refuses_window, _EXACT, _WindowProgram)
+    skus = (Sku("portable", BackendKind.PORTABLE, ArchSku.ANY, _refuses_window, _TAKEN, _WindowProgram),)
 
 
 class TakePlan(Plan):
     """Rows, or elements, chosen by an index; see :class:`TakeDescriptor`."""
 
     name = "take"
-    skus = _portable(_refuses_take, _EXACT, _TakeProgram)
+    skus = (
+        Sku("rows", BackendKind.VECTOR, ArchSku.ANY, _refuses_taken_rows, _TAKEN, _RowsProgram),
+        Sku("portable", BackendKind.PORTABLE, ArchSku.ANY, _refuses_take, _TAKEN, _TakeProgram),
+    )
 
 
 class TakeBackwardPlan(Plan):
     """The gradient of what was chosen from; see :class:`TakeBackwardDescriptor`."""
 
     name = "take backward"
-    skus = _portable(_refuses_backward, _ADDED, _BackwardProgram)
+    skus = (
+        Sku("rows", BackendKind.VECTOR, ArchSku.ANY, _refuses_added_rows, _ADDED_UP, _AddRows, _workspace),
+        Sku("elements", BackendKind.PORTABLE, ArchSku.ANY, _refuses_added_elements, _ADDED_UP, _AddElements),
+    )

@@ -4,6 +4,8 @@ LayerNorm (arXiv:1607.06450): y = (x - mean) rstd w + b, rstd = 1 / sqrt(var + e
 RMSNorm (arXiv:1910.07467): y = x rstd w, rstd = 1 / sqrt(mean(x^2) + eps). Forward recipes also give what the backward
 ones take: mean and rstd in fp32. GroupNorm (arXiv:1803.08494) is LayerNorm without w and b over rows of one group.
 
+A backward recipe with ``added`` adds a matrix, d_r, to d_x: the gradient of a residual stream that x is the branch of.
+
 Gradients of w and b sum over rows and so are reductions by column: d_w = sum d_y (x - mean) rstd, d_b = sum d_y.
 """
 
@@ -29,15 +31,16 @@ def _layer_norm(affine: bool) -> Recipe:
     )  # fmt: skip
 
 
-def _layer_norm_backward(affine: bool) -> Recipe:
-    s = symbols(full=2, columns=int(affine), row=2, stages=2)
-    (x, g), (mean, rstd), (g_sum, gx_sum) = s.full, s.row, s.stages
+def _layer_norm_backward(affine: bool, added: bool = False) -> Recipe:
+    s = symbols(full=2 + added, columns=int(affine), row=2, stages=2)
+    (x, g, *rest), (mean, rstd), (g_sum, gx_sum) = s.full, s.row, s.stages
     g = g * s.columns[0] if affine else g
     normal = (x - mean) * rstd
+    d_x = (g - g_sum * s.inverse_n - normal * (gx_sum * s.inverse_n)) * rstd
     return Recipe(
-        "layer norm backward", _NORM, full=("x", "d_y"), columns=("w",) * affine, row=("mean", "rstd"),
-        stages=(("sum", g), ("sum", g * normal)),
-        outputs=(("d_x", (g - g_sum * s.inverse_n - normal * (gx_sum * s.inverse_n)) * rstd),),
+        "layer norm backward", _NORM, full=("x", "d_y", "d_r")[: 2 + added], columns=("w",) * affine,
+        row=("mean", "rstd"), stages=(("sum", g), ("sum", g * normal)),
+        outputs=(("d_x", d_x + rest[0] if added else d_x),),
     )  # fmt: skip
 
 
@@ -51,14 +54,15 @@ def _rms_norm(affine: bool) -> Recipe:
     )  # fmt: skip
 
 
-def _rms_norm_backward(affine: bool) -> Recipe:
-    s = symbols(full=2, columns=int(affine), row=1, stages=1)
-    (x, g), (rstd,), (gx_sum,) = s.full, s.row, s.stages
+def _rms_norm_backward(affine: bool, added: bool = False) -> Recipe:
+    s = symbols(full=2 + added, columns=int(affine), row=1, stages=1)
+    (x, g, *rest), (rstd,), (gx_sum,) = s.full, s.row, s.stages
     g = g * s.columns[0] if affine else g
     normal = x * rstd
+    d_x = (g - normal * (gx_sum * s.inverse_n)) * rstd
     return Recipe(
-        "rms norm backward", _NORM, full=("x", "d_y"), columns=("w",) * affine, row=("rstd",),
-        stages=(("sum", g * normal),), outputs=(("d_x", (g - normal * (gx_sum * s.inverse_n)) * rstd),),
+        "rms norm backward", _NORM, full=("x", "d_y", "d_r")[: 2 + added], columns=("w",) * affine, row=("rstd",),
+        stages=(("sum", g * normal),), outputs=(("d_x", d_x + rest[0] if added else d_x),),
     )  # fmt: skip
 
 
@@ -70,3 +74,9 @@ RMS_NORM, RMS_NORM_BACKWARD = _rms_norm(True), _rms_norm_backward(True)
 """x, w -> y, rstd, with the scalar eps; x, d_y, w, rstd -> d_x."""
 RMS, RMS_BACKWARD = _rms_norm(False), _rms_norm_backward(False)
 """Root mean square normalisation without w."""
+
+ADDED = {
+    LAYER_NORM_BACKWARD: _layer_norm_backward(True, True), STANDARDIZE_BACKWARD: _layer_norm_backward(False, True),
+    RMS_NORM_BACKWARD: _rms_norm_backward(True, True), RMS_BACKWARD: _rms_norm_backward(False, True),
+}  # fmt: skip
+"""The backward recipes with a matrix that is added to d_x, third of the sources."""

@@ -36,8 +36,8 @@ def process_server():
         yield
 
 
-def merge(base, output):
-    with Checkpoint.open(base) as checkpoint, CheckpointWriter(checkpoint, output, overwrite=True) as writer:
+def merge(base, output, sync=True):
+    with Checkpoint.open(base) as checkpoint, CheckpointWriter(checkpoint, output, overwrite=True, sync=sync) as writer:
         for name in checkpoint.tensors:
             writer.copy(name)
         writer.commit()
@@ -281,6 +281,39 @@ def test_failing_system_is_reported_and_nothing_left_behind(job, monkeypatch, ca
     assert isinstance(failure.value.__cause__, OSError)
     monkeypatch.undo()
     assert snapshot(place) == before
+
+
+@pytest.mark.parametrize("sync", [False, True])
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_what_is_on_disk_before_the_output_has_its_name(tmp_path, monkeypatch, kind, sync):
+    """Every file and folder of it where that is asked for, the name itself last; else nothing waits for the disk."""
+    base = two_shards(tmp_path / "model").parent
+    if kind == "file":
+        base = base / "model-00001-of-00002.safetensors"
+    calls, fsync, replace = [], os.fsync, Path.replace
+
+    def noted_fsync(descriptor):
+        calls.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")))
+        fsync(descriptor)
+
+    def noted_replace(source, target):
+        calls.append("named")
+        return replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", noted_fsync)
+    monkeypatch.setattr(Path, "replace", noted_replace)
+    merge(base, tmp_path / "out", sync)
+    named = calls.index("named")
+    before, after = set(calls[:named]), calls[named + 1 :]
+    if not sync:
+        assert calls == ["named"]
+    elif kind == "file":
+        (written,) = before
+        assert written.parent == tmp_path and written.name.endswith(".tmp") and after == [tmp_path]
+    else:
+        (temporary,) = {path for path in before if path.parent == tmp_path}
+        assert before == {temporary, *(temporary / path.name for path in base.iterdir())}
+        assert after == [tmp_path]
 
 
 def merge_with_limit(base, output, status):

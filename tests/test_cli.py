@@ -102,6 +102,29 @@ def test_numba_stays_unloaded_without_need(arguments: list[str]):
     assert done.returncode == 0, done.stderr
 
 
+def test_the_driver_is_woken_before_anything_large_is_loaded():
+    done = run_python("import sys, lycoris.cli.merge; print(*sys.modules)")
+    assert done.returncode == 0, done.stderr
+    assert "click" in done.stdout.split()
+    assert not {"numpy", "ml_dtypes", "rich", "numba", "safetensors"} & set(done.stdout.split())
+
+
+def test_tables_are_drawn_only_where_somebody_reads_them(tmp_path: Path):
+    code = (
+        "import sys; from lycoris.cli import main; main(sys.argv[1:], standalone_mode=False); "
+        "sys.exit('rich' in sys.modules)"
+    )
+    merge = ["merge", EXAMPLES / "tiny-unet", EXAMPLES / "lokr.safetensors", "--output", tmp_path / "out", "--dry-run"]
+    assert run_python(code, *merge, "--json").returncode == 0
+    assert run_python(code, *merge).returncode == 1
+
+
+def test_what_a_merge_imports_is_no_garbage():
+    code = "import gc; from lycoris.cli.merge import kept_imports\nwith kept_imports(): import email.mime\n"
+    done = run_python(code + "print(gc.isenabled(), gc.get_freeze_count() > 1000)")
+    assert (done.returncode, done.stdout) == (0, "True True\n"), done.stderr
+
+
 def test_a_merge_loads_nothing_for_training():
     """Imports are a tenth of a second a family: a merge starts with the weight and cast plans alone."""
     code = "import sys, lycoris.merge; print(*(name for name in sys.modules if name.startswith(('lycoris', 'plans'))))"

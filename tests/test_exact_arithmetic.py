@@ -69,6 +69,21 @@ def test_pairs_keep_44_bits(run_kernel, rng, kernel, exact):
     np.testing.assert_array_equal(high, high + low)
 
 
+@pytest.mark.parametrize(("kernel", "exact"), [(_products, np.multiply), (_sums, np.add)], ids=["product", "sum"])
+def test_the_first_word_of_a_pair_says_what_is_not_finite(run_kernel, kernel, exact):
+    numbers = np.array([np.inf, -np.inf, np.nan, 3e38, -3e38, 1.5, 0], np.float32)
+    pairs = np.stack(np.meshgrid(numbers, numbers), -1).reshape(-1, 2)
+    for a, b in (pairs[:32].T, pairs[-32:].T):
+        a_low, b_low = a * np.float32(2.0**-25), b * np.float32(2.0**-25)
+        with np.errstate(invalid="ignore", over="ignore"):
+            wanted = exact(a, b)
+        assert not np.isfinite(wanted).all()
+        high, _ = run_kernel(kernel, [a, a_low, b, b_low], [(np.float32, 32), (np.float32, 32)])
+        bad = ~np.isfinite(wanted)
+        np.testing.assert_array_equal(high[bad], wanted[bad])
+        assert np.isfinite(high[~bad]).all()
+
+
 def _dots(a, b, terms, high, low):
     i = np.int64(warp.thread_index())
     total, rest = np.float32(0), np.float32(0)

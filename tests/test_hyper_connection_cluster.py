@@ -63,15 +63,15 @@ def team(monkeypatch):
 @pytest.mark.parametrize(
     ("descriptor", "sizes"),
     [
-        (whole(1, 8, 1), (1, 1)),
+        (whole(1, 8, 1), (2, 1)),
         (whole(17, 40, 4, F32), (2, 1)),
-        (whole(5, 72, 3, mode=SOFTMAX, iterations=20), (1, 3)),
+        (whole(5, 72, 3, mode=SOFTMAX, iterations=20), (2, 3)),
         (whole(16, 96, 2, iterations=20), (4, 1)),
         (whole(3, 200, 4, mode=SOFTMAX), (8, 1)),
         (whole(3, 136, 4), (2, 3)),
         (before(33, 40, 4), (2, 1)),
         (before(4, 104, 2, F32, SOFTMAX), (4, 1)),
-        (before(2, 24, 3, BF16, iterations=20), (1, 1)),
+        (before(2, 24, 3, BF16, iterations=20), (2, 1)),
     ],
     ids=str,
 )
@@ -89,8 +89,15 @@ def test_the_team_that_is_chosen(device, poisoned, rng, channels):
 @pytest.mark.parametrize(("n", "channels"), [(4, 4096), (4, 2560), (4, 1280), (1, 4096), (2, 8), (3, 1000), (4, 512)])
 def test_teams_cover_the_channels_and_fit(n, channels):
     team = cluster.team_of(n, channels)
-    assert 32 * team.warps * (team.blocks - 1) < channels <= 32 * team.warps * team.blocks
+    assert channels <= 32 * team.warps * team.blocks
+    assert team.blocks == 2 or 32 * team.warps * (team.blocks - 1) < channels
     assert shared_bytes(n, team) <= SHARED_BYTES and SAMPLES % team.blocks == 0
+
+
+def test_one_block_is_no_team():
+    """st.async outside a cluster is an illegal instruction."""
+    with pytest.raises(AssertionError):
+        Team(1, 4)
 
 
 @pytest.mark.parametrize("scale", [0.01, 20.0])
@@ -102,7 +109,7 @@ def test_mixing_parameters_of_every_size(device, poisoned, rng, team, scale, mod
 
 
 @pytest.mark.parametrize("role", ["full", "pre"])
-@pytest.mark.parametrize("sizes", [(1, 2), (2, 1)], ids=str)
+@pytest.mark.parametrize("sizes", [(2, 2), (4, 1)], ids=str)
 def test_a_walk_gives_the_bits_of_a_cluster_a_stage(device, poisoned, rng, team, sizes, role):
     team(*sizes)
     descriptor = whole(71, 48, 2) if role == "full" else before(71, 48, 2)

@@ -14,13 +14,13 @@ from hyper_cases import assert_kept, problem, run, tensors_of
 from kernels.hyper_connection import stream as kernel
 from kernels.hyper_connection.stream import SM80_BYTES
 from plans.core import BackendKind, ElementKind, MisalignedOperand, NoSku, PlanPreference, Workspace
+from plans.hyper_connection import dynamic_stream_backward
 from plans.hyper_connection.common import NamedArguments
 from plans.hyper_connection.dynamic import DynamicHyperConnectionDescriptor, DynamicHyperConnectionPlan
 from plans.hyper_connection.dynamic_backward import (
     DynamicHyperConnectionBackwardDescriptor,
     DynamicHyperConnectionBackwardPlan,
 )
-from plans.hyper_connection.dynamic_stream_backward import shape_of
 from plans.hyper_connection.split import (
     HyperConnectionPostDescriptor,
     HyperConnectionPostPlan,
@@ -154,11 +154,14 @@ def test_large_samples_get_tiles(device):
         assert plan.choose(descriptor, PlanPreference(), device).name == name
 
 
-@pytest.mark.parametrize("shape", [(2, 264, 3), (2, 520, 1)], ids=str)
-def test_a_sample_in_pieces(device, poisoned, rng, few_threads, shape):
-    """Shares of a sample whose channels come one run of a block's threads after the other."""
+@pytest.mark.parametrize("warps", [1, 2112])
+@pytest.mark.parametrize("shape", [(2, 264, 3), (5, 520, 1)], ids=str)
+def test_a_sample_in_pieces(device, poisoned, rng, monkeypatch, shape, warps):
+    """Shares of a sample whose channels one warp takes one after the other, or several at once."""
+    monkeypatch.setattr(dynamic_stream_backward, "_WARPS", warps)
     descriptor = DynamicHyperConnectionBackwardDescriptor(*shape, 3, EPS, BF16)
-    assert shape_of("full", descriptor)[1] > 1
+    crew, steps = dynamic_stream_backward.crew_of(descriptor)
+    assert (crew.parts, steps)[warps == 1] > 1 == (crew.parts, steps)[warps > 1]
     arrays = problem(rng, descriptor)
     forward = DynamicHyperConnectionDescriptor(*shape, 3, EPS, BF16)
     exact = forward.reference(**{k: v for k, v in arrays.items() if k not in ("d_out", "projected", "mixing")})

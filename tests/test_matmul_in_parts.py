@@ -8,12 +8,13 @@ from matmul_cases import BF16, F16, F32, assert_exact, assert_kept, gaussian, ma
 from kernels.target import SIMULATOR
 from plans.core import NoSku, PlanPreference, Workspace
 from plans.matmul import Bias, MatmulDescriptor, SegmentedMatmulPlan
-from plans.matmul.in_parts import in_parts, parts_of
+from plans.matmul.in_parts import LEAST_DEPTH, in_parts, parts_of
 from plans.matmul.mma import MMA
 from plans.matmul.wgmma import WGMMA
 
-SHAPES = [(8, 8, 48), (33, 20, 36), (1, 3, 25)]
-LARGE = [] if SIMULATOR else [(64, 64, 196608), (384, 384, 32768), (112, 64, 4096), (16, 3072, 4096)]
+LARGE = [] if SIMULATOR else [(64, 64, 256, 768), (384, 384, 16, 2048), (112, 64, 16, 256), (16, 3072, 8, 512)]
+PARTS = [(8, 8, 12, LEAST_DEPTH), (33, 20, 9, LEAST_DEPTH), (1, 3, 5, LEAST_DEPTH + 1), *LARGE]
+"""m, n, and k as so many parts of so many rows each."""
 
 
 def check(device, poisoned, rng, sku, descriptor, draw):
@@ -26,20 +27,23 @@ def check(device, poisoned, rng, sku, descriptor, draw):
     return problem
 
 
-@pytest.mark.parametrize("shape", SHAPES + LARGE, ids=str)
-def test_awkward_extents(device, poisoned, rng, shape):
-    check(device, poisoned, rng, in_parts(MMA), MatmulDescriptor(*shape, "TN", out=F32), gaussian(rng))
+@pytest.mark.parametrize(("m", "n", "parts", "depth"), PARTS)
+def test_awkward_extents(device, poisoned, rng, m, n, parts, depth):
+    descriptor = MatmulDescriptor(m, n, parts * depth, "TN", out=F32)
+    assert parts_of(descriptor.segmented) == parts
+    check(device, poisoned, rng, in_parts(MMA), descriptor, gaussian(rng))
 
 
 @pytest.mark.parametrize("sku", [MMA, WGMMA], ids=lambda sku: sku.name)
 def test_kinds_and_strides(device, poisoned, rng, sku):
     for kind, out in ((BF16, BF16), (F16, F32)):
-        descriptor = MatmulDescriptor(8, 16, 24, "TN", a=kind, b=kind, out=out, a_stride=16, b_stride=24)
+        k = 6 * LEAST_DEPTH
+        descriptor = MatmulDescriptor(8, 16, k, "TN", a=kind, b=kind, out=out, a_stride=16, b_stride=24)
         check(device, poisoned, rng, in_parts(sku), descriptor, gaussian(rng))
 
 
 def test_sums_of_whole_numbers_are_exact(device, poisoned, rng):
-    descriptor = MatmulDescriptor(24, 16, 64, "TN", out=F32)
+    descriptor = MatmulDescriptor(24, 16, 16 * LEAST_DEPTH, "TN", out=F32)
     assert parts_of(descriptor.segmented) > 1
     assert_exact(check(device, poisoned, rng, in_parts(MMA), descriptor, small_integers(rng)))
 

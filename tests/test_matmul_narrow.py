@@ -30,6 +30,14 @@ def test_products_of_awkward_extents(device, poisoned, rng, shape):
     check(device, poisoned, rng, MatmulDescriptor(*shape).segmented)
 
 
+@pytest.mark.parametrize("shape", [(1, 8, 8), (33, 16, 40), (31, 24, 264), (64, 64, 64), (17, 40, 520)], ids=str)
+def test_a_right_factor_by_lines(device, poisoned, rng, shape):
+    check(device, poisoned, rng, MatmulDescriptor(*shape, "NN").segmented)
+    m, n, k = shape
+    strided = MatmulDescriptor(m, n, k, "NN", a=F16, b=F16, out=F32, a_stride=k + 8, b_stride=n + 16)
+    check(device, poisoned, rng, strided.segmented, 0.5)
+
+
 @pytest.mark.parametrize("out", [BF16, F16, F32], ids=lambda kind: kind.value)
 def test_kinds_strides_and_scales(device, poisoned, rng, out):
     kind = F16 if out is F16 else BF16
@@ -53,7 +61,8 @@ def test_empty_products(device, poisoned, rng, m, n):
     [
         ("at most 64 columns, found 65", MatmulDescriptor(32, 65, 64)),
         ("K and the strides .* multiples of 8, found K 20", MatmulDescriptor(32, 16, 20)),
-        ("layout NT", MatmulDescriptor(32, 16, 16, "NN")),
+        ("layout NT or NN", MatmulDescriptor(32, 16, 16, "TN")),
+        ("multiple of 8 columns .* found 20", MatmulDescriptor(32, 20, 16, "NN")),
         ("no gate", MatmulDescriptor(32, 16, 16, epilogue=(Gate("silu"),))),
     ],
     ids=lambda value: value if isinstance(value, str) else "",

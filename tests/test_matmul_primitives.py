@@ -8,6 +8,7 @@ import pytest
 from kernels import memory, warp
 from kernels.matmul.mma_tile import Operand, place_of
 from kernels.matmul.problem import tile_of_block
+from kernels.simulator_hopper import TensorMap
 from kernels.target import cuda
 
 
@@ -81,3 +82,12 @@ def test_units_keep_apart_and_meet_all_banks(run_kernel, rows, depth, contiguous
     by_line = found.reshape(-1, 8, units_of_line)
     banks = np.sort(by_line // 8 % 8, axis=1)
     np.testing.assert_array_equal(banks, np.broadcast_to(np.arange(8)[None, :, None], banks.shape))
+
+
+def test_the_simulator_refuses_coordinates_that_tma_takes_for_an_illegal_instruction():
+    memory_of_it = np.arange(8 * 64, dtype=np.uint16)
+    tensor_map = TensorMap(memory_of_it.ctypes.data, 2, (64, 8), (128,), (16, 2), (1, 1), 128)
+    found = [bytes(line) for _, _, line in tensor_map.lines([56, -1])]
+    assert found == [memory_of_it[56:64].tobytes()]
+    with pytest.raises(RuntimeError, match="multiples of 16 bytes, found 12"):
+        next(tensor_map.lines([12, 0]))

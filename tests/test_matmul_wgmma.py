@@ -75,7 +75,7 @@ def test_rows_of_the_result_that_tma_cannot_address(device, poisoned, rng, out):
 def test_every_tile(device, poisoned, rng, layout, gated):
     """Several tiles a block, more stages of K than are kept, results of one tile stored while the next is summed."""
     steps = (Gate("silu"),) if gated else ()
-    descriptor = of_shape(264, 136 if SIMULATOR else 1288, 136, layout, epilogue=steps)
+    descriptor = of_shape(264, 144 if SIMULATOR else 1296, 136, layout, epilogue=steps)
     problem, stream = make(device, descriptor, gaussian(rng)), device.stream()
     tiles = candidate_tiles(descriptor)
     assert len(tiles) >= 4
@@ -171,6 +171,17 @@ def test_contradictory_blocks_are_refused():
         Segment(17, diagonal=2)
     with pytest.raises(InvalidProblem, match="n 9, wanted a multiple of every segment's diagonal blocks"):
         SegmentedMatmulDescriptor(8, 9, (Segment(16, diagonal=2),))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_gates_whose_second_half_tma_cannot_begin_at_are_left_to_other_skus(device, poisoned, rng, layout):
+    """Where B is stored [k, n] its half at n / 2 is a coordinate along its rows."""
+    descriptor, whole = (of_shape(40, n, 24, layout, epilogue=(Gate("silu"),)) for n in (2 * 68, 2 * 72))
+    reason = "a gate's halves of B's rows a multiple of 16 bytes apart, found 68 values"
+    assert not WGMMA.refuses(whole)
+    assert (reason in WGMMA.refuses(descriptor)) == (layout[1] == "N")
+    problem = make(device, descriptor, gaussian(rng))
+    assert_kept(problem, run(problem, poisoned, WGMMA_BACKEND if layout[1] == "T" else None, workspace=False))
 
 
 @pytest.mark.parametrize(("reason", "segment"), REFUSED.items(), ids=REFUSED.keys())

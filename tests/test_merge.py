@@ -287,7 +287,7 @@ def test_report(tmp_path, output):
     assert report.ranks == {2: 2}
     assert (report.tensors, report.tensors_changed, report.unmatched) == (5, 3, {})
     assert (report.bytes_read, report.bytes_written) == (data + factors, data)
-    assert list(report.phases) == ["plan", "device", "kernels", "stream", "sync"]
+    assert list(report.phases) == ["plan", "device", "kernels", "stream", "publish"]
     assert 0 < sum(report.phases.values()) <= report.seconds
     assert report.output == str(output)
     assert not report.dry_run

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from plans.core import ElementKind, InvalidProblem, NoSku, TensorMut, TensorRef
+from plans.core import ElementKind, InvalidProblem, NoSku, TensorMut, TensorRef, Workspace
 from plans.core.precision import round_to
 from plans.core.tensor import contiguous_strides
 from plans.movement import (
@@ -86,7 +86,10 @@ def test_windows_that_contradict_themselves():
         WindowPlan.select(None, WindowDescriptor((1,) * 7, (1,) * 7, F32, (0,) * 7, (1,) * 7))
 
 
-TAKES = [(1, 7, 5, 3), (2, 3, 40, 1), (3, 11, 4, 37), (1, 1, 1, 1), (2, 5, 0, 3), (1, 0, 3, 2)]
+TAKES = [
+    (1, 7, 5, 3), (2, 3, 40, 1), (3, 11, 4, 37), (1, 1, 1, 1), (2, 5, 0, 3), (1, 0, 3, 2), (1, 9, 30, 24),
+    (2, 6, 5, 64),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("elementwise", [False, True], ids=["rows", "elements"])
@@ -105,14 +108,43 @@ def test_choices_and_their_gradients(device, poisoned, rng, extents, elementwise
     np.testing.assert_array_equal(found.astype(np.float64), descriptor.reference(source, index).astype(np.float64))
 
     backward = TakeBackwardDescriptor(*extents, kind, index_kind, elementwise)
-    plan = TakeBackwardPlan.select(None, backward, device=device)
-    d_out = array_of(rng, descriptor.out_shape, kind)
-    d_source = device.upload(np.zeros((outer, n, inner), np.float32))
-    target = d_source.tensor(F32, (outer, n, inner))
-    run(device, plan, TakeArgs(target, device.upload(d_out).tensor(kind, d_out.shape), place))
-    exact, magnitude = backward.backward_reference(d_out, index)
-    found = device.download(d_source, np.float32, (outer, n, inner))
-    assert plan.precision_guarantee.accepts(found, exact, magnitude, F32).all()
+    check_added(device, backward, array_of(rng, descriptor.out_shape, kind), index, np.zeros((outer, n, inner)))
+
+
+def check_added(device, descriptor, d_out, index, before):
+    plan = TakeBackwardPlan.select(None, descriptor, device=device)
+    d_source = device.upload(before.astype(np.float32))
+    target, size = d_source.tensor(F32, before.shape), plan.workspace_size()
+    tensors = [device.upload(d_out).tensor(descriptor.element, d_out.shape),
+               device.upload(index).tensor(descriptor.index, index.shape)]  # fmt: skip
+    stream = device.stream()
+    plan.run(stream, Workspace(device.allocate(size, stream)) if size else None, TakeArgs(target, *tensors))
+    device.synchronize(stream)
+    found, (exact, magnitude) = (
+        device.download(d_source, np.float32, before.shape), descriptor.backward_reference(d_out, index)
+    )  # fmt: skip
+    kept = plan.precision_guarantee.accepts(found, before + exact, magnitude + 2 * np.abs(before), F32)
+    assert kept.all()
+    untouched = magnitude == 0
+    np.testing.assert_array_equal(found[untouched], before[untouched].astype(np.float32))
+
+
+@pytest.mark.parametrize(
+    ("extents", "aligned"),
+    [((1, 3, 200, 8), True), ((2, 40, 150, 16), True), ((1, 2, 130, 5), True), ((1, 4, 64, 8), False),
+     ((3, 5, 65, 400), True)],
+    ids=str,
+)  # fmt: skip
+@pytest.mark.parametrize("kind", [BF16, F32], ids=lambda k: k.value)
+def test_gradients_of_rows_that_many_places_name_are_added_to_what_is_there(device, rng, extents, aligned, kind):
+    """Several ranges of places, rows of several segments; rows that no place names keep their values."""
+    outer, n, chosen, inner = extents
+    index = np.minimum(rng.integers(-1, n + 1, chosen), rng.integers(0, n + 1, chosen)).astype(np.int32)
+    index[index == n - 1] = n
+    descriptor = TakeBackwardDescriptor(*extents, kind, I32, aligned=aligned)
+    d_out = array_of(rng, (outer, chosen, inner), kind)
+    before = array_of(rng, (outer, n, inner), F32).astype(np.float64)
+    check_added(device, descriptor, d_out, index, before)
 
 
 def test_integers_are_chosen_and_an_index_outside_shows(device, poisoned):
@@ -129,8 +161,8 @@ def test_integers_are_chosen_and_an_index_outside_shows(device, poisoned):
 def test_choices_that_contradict_themselves(device):
     with pytest.raises(InvalidProblem, match="operand index holds f32, wanted i32 or i64"):
         TakeDescriptor(1, 2, 3, 4, F32, F32)
-    with pytest.raises(NoSku, match="adds up in f32"):
-        TakeBackwardPlan.select(None, TakeBackwardDescriptor(1, 2, 3, 4, F32, I32, True, BF16), device=device)
+    with pytest.raises(NoSku, match="adds bf16, f16, f32, not i32"):
+        TakeBackwardPlan.select(None, TakeBackwardDescriptor(1, 2, 3, 4, I32, I32), device=device)
 
 
 def test_a_window_may_be_written_into_a_larger_tensor(device, poisoned, rng):

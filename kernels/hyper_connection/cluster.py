@@ -217,7 +217,7 @@ _EXAMPLES = (
     ("pre", None, "softmax", 4, Team(8, 16)),
     ("full", "f32", "exp", 4, Team(8, 5)),
     ("full", "bf16", "softmax", 2, Team(8, 16)),
-    ("pre", "f32", "exp", 1, Team(1, 1)),
+    ("pre", "f32", "exp", 1, Team(2, 1)),
 )
 
 

@@ -46,13 +46,17 @@ _RESERVED_BYTES = 1 << 10
 
 @dataclass(frozen=True)
 class Team:
-    """How a cluster shares the channels: ``blocks``, a power of two, of ``warps`` warps each.
+    """How a cluster shares the channels: ``blocks``, a power of two from 2 on, of ``warps`` warps each.
 
-    A block has one more warp, which makes the mixing weights.
+    A block has one more warp, which makes the mixing weights. A single block is no team: st.async is an illegal
+    instruction in a launch without clusters.
     """
 
     blocks: int
     warps: int
+
+    def __post_init__(self) -> None:
+        assert self.blocks in (2, 4, 8, 16), self
 
     @property
     def lanes(self) -> int:

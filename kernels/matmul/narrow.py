@@ -53,6 +53,27 @@ def row_fetcher(tiles: int, rows_of_tile: int) -> Callable:
     return fetch
 
 
+def _column_fetcher(tiles: int) -> Callable:
+    """A device function: what `row_fetcher` gives of the rows of B, of a B whose lines are values of K.
+
+    A lane loads two neighbours of a line, and the warp transposes matrices of eight lines and eight columns: those
+    lines that a lane's eight values of K come from, two of each group of eight at a time.
+    """
+
+    @device
+    def fetch(words, at, pointer, start, stride, columns, g, k, depth):
+        first, pair = k & np.int64(-DEPTH), (k & np.int64(DEPTH - 1)) >> np.int64(2)
+        for tile in range(tiles):
+            column = min(np.int64(8 * tile), columns - np.int64(8)) + pair
+            for part in range(4):
+                line = first + ((g >> np.int64(1)) << np.int64(3)) + np.int64(2 * part) + (g & np.int64(1))
+                place = start + min(line, depth - np.int64(1)) * stride + column
+                word = memory.load32(pointer, place)
+                words[at + 4 * tile + part] = tensor_core.transposed_matrix(word if line < depth else _u32(0))
+
+    return fetch
+
+
 def row_multiplier(kind: str, row_tiles: int, column_tiles: int) -> Callable:
     """A device function: two products of 16 for every pair of tiles, of what `row_fetcher` fetched."""
     mma = _MMA[kind]
@@ -73,7 +94,7 @@ def row_multiplier(kind: str, row_tiles: int, column_tiles: int) -> Callable:
     return multiply
 
 
-def _terms(tiles: tuple[int, ...]) -> tuple[Callable, Callable]:
+def _terms(tiles: tuple[int, ...], by_lines: bool) -> tuple[Callable, Callable]:
     """Device functions over all B: fetch their tiles; and the scale of a column, 0 for one that no B makes."""
 
     @device
@@ -87,7 +108,8 @@ def _terms(tiles: tuple[int, ...]) -> tuple[Callable, Callable]:
     fetch, scale_of, position = nothing, no_scale, sum(tiles)
     for number in reversed(range(len(tiles))):
         position -= tiles[number]
-        fetch = _fetch_term(number, position, tiles[number], fetch)
+        make = _fetch_columns if by_lines else _fetch_term
+        fetch = make(number, position, tiles[number], fetch)
         scale_of = _scale_of_term(number, position, tiles[number], scale_of)
     return fetch, scale_of
 
@@ -100,6 +122,18 @@ def _fetch_term(number: int, position: int, count: int, rest: Callable) -> Calla
         term = terms[number]
         start = batch * term[B_BATCH]
         fetch_rows(words, at + 4 * position, term[B], start, term[B_STRIDE], np.int64(0), term[RANK], g, k, depth)
+        rest(words, at, terms, batch, g, k, depth)
+
+    return fetch
+
+
+def _fetch_columns(number: int, position: int, count: int, rest: Callable) -> Callable:
+    fetch_lines = _column_fetcher(count)
+
+    @device
+    def fetch(words, at, terms, batch, g, k, depth):
+        term = terms[number]
+        fetch_lines(words, at + 4 * position, term[B], batch * term[B_BATCH], term[B_STRIDE], term[RANK], g, k, depth)
         rest(words, at, terms, batch, g, k, depth)
 
     return fetch
@@ -139,17 +173,20 @@ def _storer(out: str, steps: tuple, parts: int, width: int) -> Callable:
     ("f16", "f32", (1,), (("bias", "f16"), ("gelu",)), 1),
     ("bf16", "bf16", (2, 1, 2), (), 2),
     ("bf16", "bf16", (2,), (), 2, True),
+    ("bf16", "bf16", (2,), (), 1, True, True),
 )
-def matmul_narrow(kind: str, out: str, tiles: tuple[int, ...], steps: tuple, parts: int, early: bool = False):
+def matmul_narrow(
+    kind: str, out: str, tiles: tuple[int, ...], steps: tuple, parts: int, early: bool = False, by_lines: bool = False
+):
     """``tiles`` are groups of eight columns of each B, ``parts`` the values that a result is stored as.
 
     Two parts: the rounded value, and 8 sum(tiles) columns further what rounding left; together as good as fp32. With
-    ``early`` the next grid may begin at once (sm_90). Parameters: the result's, A's, a tuple of each B's, the
-    epilogue's; blocks along y are results of a batch. A and B begin at, and their lines are apart by, multiples of
-    eight elements; so is K.
+    ``early`` the next grid may begin at once (sm_90). ``by_lines``: B's lines are values of K, not columns, of which
+    there is then a multiple of eight. Parameters: the result's, A's, a tuple of each B's, the epilogue's; blocks along
+    y are results of a batch. A and B begin at, and their lines are apart by, multiples of eight elements; so is K.
     """
     column_tiles = sum(tiles)
-    fetch_b, scale_of = _terms(tiles)
+    fetch_b, scale_of = _terms(tiles, by_lines)
     a_words, b_words, sum_count = 8 * ROW_TILES, 4 * column_tiles, 4 * ROW_TILES * column_tiles
     all_a, all_b = UNROLL * a_words, UNROLL * b_words
     fetch_a, multiply = row_fetcher(2 * ROW_TILES, 8), row_multiplier(kind, ROW_TILES, column_tiles)

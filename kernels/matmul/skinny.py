@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from kernels import memory, tensor_core, warp
+from kernels.barrier import wait_for_previous_grid
 from kernels.matmul.epilogue import epilogue
 from kernels.matmul.problem import (
     A_BATCH,
@@ -45,7 +46,8 @@ CHUNK = 32
 @dataclass(frozen=True)
 class SkinnyProblem:
     """The compile-time shape: 16-bit kind, how many segments, for each low-rank segment the segment whose A it takes
-    (in rising order), the result's kind, the epilogue, and whether results are accessed eight at a time.
+    (in rising order), the result's kind, the epilogue, whether results are accessed eight at a time, and how many of
+    the last segments' A the launch before makes, which may not have ended (sm_90).
     """
 
     kind: str
@@ -54,6 +56,7 @@ class SkinnyProblem:
     out: str
     steps: tuple
     wide: bool
+    late: int = 0
 
 
 @device
@@ -196,10 +199,13 @@ def _segment(rest: Callable, position: int, problem: SkinnyProblem, tile: Skinny
     multiply_low = _multiplier(problem.kind, first_low, last_low, groups, a_groups)
     right_words, left_words, b_rows = unroll * 8 * groups, unroll * 4 * a_groups, 2 * groups
     row_sums, turn_depth = 4 * row_groups * a_groups, unroll * warps * CHUNK
+    waits = problem.late and position == problem.segments - problem.late
 
     @device
     def segment(sums, result, p, low, row0, batch, number, lane):
         rest(sums, result, p, low, row0, batch, number, lane)
+        if waits:
+            wait_for_previous_grid()
         s = p[position]
         if s[RATIO] != np.float32(1):
             for i in range(row_sums):
@@ -246,6 +252,7 @@ _BIAS = (("bias", "bf16"), ("gelu",), ("residual", "bf16"))
     (SkinnyProblem("bf16", 1, (0,), "bf16", _BIAS, True), SkinnyTile(2, 2, 4, 2)),
     (SkinnyProblem("bf16", 2, (0, 0, 1), "bf16", (), True), SkinnyTile(2, 1, 8, 1)),
     (SkinnyProblem("f16", 1, (), "f32", (("gate", "silu", True),), False), SkinnyTile(2, 1, 8, 2)),
+    (SkinnyProblem("bf16", 3, (), "bf16", (), True, 2), SkinnyTile(2, 2, 4, 2)),
 )
 def matmul_skinny(problem, tile):
     """Parameters: tiles of rows of B in one result, the result's, the segments', the low-rank segments', the
@@ -294,4 +301,5 @@ def matmul_skinny(problem, tile):
         types.Tuple([low_rank_parameters(problem.kind)] * len(problem.low_rank_of)),
         epilogue(problem.steps).parameters,
     )
-    return kernel, parameters, {"threads": tile.threads, "min_blocks": tile.blocks(len(problem.low_rank_of))}
+    options = {"threads": tile.threads, "min_blocks": tile.blocks(len(problem.low_rank_of))}
+    return kernel, parameters, options | ({"architectures": (9, 0)} if problem.late else {})

@@ -75,11 +75,9 @@ class Product:
         """Ranks of all steps, zeros beyond the rank among them."""
         return self.steps * STEP
 
-    @property
-    def part_pairs(self) -> tuple[tuple[int, int], ...]:
-        """Which parts are multiplied, smallest products first."""
-        pairs = [(i, j) for i in range(self.parts[0]) for j in range(self.parts[1]) if i + j <= 2]
-        return tuple(sorted(pairs, key=lambda pair: -sum(pair)))
+    def smallest_left_part(self, right_part: int) -> int:
+        """The last of left's parts that is multiplied with a part of right; the others are all before it."""
+        return min(self.parts[0] - 1, 2 - right_part)
 
     @property
     def error(self) -> float:
@@ -147,8 +145,9 @@ def product(
     """
     fragment = _left_fragment(spec, tile, at, periods)
     parts, plane = _multiply_nothing, spec.ranks * tile.columns
-    for left_part, right_part in spec.part_pairs:
-        parts = _multiply_part(parts, spec, 4 * left_part, 2 * (shared_at + right_part * plane))
+    for right_part in reversed(range(spec.parts[1])):
+        smallest = spec.smallest_left_part(right_part)
+        parts = _multiply_part(parts, spec, smallest, 2 * (shared_at + right_part * plane))
     if tile.settled and spec.steps > 1:
         parts = _from_zero(parts)
     magnitudes = _multiply_part(_multiply_nothing, spec, 0, 2 * shared_at, magnitudes=True)
@@ -210,8 +209,11 @@ def _multiply_nothing(shared, index, step_bytes, words, words_at, result, pair):
     pass
 
 
-def _multiply_part(rest: Callable, spec: Product, left_at: int, right_bytes: int, magnitudes: bool = False) -> Callable:
-    """``rest``, then the product of one part of each factor for two of a group's four 8-column tiles.
+def _multiply_part(
+    rest: Callable, spec: Product, smallest: int, right_bytes: int, magnitudes: bool = False
+) -> Callable:
+    """``rest``, then one part of right times those of left, the ``smallest`` first, for two of a group's four 8-column
+    tiles.
 
     ``magnitudes``: without the factors' signs.
     """
@@ -222,18 +224,19 @@ def _multiply_part(rest: Callable, spec: Product, left_at: int, right_bytes: int
     def multiply(shared, index, step_bytes, words, words_at, result, pair):
         rest(shared, index, step_bytes, words, words_at, result, pair)
         b = tensor_core.ldmatrix_transposed_ahead(shared, index, np.uint32(right_bytes + step_bytes))
-        a = words_at + left_at
-        for half in range(2):
-            i = 4 * pair + 2 * half
-            c = mma(
-                np.uint32(words[a] & kept), np.uint32(words[a + 1] & kept), np.uint32(words[a + 2] & kept),
-                np.uint32(words[a + 3] & kept), np.uint32(b[2 * half] & kept), np.uint32(b[2 * half + 1] & kept),
-                result[i], result[i + 1], result[i + 8], result[i + 9],
-            )  # fmt: skip
-            result[i] = c[0]
-            result[i + 1] = c[1]
-            result[i + 8] = c[2]
-            result[i + 9] = c[3]
+        for part in range(smallest + 1):
+            a = words_at + 4 * (smallest - part)
+            for half in range(2):
+                i = 4 * pair + 2 * half
+                c = mma(
+                    np.uint32(words[a] & kept), np.uint32(words[a + 1] & kept), np.uint32(words[a + 2] & kept),
+                    np.uint32(words[a + 3] & kept), np.uint32(b[2 * half] & kept), np.uint32(b[2 * half + 1] & kept),
+                    result[i], result[i + 1], result[i + 8], result[i + 9],
+                )  # fmt: skip
+                result[i] = c[0]
+                result[i + 1] = c[1]
+                result[i + 8] = c[2]
+                result[i + 9] = c[3]
 
     return multiply
 

@@ -21,7 +21,7 @@ from kernels.weight.low_rank_tile import ROWS_OF_LANE, Product, Tile
 from kernels.weight.sources import source_parameters
 from kernels.weight.tile_groups import base_access, group_chain, ordered, requests, shared_bytes
 from kernels.weight.tile_sinks import SINKS, STATE_WORDS
-from kernels.weight.tile_sources import Source, factor_elements, held_words, point_name, summed
+from kernels.weight.tile_sources import Source, factor_elements, held_words, point_name, product_words, summed
 
 
 @functools.cache
@@ -147,7 +147,8 @@ def _options(base: str | None, sources: tuple[Source, ...], sink: str, tile: Til
     """Launch bounds: as many blocks on a multiprocessor as factors, base, results and gains leave registers for."""
     words = (2 if tile.base == "walk" else 1) * held_words(sources, tile) + 32
     words += ROWS_OF_LANE * tile.groups * ELEMENTS[base].words if base and tile.base == "registers" else 0
-    few = words <= 70 or (len(sources) == 1 and sources[0][0] == "kronecker_product" and tile.base == "registers")
+    gathers = len(sources) == 1 and sources[0][0] == "kronecker_product" and product_words(sources) < 12
+    few = words <= 70 or (gathers and tile.base == "registers")
     warps_on_multiprocessor = 24 if few else 16 if words <= 108 else 8
     if tile.settled or not ordered(sources, sink, tile):
         warps_on_multiprocessor = min(warps_on_multiprocessor, 16)

@@ -24,9 +24,13 @@ class StagedFile:
     It is locked (flock) while open, so that a later process can tell it from the leftover of a killed one.
     """
 
-    def __init__(self, path: Path, size: int) -> None:
-        """Create `path`, which must not exist, and reserve `size` bytes: a full disk shows at once."""
+    def __init__(self, path: Path, size: int, writes_back: bool = False) -> None:
+        """Create `path`, which must not exist, and reserve `size` bytes: a full disk shows at once.
+
+        With `writes_back` what is written begins its way to the disk at once, so that `sync` has little to wait for.
+        """
         self.path = path
+        self._writes_back = writes_back
         self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         try:
             # Some network file systems have no locks: leftovers are then never recognised, and stay.
@@ -43,7 +47,7 @@ class StagedFile:
         done = 0
         while done < len(data):
             done += os.pwrite(self._descriptor, data[done:], offset + done)
-        if len(data) >= _WRITEBACK_BYTES:
+        if self._writes_back and len(data) >= _WRITEBACK_BYTES:
             start_writeback(self._descriptor, offset, len(data))
 
     def sync(self) -> None:
@@ -112,10 +116,10 @@ def check_exchange(scratch: Path, target: Path) -> None:
     second.rmdir()
 
 
-def publish(temporary: Path, target: Path, overwrite: bool) -> None:
-    """Put `temporary` in `target`'s place in one atomic step, and sync the folder they are in.
+def publish(temporary: Path, target: Path, overwrite: bool, sync: bool) -> None:
+    """Put `temporary` in `target`'s place in one atomic step; with `sync` wait until the new name is on disk.
 
-    A folder that is replaced is deleted after that step.
+    A folder that is replaced is deleted after that.
 
     Raises:
         MergeFailed: there is a target by now, and `overwrite` is not set.
@@ -125,11 +129,11 @@ def publish(temporary: Path, target: Path, overwrite: bool) -> None:
         raise MergeFailed(f"{target}: another program made it meanwhile; give another output")
     if exists and temporary.is_dir():
         exchange(temporary, target)
-        sync_folder(target.parent)
-        remove(temporary)
     else:
         temporary.replace(target)
+    if sync:
         sync_folder(target.parent)
+    remove(temporary)  # after an exchange this is what was replaced
 
 
 def _stem(target: Path) -> str:

@@ -65,7 +65,9 @@ class CheckpointWriter:
     Names, order, metadata and shards are those of the base; so is every header, byte for byte, unless an
     element type in it changes. `with` creates a temporary beside the output. `commit` puts it in place once
     every byte of every tensor came by `write` or `copy`; leaving the block before, or by an exception, removes
-    it. A kill leaves the output as it was, and the temporary for the next run to remove.
+    it. A kill leaves the output as it was, and the temporary for the next run to remove. With `sync` so does a loss
+    of power at any moment: the copy is on disk before it gets its name. Without, it is as durable as `cp`
+    makes its own: what the system has not written yet, within its half a minute or so, a loss of power takes.
 
     `write` and `copy` may be called from several threads; all else is for one thread.
 
@@ -81,6 +83,7 @@ class CheckpointWriter:
         *,
         dtypes: Mapping[str, str] | None = None,
         overwrite: bool = False,
+        sync: bool = False,
         inputs: Sequence[Path] = (),
     ) -> None:
         """Check that the output may be written; nothing is written yet.
@@ -90,6 +93,7 @@ class CheckpointWriter:
             output: File or folder to write.
             dtypes: Tensor name -> safetensors type, for those whose type changes.
             overwrite: Whether to replace an existing output.
+            sync: Whether to have the copy on disk before it gets its name.
             inputs: Further files and folders that are read, and must not be the output.
 
         Raises:
@@ -101,7 +105,7 @@ class CheckpointWriter:
         self._target = check_output(checkpoint, output, overwrite, inputs)
         self._temporary = temporary_beside(self._target)
         self._checkpoint = checkpoint
-        self._overwrite = overwrite
+        self._overwrite, self._sync = overwrite, sync
         self._layout = plan_layout(checkpoint, self.output, dtypes)
         self.tensors: dict[str, TensorEntry] = self._layout.tensors
         self._staged: dict[Path, StagedFile] = {}
@@ -155,7 +159,7 @@ class CheckpointWriter:
             self.write(name, offset, part)
 
     def commit(self) -> None:
-        """Sync the copy to disk and put it in the output's place.
+        """Put the copy in the output's place, once it is whole, and on disk where that is asked for.
 
         Raises:
             AssertionError: a byte was never written, or twice (our bug).
@@ -165,13 +169,18 @@ class CheckpointWriter:
         for file in self._checkpoint.files:
             file.check_unchanged()
         with _failures_of(self.output):
-            for staged in self._staged.values():
-                staged.sync()
-            if self._layout.is_folder:
-                for folder in {staged.path.parent for staged in self._staged.values()} | {self._temporary}:
-                    sync_folder(folder)
+            if self._sync:
+                self._sync_files()
             self._close()
-            publish(self._temporary, self._target, self._overwrite)
+            publish(self._temporary, self._target, self._overwrite, self._sync)
+
+    def _sync_files(self) -> None:
+        """Wait until every file of the copy, and every name in its folders, is on disk."""
+        for staged in self._staged.values():
+            staged.sync()
+        if self._layout.is_folder:
+            for folder in {staged.path.parent for staged in self._staged.values()} | {self._temporary}:
+                sync_folder(folder)
 
     def __enter__(self) -> CheckpointWriter:
         try:
@@ -212,7 +221,7 @@ class CheckpointWriter:
         """Create the temporary file that becomes the output's file `path`."""
         temporary = self._temporary / path.relative_to(self.output)
         temporary.parent.mkdir(parents=True, exist_ok=True)
-        self._staged[path] = StagedFile(temporary, size)
+        self._staged[path] = StagedFile(temporary, size, writes_back=self._sync)
         return self._staged[path]
 
     @contextmanager

@@ -1,4 +1,7 @@
-"""What the commands print: results on stdout, progress and errors on stderr."""
+"""What the commands print: results on stdout, progress and errors on stderr.
+
+rich is imported where something is drawn: a tenth of a second that `--json` and errors do without.
+"""
 
 from __future__ import annotations
 
@@ -7,15 +10,14 @@ import json
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import IO, Any, TextIO
+from typing import IO, TYPE_CHECKING, Any, TextIO
 
 import click
-from rich import box
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from lycoris.errors import LycorisError
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 PIPE_WIDTH = 1 << 16
 """Wider than any row: a pipe has no width of its own, and names must reach it whole."""
@@ -80,17 +82,25 @@ def escape_unencodable() -> None:
 
 def stdout_console() -> Console:
     """For results: as wide as the terminal, or as wide as the text where there is none."""
+    from rich.console import Console
+
     width = None if is_terminal(sys.stdout) else PIPE_WIDTH
     return Console(width=width, highlight=False, markup=False, emoji=False)
 
 
 def stderr_console() -> Console:
     """For progress and remarks."""
+    from rich.console import Console
+
     return Console(stderr=True, highlight=False, markup=False, emoji=False)
 
 
 def print_table(console: Console, header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     """A table of strings. A terminal gets long cells folded, never cut."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
     for name in header:
         table.add_column(name, overflow="fold")
@@ -101,6 +111,9 @@ def print_table(console: Console, header: Sequence[str], rows: Iterable[Sequence
 
 def print_facts(console: Console, facts: Iterable[tuple[str, str]]) -> None:
     """Two columns, name and value; a fact without a value is left out."""
+    from rich.table import Table
+    from rich.text import Text
+
     table = Table.grid(padding=(0, 2))
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")

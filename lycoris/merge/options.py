@@ -32,6 +32,8 @@ class MergeOptions:
         device: "auto", "cuda:N" or "simulator".
         dtype: "keep", or the type that all of the output's bf16, fp16 and fp32 tensors get.
         overwrite: Replace an existing output.
+        sync: Have the output on disk before it gets its name, so that a loss of power, too, leaves a whole output or
+            none. Without it the output is as durable as a file that `cp` has written.
         allow_unmatched: Merge the rest where modules match nothing in a part that the base has.
         dry_run: Check everything and report; compute and write nothing.
     """
@@ -42,6 +44,7 @@ class MergeOptions:
     device: str = "auto"
     dtype: str = KEEP
     overwrite: bool = False
+    sync: bool = False
     allow_unmatched: bool = False
     dry_run: bool = False
 
@@ -72,7 +75,8 @@ class MergeReport:
         bytes_read, bytes_written: Tensor data of base, adapters and output; 0 written by a dry run.
         seconds: Wall time of the whole call.
         phases: Its parts: `plan` (headers, names, shapes), `device` (what was left of opening it by then), `kernels`
-            (loaded or compiled), `stream` (read, computed, written), `sync` (on disk, named). A dry run has two.
+            (loaded or compiled), `stream` (read, computed, written), `publish` (synced where that is asked for, named).
+            A dry run has two.
         output: As given.
         dry_run: Whether nothing was written.
         skus: Kernel -> tensors that it computed.

@@ -130,7 +130,9 @@ def _writer(base: Checkpoint, work: Work, options: MergeOptions) -> CheckpointWr
     if options.dtype in OPTIONS:
         dtypes = {name: OPTIONS[options.dtype] for name, entry in base.tensors.items() if entry.dtype in MERGEABLE}
     inputs = [*(given.path for given in options.adapters), *(adapter.path for adapter in work.adapters)]
-    writer = CheckpointWriter(base, options.output, dtypes=dtypes, overwrite=options.overwrite, inputs=inputs)
+    writer = CheckpointWriter(
+        base, options.output, dtypes=dtypes, overwrite=options.overwrite, sync=options.sync, inputs=inputs
+    )
     writer.check_space()
     return writer
 
@@ -148,7 +150,7 @@ def _write(pipeline: Pipeline, writer: CheckpointWriter, work: Work, clock: Cloc
         for adapter in work.adapters:
             adapter.file.check_unchanged()
         writer.commit()
-    clock.end("sync")
+    clock.end("publish")
 
 
 def _report(

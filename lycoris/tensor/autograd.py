@@ -14,19 +14,21 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from operator import attrgetter
 from typing import TYPE_CHECKING
 
 from lycoris.errors import RefusedInput
-from lycoris.tensor.launch import zeros_like_layout
+from lycoris.tensor.contributions import Part, Sum
 from plans.core import ElementKind
 
 if TYPE_CHECKING:
     from lycoris.tensor.tensor import Storage, Tensor
 
-Pull = Callable[["Tensor", Sequence["Node | None"]], Sequence["Tensor | Part | None"]]
-"""(gradient of the result, the inputs' nodes, None where no gradient is wanted) -> the inputs' gradients."""
+Pull = Callable[..., Sequence["Tensor | Part | None"]]
+"""(gradient of the result, the inputs' nodes, None where no gradient is wanted) -> the inputs' gradients.
+
+One that ``adds`` is given a third argument: what the first input's gradient is already, or None; it gives the sum.
+"""
 
 _numbers = itertools.count()
 
@@ -34,14 +36,16 @@ _numbers = itertools.count()
 class Node:
     """What made a tensor: ``inputs`` are the nodes of what it was made from, None where no gradient is wanted.
 
-    ``kind`` is that of the gradients that are handed on; ``leaf`` refers to the tensor of a leaf.
+    ``kind`` is that of the gradients that are handed on; ``leaf`` refers to the tensor of a leaf. ``uses`` counts the
+    operations that took the tensor.
     """
 
-    __slots__ = ("hooks", "inputs", "kind", "leaf", "name", "number", "pull", "saved", "shape")
+    __slots__ = ("adds", "hooks", "inputs", "kind", "leaf", "name", "number", "pull", "saved", "shape", "uses")
 
     def __init__(self, name: str, shape: tuple[int, ...], kind: ElementKind) -> None:
         self.name, self.shape, self.kind, self.number = name, shape, kind, next(_numbers)
         self.inputs: tuple[Node | None, ...] = ()
+        self.uses, self.adds = 0, False
         self.pull: Pull | None = None
         self.saved: tuple[tuple[Storage, int], ...] = ()
         self.hooks: list[Callable[[Tensor], Tensor | None]] = []
@@ -101,16 +105,20 @@ def record(
     saved: Sequence[Tensor],
     pull: Pull,
     kind: ElementKind | None = None,
+    adds: bool = False,
 ) -> Tensor:
     """Make ``out`` the result of an operation on ``inputs``; `wanted` has said that it is to be recorded.
 
     ``saved`` are the tensors that ``pull`` reads: a change to one of them in place makes the walk back an error. Its
-    gradient has ``kind``, or that of ``out``.
+    gradient has ``kind``, or that of ``out``. ``adds``: the pullback adds what the first input's gradient is already.
     """
     # A leaf's node is made first, so that the walk, latest nodes first, comes to it after all that it went into.
     edges = tuple([edge(tensor) if tensor.requires_grad else None for tensor in inputs])
     node = Node(name, out.shape, kind or out.kind)
-    node.inputs = edges
+    for taken in edges:
+        if taken is not None:
+            taken.uses += 1
+    node.inputs, node.adds = edges, adds
     node.pull, node.saved = pull, tuple((tensor.storage, tensor.storage.version) for tensor in saved)
     out.node, out.requires_grad = node, True
     return out
@@ -200,108 +208,31 @@ def _seeds(operation: str, tensors: Sequence[Tensor], gradients: Sequence[Tensor
     return made
 
 
-@dataclass(frozen=True)
-class Part:
-    """A gradient of ``shape`` that is zero but for elements start, start + step, ... of one axis.
-
-    ``strides`` are those of the tensor that was sliced: its gradient is laid out alike, so that what made it, a
-    permutation, needs no copy of the gradient.
-    """
-
-    gradient: Tensor
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-    axis: int
-    start: int
-    step: int
-
-    @property
-    def storage(self) -> Storage:
-        """Whose memory it is."""
-        return self.gradient.storage
-
-    @property
-    def covered(self) -> tuple[int, int, int]:
-        """The axis, and from where to where on it."""
-        length = self.gradient.shape[self.axis]
-        return self.axis, self.start, self.start + (length - 1) * self.step + 1
-
-    def place(self, wide: Tensor) -> Tensor:
-        """Where in a tensor of ``shape`` it goes."""
-        strides = list(wide.strides)
-        strides[self.axis] *= self.step
-        offset = wide.offset + self.start * wide.strides[self.axis]
-        return type(wide)(wide.storage, self.gradient.shape, wide.kind, tuple(strides), offset)
-
-
-class _Sum:
-    """Contributions to one gradient: the first as it is, from the second on added in fp32.
-
-    Slices that do not overlap are put together without a sum. ``own``: nothing else refers to the value, which may
-    then be changed in place. ``covered`` says which slices there are, and is None once there is more than those.
-    """
-
-    __slots__ = ("covered", "own", "single", "value")
-
-    def __init__(self) -> None:
-        self.value: Tensor | None = None
-        self.own = self.single = False
-        self.covered: list[tuple[int, int, int]] | None = None
-
-    def add(self, part: Tensor | Part, own: bool, kind: ElementKind) -> None:
-        """One more; ``kind`` is that of the gradient."""
-        if isinstance(part, Part):
-            self._add_slice(part, kind)
-        elif self.value is None:
-            self.value, self.own, self.single = part, own, True
-        elif self.single or self.covered is not None:
-            self.value, self.own, self.single = self.value.add(part, kind=ElementKind.F32), True, False
-            self.covered = None
-        else:
-            self.value.add_(part)
-
-    def _add_slice(self, part: Part, kind: ElementKind) -> None:
-        if self.value is None:
-            self.value = zeros_like_layout(part.shape, part.strides, kind, part.gradient.device)
-            self.own, self.covered = True, []
-        axis, start, stop = part.covered
-        apart = self.covered is not None and all(a == axis and (stop <= s or e <= start) for a, s, e in self.covered)
-        if apart:
-            part.place(self.value).copy_(part.gradient)
-            self.covered.append((axis, start, stop))
-            return
-        if self.value.kind is not ElementKind.F32:
-            self.value = self.value.to(ElementKind.F32)
-        elif not self.own:
-            self.value = self.value.clone()
-        self.own, self.single, self.covered = True, False, None
-        part.place(self.value).add_(part.gradient)
-
-
 def _walk(seeds: list[tuple[Node, Tensor]], retain_graph: bool, targets: set[Node] | None) -> dict[Node, Tensor]:
     """Latest nodes first; gives the gradients of ``targets``, or without those adds to the leaves' ``grad``."""
-    sums: dict[Node, _Sum] = {}
+    sums: dict[Node, Sum] = {}
     heap: list[tuple[int, Node]] = []
     found: dict[Node, Tensor] = {}
     needed = None if targets is None else _leading_to(targets, [node for node, _ in seeds])
 
-    def give(node: Node, gradient: Tensor | Part, own: bool) -> None:
-        if needed is not None and node not in needed:
-            return
-        if node not in sums:
-            sums[node] = _Sum()
+    def sum_of(node: Node) -> Sum:
+        found = sums.get(node)
+        if found is None:
+            found = sums[node] = Sum()
             heapq.heappush(heap, (-node.number, node))
-        sums[node].add(gradient, own, node.kind)
+        return found
 
     with no_grad():
         for node, gradient in seeds:
-            give(node, gradient, False)
+            if needed is None or node in needed:
+                sum_of(node).add(gradient, False, node.kind)
         while heap:
             _, node = heapq.heappop(heap)
             summed = sums.pop(node)
-            gradient, own = summed.value, summed.own and not node.hooks
-            if gradient.kind is not node.kind:
-                gradient, own = gradient.to(node.kind), True
+            gradient = summed.total(node.kind)
+            if gradient is None:
+                continue
+            own = summed.own and not node.hooks
             for hook in list(node.hooks):
                 gradient, own = _replaced(node, gradient, hook(gradient)), False
             if targets is not None and node in targets:
@@ -309,7 +240,7 @@ def _walk(seeds: list[tuple[Node, Tensor]], retain_graph: bool, targets: set[Nod
             if node.leaf is None:
                 edges = node.inputs if needed is None else tuple([e if e in needed else None for e in node.inputs])
                 if any(edges):
-                    _pull(node, gradient, edges, give, retain_graph)
+                    _pull(node, gradient, edges, sum_of, retain_graph)
             elif targets is None:
                 _accumulate(node.leaf(), gradient, own)
     return found
@@ -344,7 +275,7 @@ def _pull(
     node: Node,
     gradient: Tensor,
     edges: Sequence[Node | None],
-    give: Callable[[Node, Tensor | Part, bool], None],
+    sum_of: Callable[[Node], Sum],
     retain_graph: bool,
 ) -> None:
     """Hand the gradient on to the inputs that want it, which ``edges`` are."""
@@ -355,14 +286,20 @@ def _pull(
             raise RefusedInput(
                 f"backward: a tensor that the gradient of {node.name} needs was changed in place since; use a copy"
             )
-    gradients = node.pull(gradient, edges)
+    sums = [None if target is None else sum_of(target) for target in edges]
+    if node.adds:
+        already = None if edges[0] is None else sums[0].take(edges[0].uses)
+        gradients = node.pull(gradient, edges, already)
+    else:
+        gradients = node.pull(gradient, edges)
     if not retain_graph:
         node.pull, node.saved = None, ()
     seen = {gradient.storage}
-    for target, part in zip(edges, gradients, strict=True):
+    for target, summed, part in zip(edges, sums, gradients, strict=True):
         if target is not None and part is not None:
             assert part.shape == target.shape, (node.name, part.shape, target.shape)
-            give(target, part, part.storage not in seen)
+            summed.add(part, part.storage not in seen, target.kind)
+            summed.received += 1
             seen.add(part.storage)
 
 

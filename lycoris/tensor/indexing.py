@@ -51,7 +51,7 @@ def _take(name: str, x: Tensor, at: int, index: Tensor, shape: Shape, elementwis
     outer, n, inner = math.prod(x.shape[:at]), x.shape[at], math.prod(x.shape[at + 1 :])
     extents = (outer, n, shape[at], inner)
     out = empty(shape, x.kind, device)
-    descriptor = TakeDescriptor(*extents, x.kind, index.kind, elementwise)
+    descriptor = TakeDescriptor(*extents, x.kind, index.kind, elementwise, source.aligned and out.aligned)
     place = shaped(place, descriptor.index_operand.shape)
     run(
         TakePlan.select(None, descriptor, device=device),
@@ -63,8 +63,8 @@ def _take(name: str, x: Tensor, at: int, index: Tensor, shape: Shape, elementwis
 
     def pull(g: Tensor, edges: Sequence[autograd.Node | None]) -> list[Tensor]:
         wide = zeros(before, F32, g.device)
-        back = TakeBackwardDescriptor(*extents, g.kind, place.kind, elementwise, F32)
         g = compact(g)
+        back = TakeBackwardDescriptor(*extents, g.kind, place.kind, elementwise, g.aligned and wide.aligned)
         run(
             TakeBackwardPlan.select(None, back, device=g.device),
             TakeArgs(shaped(wide, (outer, n, inner)).mut(), shaped(g, back.out_shape).ref(), place.ref()),

@@ -85,9 +85,11 @@ def stored(layout: Layout) -> _Stored:
     return _Stored(shape, strides, transposed, odd[-2], odd[0] if axes == 3 else 0)
 
 
-def product(a: Tensor, b: Tensor, kind: ElementKind, scale: float = 1.0, bias: Tensor | None = None) -> Tensor:
+def product(
+    a: Tensor, b: Tensor, kind: ElementKind, scale: float = 1.0, bias: Tensor | None = None, *, early: bool = False
+) -> Tensor:
     """The product scale * a @ b (+ bias) for a [m, k] or [batch, m, k], b [k, n] or [batch, k, n]; no gradients."""
-    return sum_of_products(((a, b),), (scale,), kind, bias)
+    return sum_of_products(((a, b),), (scale,), kind, bias, early=early)
 
 
 def sum_of_products(
@@ -96,18 +98,22 @@ def sum_of_products(
     kind: ElementKind,
     bias: Tensor | None = None,
     residual: Tensor | None = None,
+    *,
+    early: bool = False,
+    late: bool = False,
 ) -> Tensor:
     """The sum of scale * a @ b over pairs of matrices (+ bias) (+ residual), one launch, one rounding; no gradients.
 
     One pair may be of batches. Each a is [m, k] and each b [k, n], with a k of its own; ``residual`` is a contiguous
-    tensor like the result.
+    tensor like the result. The result of an ``early`` sum is the last a of the ``late`` one that is launched next, of
+    nothing else that is newer, and which may begin before that ends.
     """
     operands = [ready(x) for pair in pairs for x in pair]
     device = operands[0].device
     added = [compact(x) for x in (bias, residual) if x is not None]
     kinds = (bias is None or bias.kind, residual is None or residual.kind)
-    key = ("sum of products", kind, *kinds, *scales, device.ordinal, *[x.layout for x in operands])
-    found = kept(key) or _keep_sum(key, operands, tuple(scales), kind, bias, residual)
+    key = ("sum of products", kind, *kinds, *scales, early, late, device.ordinal, *[x.layout for x in operands])
+    found = kept(key) or _keep_sum(key, operands, tuple(scales), kind, bias, residual, early, late)
     out = of_layout(found[1], device)
     run_prepared(found[0], (out, *operands, *added))
     return out
@@ -115,7 +121,7 @@ def sum_of_products(
 
 def _keep_sum(
     key: tuple, operands: Sequence[Tensor], scales: tuple[float, ...], kind: ElementKind, bias: Tensor | None,
-    residual: Tensor | None,
+    residual: Tensor | None, early: bool, late: bool,
 ) -> tuple[Prepared, Layout]:  # fmt: skip
     """The plan, and the result's layout."""
     pairs = list(zip(operands[0::2], operands[1::2], strict=True))
@@ -127,12 +133,13 @@ def _keep_sum(
         Segment(
             a.shape[-1], left.letter + right.letter, a.kind, b.kind, left.stride, right.stride,
             left.batch_stride, right.batch_stride, batch is not None and a.ndim == 2, batch is not None and b.ndim == 2,
+            late=late and number == len(pairs) - 1,
         )
-        for (a, b), (left, right) in zip(pairs, taken, strict=True)
+        for number, ((a, b), (left, right)) in enumerate(zip(pairs, taken, strict=True))
     )  # fmt: skip
     steps = () if bias is None else (Bias(bias.kind),)
     steps = steps if residual is None else (*steps, Residual(residual.kind))
-    descriptor = SegmentedMatmulDescriptor(m, n, segments, kind, batch, steps)
+    descriptor = SegmentedMatmulDescriptor(m, n, segments, kind, batch, steps, early=early)
     plan = SegmentedMatmulPlan.select(None, descriptor, device=first.device)
     out = empty((m, n) if batch is None else (batch, m, n), kind, first.device)
     sources = [how.view(x) for how, x in zip((s for pair in taken for s in pair), operands, strict=True)]
@@ -222,7 +229,15 @@ def matrix_of(x: Tensor, columns: int) -> Tensor:
     return x.detach() if x.ndim == 2 else shaped(compact(x.detach()), (_rows(x), columns))
 
 
-def check_linear(name: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> Shape:
+def like_rows(x: Tensor | None, columns: int) -> Tensor | None:
+    """A term of a product's result, as a matrix that lies as products read it; None stays None."""
+    if x is None:
+        return None
+    x = matrix_of(x, columns)
+    return x if x.contiguous_ and x.aligned else converted(x, x.kind)
+
+
+def check_linear(name: str, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None = None) -> Shape:
     """The result's shape. Raises RefusedInput where operands of a linear layer do not fit."""
     if weight.ndim != 2 or not x.shape or x.shape[-1] != weight.shape[1]:
         raise RefusedInput(
@@ -230,7 +245,12 @@ def check_linear(name: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> S
         )
     if bias is not None and bias.shape != weight.shape[:1]:
         raise RefusedInput(f"{name}: bias {bias.shape}, wanted {weight.shape[:1]}; give the layer's own")
-    return (*x.shape[:-1], weight.shape[0])
+    shape = (*x.shape[:-1], weight.shape[0])
+    if residual is not None and residual.shape != shape:
+        raise RefusedInput(
+            f"{name}: residual {residual.shape}, wanted the result's shape, {shape}; expand or reshape it"
+        )
+    return shape
 
 
 def bias_gradient(g: Tensor, kind: ElementKind) -> Tensor:
@@ -238,22 +258,33 @@ def bias_gradient(g: Tensor, kind: ElementKind) -> Tensor:
     return reduce(Reduction.SUM, ITSELF, (compact(g),), (0,), g.shape[1:], kind)
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """A linear layer, x @ weight.T + bias: [..., in] and [out, in] -> [..., out], one launch."""
-    shape = check_linear("linear", x, weight, bias)
-    inputs = (x, weight) if bias is None else (x, weight, bias)
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
+    """A linear layer, x @ weight.T + bias (+ residual): [..., in] and [out, in] -> [..., out], one launch."""
+    shape = check_linear("linear", x, weight, bias, residual)
+    inputs = tuple([part for part in (x, weight, bias, residual) if part is not None])
     same_device("linear", inputs)
     rows, matrix = matrix_of(x, weight.shape[1]), weight.detach()
     kind = pointwise.result_kind("linear", (x, weight))
-    out = shaped(product(rows, flipped(matrix), kind, bias=None if bias is None else bias.detach()), shape)
+    own, more = None if bias is None else bias.detach(), like_rows(residual, weight.shape[0])
+    out = shaped(sum_of_products(((rows, flipped(matrix)),), (1.0,), kind, own, more), shape)
     if not autograd.wanted(inputs):
         return out
 
-    def pull(g: Tensor, edges: Sequence[autograd.Node | None]) -> list[Tensor | None]:
-        g = matrix_of(g, matrix.shape[0])
-        d_x = shaped(product(g, matrix, edges[0].kind), x_shape) if edges[0] else None
+    def pull(g: Tensor, edges: Sequence[autograd.Node | None], already: Tensor | None) -> list[Tensor | None]:
+        whole, g, d_x = g, matrix_of(g, matrix.shape[0]), None
+        if edges[0]:
+            d_x = sum_of_products(((g, matrix),), (1.0,), edges[0].kind, None, like_rows(already, matrix.shape[1]))
+            d_x = shaped(d_x, x_shape)
         d_weight = product(flipped(g), rows, edges[1].kind) if edges[1] else None
-        return [d_x, d_weight, *(bias_gradient(g, edge.kind) if edge else None for edge in edges[2:])]
+        return [d_x, d_weight, *added_gradients(whole, g, edges[2:], own is not None)]
 
     x_shape = x.shape
-    return autograd.record("linear", out, inputs, (rows, matrix), pull)
+    return autograd.record("linear", out, inputs, (rows, matrix), pull, adds=True)
+
+
+def added_gradients(
+    whole: Tensor, g: Tensor, edges: Sequence[autograd.Node | None], biased: bool
+) -> list[Tensor | None]:
+    """Those of a linear layer's bias, if it has one, and of what is added to its result; g is ``whole`` as a matrix."""
+    found = [bias_gradient(g, edges[0].kind) if edges[0] else None] if biased else []
+    return [*found, *(whole for _ in edges[biased:])]

@@ -143,17 +143,19 @@ def _norm(x: Tensor, affine: tuple[Tensor, ...], forward: Recipe, backward: Reci
     if not autograd.wanted((x, *affine)):
         return y
 
-    def pull(g: Tensor, edges: Sequence[autograd.Node | None]) -> list[Tensor | None]:
+    def pull(g: Tensor, edges: Sequence[autograd.Node | None], already: Tensor | None) -> list[Tensor | None]:
         g, d_x = compact(g), None
         if edges[0] is not None:
-            (d_x,) = launch(backward, (source, g, *columns[:1], *statistics), (edges[0].kind,))
+            recipe = backward if already is None else normalization.ADDED[backward]
+            added = () if already is None else (compact(already),)
+            (d_x,) = launch(recipe, (source, g, *added, *columns[:1], *statistics), (edges[0].kind,))
         d_affine = [
             None if edge is None else _column_gradient(part, source, g, statistics, edge.kind)
             for part, edge in zip(("weight", "bias"), edges[1:], strict=False)
         ]
         return [d_x, *d_affine]
 
-    return autograd.record(forward.name, y, (x, *affine), (source, *columns), pull)
+    return autograd.record(forward.name, y, (x, *affine), (source, *columns), pull, adds=True)
 
 
 def _normalised(x: Expr, statistics: Sequence[Expr]) -> Expr:

@@ -25,30 +25,58 @@ class Recording:
             step()
 
 
+class Kept:
+    """Memory that a graph takes, and what of it is free again: launches run in order, so that they may share memory.
+
+    It is taken on ``stream``. What is asked for on another stream than the ``captured`` one is no launch's result, such
+    as what is uploaded: it stays as it is.
+    """
+
+    def __init__(self, stream: Any, captured: Any) -> None:
+        self.stream, self.captured = stream, captured
+        self.memory: list[Any] = []
+        self._free: dict[int, list[Any]] = {}
+
+    def keep(self, memory: Any) -> None:
+        """Memory for as long as the graph lives."""
+        self.memory.append(memory)
+
+    def give_back(self, nbytes: int, memory: Any) -> None:
+        """Memory of so many bytes for launches that follow."""
+        self._free.setdefault(nbytes, []).append(memory)
+
+    def again(self, nbytes: int) -> Any:
+        """Memory of so many bytes that was given back, None where there is none."""
+        free = self._free.get(nbytes)
+        return free.pop() if free else None
+
+
 @dataclass(frozen=True)
 class Captured:
     """A recorded graph: what the work returned, how to launch it on a stream, and the memory that it needs."""
 
     result: Any
     launch: Callable[[Any], None]
-    buffers: list[Any]
+    kept: Kept
 
 
-class Kept(threading.local):
-    """Memory that this thread takes for the graph that it captures, and the stream on which it is taken."""
-
-    buffers: list[Any] | None = None
-    stream: Any = None
-
-    @contextmanager
-    def on(self, stream: Any) -> Iterator[list[Any]]:
-        """Within, memory is kept; it is taken on a stream that is not itself captured."""
-        before = self.buffers, self.stream
-        self.buffers, self.stream = [], stream
-        try:
-            yield self.buffers
-        finally:
-            self.buffers, self.stream = before
+class _Current(threading.local):
+    kept: Kept | None = None
 
 
-KEPT = Kept()
+_current = _Current()
+
+
+def kept() -> Kept | None:
+    """The memory of the graph that this thread captures; None outside of that."""
+    return _current.kept
+
+
+@contextmanager
+def keeping(stream: Any, captured: Any) -> Iterator[Kept]:
+    """Within, memory is taken for a graph, on a stream that is not itself captured."""
+    before, _current.kept = _current.kept, Kept(stream, captured)
+    try:
+        yield _current.kept
+    finally:
+        _current.kept = before

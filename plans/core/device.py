@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from kernels.target import SIMULATOR
-from plans.core.capture import KEPT, Captured, Recording
+from plans.core.capture import Captured, Kept, Recording, keeping, kept
 from plans.core.errors import DeviceError, Unsupported
 from plans.core.precision import ElementKind
 from plans.core.tensor import TensorMut, contiguous_strides
@@ -73,6 +73,25 @@ class DeviceBuffer:
             with _reported(f"{self.device.name}: freeing {self.nbytes} bytes"):
                 self._memory.close(stream)
         self._memory = self._whole = None
+
+
+class _Lent(DeviceBuffer):
+    """A graph's memory, which launches that are recorded later take again where nothing refers to it any more."""
+
+    __slots__ = ("_kept",)
+
+    def __init__(self, device: Device, memory: Any, nbytes: int, owner: Kept) -> None:
+        super().__init__(device, memory, int(memory.handle), nbytes)
+        self._kept = owner
+
+    def close(self, stream: Any = None) -> None:
+        """Give the memory back to the graph."""
+        if self._memory is not None:
+            self._kept.give_back(self.nbytes, self._memory)
+        self._memory = None
+
+    def __del__(self) -> None:
+        self.close()
 
 
 class HostBuffer:
@@ -150,7 +169,7 @@ class Device:
     @property
     def capturing(self) -> bool:
         """Whether this thread is recording a graph, whose memory has to be its own."""
-        return KEPT.buffers is not None
+        return kept() is not None
 
     @property
     def multiprocessors(self) -> int:
@@ -192,20 +211,21 @@ class Device:
         """
         if SIMULATOR:
             recording = Recording()
-            with KEPT.on(None) as kept:
+            with keeping(None, recording) as memory:
                 result = work(recording)
-            return Captured(result, recording.replay, kept)
+            return Captured(result, recording.replay, memory)
         with _reported(f"{self.name}: capturing a graph"):
             builder = self._core.create_graph_builder()
             builder.begin_building()
             try:
-                with KEPT.on(stream or self._own_stream) as kept:
-                    result = work(builder.stream)
+                captured = builder.stream
+                with keeping(stream or self._own_stream, captured) as memory:
+                    result = work(captured)
             finally:
                 builder.end_building()
             graph = builder.complete()
             graph.upload(self._own_stream)
-        return Captured(result, graph.launch, kept)
+        return Captured(result, graph.launch, memory)
 
     def stream(self) -> Any:
         """A new stream; None in the simulator, where everything is done when the call returns."""
@@ -225,18 +245,24 @@ class Device:
                 start = -raw.ctypes.data % ALIGNMENT
                 memory = raw[start : start + nbytes]
                 return DeviceBuffer(self, memory, memory.ctypes.data, nbytes)
-            kept = KEPT.buffers
-            if kept is not None:  # a graph's memory is taken now, and stays where its launches will look for it
-                stream = KEPT.stream
+            owner = kept()
+            if owner is not None:
+                return self._lend(nbytes, owner, stream is owner.captured)
             memory = self._core.allocate(max(nbytes, 1), stream=stream or self._own_stream)
-            buffer = DeviceBuffer(self, memory, int(memory.handle), nbytes)
-            if stream is None or kept is not None:
-                self.synchronize(stream or self._own_stream)
-            if kept is not None:
-                kept.append(buffer)
-            return buffer
+            if stream is None:
+                self.synchronize(self._own_stream)
+            return DeviceBuffer(self, memory, int(memory.handle), nbytes)
         except driver_errors() as error:
             raise device_error(f"{self.name}: allocating {nbytes} bytes", error, _FREE_MEMORY) from error
+
+    def _lend(self, nbytes: int, owner: Kept, again: bool) -> DeviceBuffer:
+        """Memory for a graph, taken now: it stays where its launches will look for it. ``again``: they may share it."""
+        memory = owner.again(nbytes) if again else None
+        if memory is None:
+            memory = self._core.allocate(max(nbytes, 1), stream=owner.stream)
+            self.synchronize(owner.stream)
+            owner.keep(memory)
+        return _Lent(self, memory, nbytes, owner) if again else DeviceBuffer(self, memory, int(memory.handle), nbytes)
 
     def pinned(self, nbytes: int) -> HostBuffer:
         """Page-locked host memory for asynchronous copies.

@@ -18,7 +18,7 @@ from plans.hyper_connection.stream import Launch
 from plans.sinkhorn import refuses_by_thread, sinkhorn_units, units_by_thread
 
 PROOF = "tests/test_hyper_connection_cluster.py"
-_LEAST_WARPS = 4
+_LEAST_BLOCKS, _LEAST_WARPS = 2, 4
 _BF16 = ElementKind.BF16
 
 
@@ -28,7 +28,7 @@ def team_of(n: int, channels: int) -> Team | None:
     The order of the sums follows from it, so that it is the same for every batch and device.
     """
     groups = -(-channels // kernel.CHANNELS)
-    wanted = max(1, min(kernel.MOST_BLOCKS, groups // _LEAST_WARPS))
+    wanted = max(_LEAST_BLOCKS, min(kernel.MOST_BLOCKS, groups // _LEAST_WARPS))
     blocks = 1 << wanted.bit_length() - 1
     team = Team(blocks, -(-groups // blocks))
     fits = team.warps <= kernel.MOST_WARPS and kernel.shared_bytes(n, team) <= kernel.SHARED_BYTES

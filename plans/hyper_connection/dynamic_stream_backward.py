@@ -25,17 +25,26 @@ from plans.sinkhorn import gradient_units, gradient_units_by_thread
 
 _BLOCKS = 4 * 132
 """Blocks that fill an H200; splits, and with them the order of sums, are the same on every device."""
+_WARPS = 16 * 132
+"""Warps that fill it."""
+_BLOCK_WARPS = 4
 
 
-def shape_of(role: str, d: Any) -> tuple[stream_kernel.Shape | None, int]:
-    """How a block holds a piece of what a sample's shares are made of, x and d or x and one line of d, and how many
-    pieces there are; no shape where it cannot.
+def crew_of(d: Any) -> tuple[shares_kernel.Crew, int]:
+    """The warps of a block that make samples' shares, and how many steps of channels each takes.
+
+    Samples have several warps where they are too few to fill the device.
     """
-    n, chunks = d.n_streams, -(-d.hidden_dim // (stream_kernel.RUN * stream_kernel.MOST_THREADS))
-    if n > shares_kernel.MOST_STREAMS:
-        return None, chunks
-    lines, channels = 2 * n if role == "full" else n + 1, -(-d.hidden_dim // chunks)
-    return stream_kernel.shape_for(d.element.value, lines, channels, stream_kernel.SM80_BYTES, 1), chunks
+    runs = -(-d.hidden_dim // shares_kernel.CHANNELS)
+    steps = -(-runs // min(runs, shares_kernel.MOST_WARPS, -(-_WARPS // d.batch)))
+    parts = -(-runs // steps)
+    return shares_kernel.Crew(parts, max(1, _BLOCK_WARPS // parts)), steps
+
+
+def shares_units(d: Any) -> int:
+    """Roundings of a sum over channels: a lane's, then those of its warp and its sample's parts."""
+    crew, steps = crew_of(d)
+    return stream_kernel.RUN * steps + 5 + crew.parts
 
 
 def refuses(role: str, descriptor: Any) -> str:
@@ -47,8 +56,7 @@ def refuses(role: str, descriptor: Any) -> str:
         return f"takes projection {' or '.join(k.value for k in KINDS)}, not {d.projection.value}"
     if d.n_streams > shares_kernel.MOST_STREAMS:
         return f"holds the sums of up to {shares_kernel.MOST_STREAMS} streams in registers, not of {d.n_streams}"
-    shape, _ = shape_of(role, d)
-    return refuses_stream(d.sinkhorn, d.n_streams, d.hidden_dim, d.batch, shape, element=d.element, gamma=d.gamma)
+    return refuses_stream(d.sinkhorn, d.n_streams, d.hidden_dim, d.batch, crew_of(d), element=d.element, gamma=d.gamma)
 
 
 def spread_grid(d: Any) -> tuple[int, int, int]:
@@ -85,21 +93,19 @@ def workspace(d: Any) -> int:
 
 def units(role: str, d: Any, counted: float) -> float:
     """The guarantee's units, where the magnitude counts Sinkhorn's own as so many times less than ``counted``."""
-    shape, chunks = shape_of(role, d)
-    of_sample = stream_kernel.RUN * chunks + 6 + shape.threads // WARP
     _, spreads, steps = spread_grid(d)
     through = 2.0 * 6 * 32
     of_gamma = 2 * steps + 3 + spreads
     of_projection = 2.0 * 3 * spread_stage.STEP * steps + spreads
     of_bias = -(-_weight_blocks(d) // GROUPS) + GROUPS + 16 + weights_count(d.n_streams)
-    own = 4 * (d.n_streams + 8) + 3 * of_sample + 48 + max(through, of_gamma, of_projection, of_bias)
+    own = 4 * (d.n_streams + 8) + 3 * shares_units(d) + 48 + max(through, of_gamma, of_projection, of_bias)
     return max(own, counted * gradient_units_by_thread(d.sinkhorn) / gradient_units(d.sinkhorn))
 
 
 DERIVATION = (
-    "sums over streams; a thread's channels, its block's; then the largest of: the rows' products and those over the "
-    "samples of a split, of which the tensor core truncates each aligned one at fp32's last place (2 units), the "
-    "splits, gamma's and the bias's sums over samples; or Sinkhorn's, by reciprocals"
+    "sums over streams; a lane's channels, its warp's, a sample's; then the largest of: the rows' products and those "
+    "over the samples of a split, of which the tensor core truncates each aligned one at fp32's last place (2 units), "
+    "the splits, gamma's and the bias's sums over samples; or Sinkhorn's, by reciprocals"
 )
 
 
@@ -113,10 +119,9 @@ class DynamicStreamBackwardProgram:
         self.role, self.descriptor = role, descriptor
         d, n, m, channels = descriptor, descriptor.n_streams, weights_count(descriptor.n_streams), descriptor.hidden_dim
         gamma = None if d.gamma is None else d.gamma.value
-        shape, self.chunks = shape_of(role, d)
-        made = shares_kernel.stream_shares(role, d.element.value, gamma, n, shape)
-        self.blocks = min(d.batch, device.multiprocessors * made.min_blocks)
-        self.shares = made.launcher((self.blocks, 1, 1))
+        crew, self.steps = crew_of(d)
+        made = shares_kernel.stream_shares(role, d.element.value, gamma, n, crew)
+        self.shares = made.launcher((-(-d.batch // crew.samples), 1, 1))
         self.unwind = sample_weights_by_thread_backward(d.mode.value, n).launcher((_weight_blocks(d), 1, 1))
         spread = spread_tile(role, d.projection.value, gamma, n)
         self.spread = spread.launcher((*spread_grid(d)[:2], 1))
@@ -129,7 +134,7 @@ class DynamicStreamBackwardProgram:
         d, n, eps = self.descriptor, self.descriptor.n_streams, np.float32(self.descriptor.eps)
         m, flat, channels, batch = weights_count(n), n * d.hidden_dim, d.hidden_dim, d.batch
         shares, roots, *weighing, gamma_sums, parts, of_weights = scratch_pointers(workspace, _scratch(d))
-        lifts, blocks, pieces = weighing[1], _weight_blocks(d), (channels, self.chunks)
+        lifts, blocks = weighing[1], _weight_blocks(d)
         _, spreads, steps = spread_grid(d)
         x, mixing = args["x_expanded"], args["mixing"]
         # Without a gamma the kernels do not read its pointer, and in role "full" neither a line of d nor more.
@@ -146,7 +151,7 @@ class DynamicStreamBackwardProgram:
         weights = (args["projected"], args["alpha"], args["bias"], shares, *weighing, of_weights)
         spreading = (x, gamma, streams, line, mixing, roots, args["projection"], lifts, args["d_x"], gamma_sums, parts)
         launches = [
-            (self.shares, (x, gamma, of_shares, mixing, more, shares, roots, m, *pieces, batch, self.blocks, eps)),
+            (self.shares, (x, gamma, of_shares, mixing, more, shares, roots, m, channels, batch, self.steps, eps)),
             (self.unwind, (*weights, batch, d.sinkhorn_iters, eps, flat)),
             (self.spread, (*spreading, m, channels, batch, steps)),
             (self.sum_projection, (parts, args["d_projection"], args["d_projection"], m * flat, m * flat, spreads)),

@@ -35,10 +35,10 @@ def refuses_stream(
     n: int,
     channels: int,
     batch: int,
-    shape: kernel.Shape | None,
+    shape: object | None,
     **kinds: ElementKind | None,
 ) -> str:
-    """Why the streaming kernels do not compute a problem, or ""; ``shape`` is that of a block, None where none fits.
+    """Why the streaming kernels do not compute a problem, or ""; ``shape`` is how a block holds them, or None.
 
     ``kinds`` are those of the operands, with ``element`` among them; one that is not there has kind None.
     """

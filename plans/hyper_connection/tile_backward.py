@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 
-from kernels.hyper_connection import stream as stream_kernel
 from kernels.hyper_connection import stream_shares as shares_kernel
 from kernels.hyper_connection.spread_tile import spread_tile
 from kernels.hyper_connection.static import mixing_weights
@@ -20,7 +19,7 @@ from kernels.simulator import WARP
 from kernels.sinkhorn import extent_for
 from plans.core import Device, ElementKind, Workspace
 from plans.hyper_connection.common import scratch_bytes, scratch_pointers, weights_count
-from plans.hyper_connection.dynamic_stream_backward import shape_of, spread_grid
+from plans.hyper_connection.dynamic_stream_backward import crew_of, shares_units, spread_grid
 from plans.hyper_connection.stream import Launch, refuses_stream
 from plans.sinkhorn import (
     SinkhornMode,
@@ -41,8 +40,7 @@ def refuses(descriptor: Any) -> str:
         return f"takes element bf16, not {d.element.value}"
     if d.n_streams > shares_kernel.MOST_STREAMS:
         return f"holds the sums of up to {shares_kernel.MOST_STREAMS} streams in registers, not of {d.n_streams}"
-    shape, _ = shape_of("full", d)
-    return refuses_stream(d.sinkhorn, d.n_streams, d.hidden_dim, d.batch, shape, element=d.element, gamma=d.gamma)
+    return refuses_stream(d.sinkhorn, d.n_streams, d.hidden_dim, d.batch, crew_of(d), element=d.element, gamma=d.gamma)
 
 
 def _lines_left(batch: int) -> int:
@@ -70,10 +68,9 @@ def workspace(d: Any) -> int:
 
 def units(d: Any, counted: float) -> float:
     """The guarantee's units, where the magnitude counts Sinkhorn's own as so many times less than ``counted``."""
-    (shape, chunks), (_, spreads, steps) = shape_of("full", d), spread_grid(d)
-    of_sample = stream_kernel.RUN * chunks + 6 + shape.threads // WARP
+    _, spreads, steps = spread_grid(d)
     of_samples = -(-d.batch // GROUPS) + 2 * GROUPS + _lines_left(d.batch)
-    own = 4 * (d.n_streams + 8) + 3 * of_sample + 48 + max(of_samples, 2 * steps + 3 + spreads)
+    own = 4 * (d.n_streams + 8) + 3 * shares_units(d) + 48 + max(of_samples, 2 * steps + 3 + spreads)
     more = max(
         units_by_thread(d.sinkhorn) / sinkhorn_units(d.sinkhorn),
         gradient_units_by_thread(d.sinkhorn) / gradient_units(d.sinkhorn),
@@ -87,11 +84,10 @@ class TileBackwardProgram:
     def __init__(self, descriptor: Any, device: Device) -> None:
         self.descriptor = d = descriptor
         n, mode, gamma = d.n_streams, SinkhornMode.EXP.value, d.gamma.value
-        shape, self.chunks = shape_of("full", d)
-        made = shares_kernel.stream_shares("full", d.element.value, gamma, n, shape)
-        self.blocks, self.lines = min(d.batch, device.multiprocessors * made.min_blocks), _lines_left(d.batch)
+        (crew, self.steps), self.lines = crew_of(d), _lines_left(d.batch)
+        made = shares_kernel.stream_shares("full", d.element.value, gamma, n, crew)
         self.weigh = mixing_weights(mode, extent_for(n)).launcher((1, 1, 1))
-        self.shares = made.launcher((self.blocks, 1, 1))
+        self.shares = made.launcher((-(-d.batch // crew.samples), 1, 1))
         self.spread = spread_tile("full", None, gamma, n).launcher((*spread_grid(d)[:2], 1))
         self.sum = sum_parts().launcher((-(-self.lines * weights_count(n) // WARP), 1, 1))
         self.finish = finish_static(mode, n, False).launcher((1 + -(-d.hidden_dim // WARP), 1, 1))
@@ -107,7 +103,7 @@ class TileBackwardProgram:
         # The kernels read no more, no line of d, no rows and no lifts here, and write no gradient of rows.
         spreading = (x, gamma, d_out, x, weights, roots, x, roots, args.d_x.data, gamma_sums, roots)
         finishing = (sums, gamma_sums, sums, *logits, *gradients, d_mixing, kept, self.lines, spreads, d.hidden_dim)
-        pieces = (0, d.hidden_dim, self.chunks, d.batch, self.blocks, eps)
+        pieces = (0, d.hidden_dim, d.batch, self.steps, eps)
         return [
             (self.weigh, (*logits, weights, n, *sinkhorn)),
             (self.shares, (x, gamma, d_out, weights, weights, shares, roots, *pieces)),

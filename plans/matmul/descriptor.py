@@ -48,10 +48,8 @@ class Segment:
         b: B's kind.
         a_stride: Elements from a stored row of A to the next; 0 where it is contiguous.
         b_stride: The same of B.
-        a_batch_stride: Elements from one A of the batch to the next; 0 where they lie one after the other.
-        b_batch_stride: The same of B.
-        a_shared: All of the batch take the same A, which then has two axes.
-        b_shared: The same of B.
+        a_batch_stride, b_batch_stride: From one A or B of the batch to the next; 0 where they lie one after the other.
+        a_shared, b_shared: All of the batch take the same A, or B, which then has two axes.
         diagonal: B consists of so many blocks along its diagonal, and is zero elsewhere, which kernels may skip.
         late: A is made by the launch right before, all other operands by older ones: kernels may begin before it ends.
     """
@@ -145,6 +143,7 @@ class SegmentedMatmulDescriptor:
         out_stride: Elements from a row of Y to the next; 0 where it is contiguous.
         out_batch_stride: Elements from one Y of the batch to the next; 0 where they lie one after the other.
         low_rank: Low-rank terms of the sum.
+        early: The next launch takes Y as a ``late`` A: it may begin before this one ends, where a kernel allows that.
     """
 
     m: int
@@ -156,6 +155,7 @@ class SegmentedMatmulDescriptor:
     out_stride: int = 0
     out_batch_stride: int = 0
     low_rank: tuple[LowRankTerm, ...] = ()
+    early: bool = False
 
     category = OpCategory.MATMUL
 

@@ -21,7 +21,8 @@ from plans.partial_sums import SLOTS, Partial, Sums
 _TILE = 128
 """Rows and columns of a tile, about: what the number of parts reckons with."""
 
-_LEAST_DEPTH = 4 if SIMULATOR else 256
+LEAST_DEPTH = 4 if SIMULATOR else 256
+"""Rows that a part has at least."""
 
 
 @functools.lru_cache(maxsize=4096)
@@ -29,7 +30,7 @@ def parts_of(descriptor: SegmentedMatmulDescriptor) -> int:
     """Into how many parts the rows are best divided; 1 where the tiles fill the chip as they are."""
     tiles = -(-descriptor.m // _TILE) * -(-descriptor.n // _TILE)
     rows = descriptor.segments[0].k
-    wanted = min(SLOTS // max(1, tiles), rows // _LEAST_DEPTH)
+    wanted = min(SLOTS // max(1, tiles), rows // LEAST_DEPTH)
     return next((parts for parts in range(wanted, 1, -1) if rows % parts == 0), 1)
 
 

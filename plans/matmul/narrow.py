@@ -25,8 +25,10 @@ def _refuses(descriptor: SegmentedMatmulDescriptor) -> str:
     if reason := refuses_low_rank(descriptor):
         return reason
     first, *others = descriptor.segments
-    if others or descriptor.gated or first.layout != "NT":
-        return "wants one segment of layout NT and no gate"
+    if others or descriptor.gated or first.a_transposed:
+        return "wants one segment of layout NT or NN and no gate"
+    if not first.b_transposed and descriptor.n % _UNIT:
+        return f"wants a multiple of {_UNIT} columns of a B that is stored [k, n], found {descriptor.n}"
     if first.a is not first.b or first.a not in _KINDS:
         return f"wants A and B both bf16 or both fp16, found {first.a.value} and {first.b.value}"
     if descriptor.n > MOST_COLUMNS:
@@ -61,7 +63,10 @@ class NarrowProgram(MatmulProgram):
             return
         kind, tiles = descriptor.segments[0].a.value, -(-descriptor.n // 8)
         tiles = 1 << (tiles - 1).bit_length()  # few kernels serve all widths
-        kernel = matmul_narrow(kind, descriptor.out.value, (tiles,), kernel_steps(descriptor), 1)
+        early = descriptor.early and device.arch >= ArchSku.SM90A.value
+        by_lines = not descriptor.segments[0].b_transposed
+        steps = kernel_steps(descriptor)
+        kernel = matmul_narrow(kind, descriptor.out.value, (tiles,), steps, 1, early, by_lines)
         batches = 1 if descriptor.batch is None else descriptor.batch
         self.launch = kernel.launcher((-(-descriptor.m // ROWS), batches, 1))
 

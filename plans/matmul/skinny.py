@@ -146,8 +146,9 @@ class SkinnyProgram(MatmulProgram):
             descriptor.out.value,
             kernel_steps(descriptor),
             is_wide(descriptor),
+            self._late(),
         )
-        self.launch = matmul_skinny(problem, tile).launcher((blocks, 1, 1))
+        self.launch = matmul_skinny(problem, tile).launcher((blocks, 1, 1), overlaps=problem.late > 0)
 
     def bind(self, args: SegmentedMatmulArgs, workspace: Workspace) -> Launches:
         """The launch; none where Y is empty."""
@@ -155,11 +156,20 @@ class SkinnyProgram(MatmulProgram):
             return []
         low_rank = [value for piece in self.pieces for value in self._low_rank(args, piece)]
         # A low-rank term's A belongs to a segment by number, so segments keep their order.
-        order = None if self.pieces else self.smallest_first(args)
+        order = None if self.pieces else sorted(self.smallest_first(args), key=self._is_late)
         shared = {term.of for term in self.descriptor.low_rank}
         segments = self.segment_arguments(args, order, shared)
         head = (self.tiles, *self.result_arguments(args), *segments)
         return [(self.launch, (*head, *low_rank, *self.epilogue_arguments(args)))]
+
+    def _is_late(self, number: int) -> bool:
+        return self.descriptor.segments[number].late
+
+    def _late(self) -> int:
+        """How many segments, the last ones, wait for the launch before; none where their order is given."""
+        if self.pieces or self.device.arch < (9, 0):
+            return 0
+        return sum(segment.late for segment in self.descriptor.segments)
 
     def _low_rank(self, args: SegmentedMatmulArgs, piece: _Piece) -> tuple:
         """D, U, rank, row strides, batch strides, scale."""

@@ -58,6 +58,8 @@ def _refuses(descriptor: SegmentedMatmulDescriptor) -> str:
     for operand in _row_strides(descriptor):
         if any(stride * operand.element.itemsize % 16 for stride in operand.strides[:-1]):
             return f"TMA wants rows of {operand.name} a multiple of 16 bytes apart, found strides {operand.strides}"
+    if descriptor.gated and not first.b_transposed and descriptor.columns * first.b.itemsize % 16:
+        return f"TMA wants a gate's halves of B's rows a multiple of 16 bytes apart, found {descriptor.columns} values"
     return ""
 
 
