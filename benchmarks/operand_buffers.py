@@ -15,13 +15,19 @@ from plans.core.plan import Arguments, Plan, PlanPreference
 
 Values = Callable[[np.random.Generator, tuple[int, ...]], np.ndarray]
 _FLOATS = (ElementKind.BF16, ElementKind.F16, ElementKind.F32)
+_WHOLE = 1 << 12
+
+
+def _whole(nbytes: int) -> int:
+    """Rounded up to what the driver copies at full speed: ragged sizes take it up to half as long again."""
+    return -(-nbytes // _WHOLE) * _WHOLE
 
 
 class Rotated(HeldBuffers):
     """Runs of a plan over several sets of operands; a context manager, which frees them.
 
     ``make`` turns tensors, in the order of the descriptor's operands, into arguments; ``values`` gives what is not to
-    be small normal numbers, by operand name.
+    be small normal numbers, by operand name; ``moved`` are the bytes that have to move, if not all of the operands'.
     """
 
     def __init__(
@@ -33,6 +39,7 @@ class Rotated(HeldBuffers):
         rng: np.random.Generator,
         values: dict[str, Values] | None = None,
         preference: PlanPreference | None = None,
+        moved: int | None = None,
     ) -> None:
         super().__init__(device)
         self.descriptor = descriptor
@@ -43,8 +50,8 @@ class Rotated(HeldBuffers):
             self._sets = [self._fill(rng, values or {}) for _ in range(rotations(self.nbytes, 2))]
             size = self.plan.workspace_size()
             self.workspace = Workspace(self._take(size)) if size else None
-            half = -(-self.nbytes // 2)
-            self._copies = [(self._take(half), self._take(half)) for _ in self._sets]
+            self._half = _whole(-(-(self.nbytes if moved is None else moved) // 2))
+            self._copies = [(self._take(self._half), self._take(self._half)) for _ in self._sets]
         self.arguments = [make(self._tensors(buffers)) for buffers in self._sets]
         device.synchronize(self._stream)  # other streams take over what was filled here
 
@@ -57,9 +64,8 @@ class Rotated(HeldBuffers):
 
     @property
     def copy_calls(self) -> list[Call]:
-        """Copies that read and write as many bytes together as all operands have."""
-        half = -(-self.nbytes // 2)
-        calls = [copy_call(target.address, source.address, half) for target, source in self._copies]
+        """Copies that read and write as many bytes together as have to move."""
+        calls = [copy_call(target.address, source.address, self._half) for target, source in self._copies]
         return calls * repeats(len(calls))
 
     def _fill(self, rng: np.random.Generator, values: dict[str, Values]) -> list[DeviceBuffer]:

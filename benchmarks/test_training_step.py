@@ -45,10 +45,11 @@ TRANSFORMER_GATE = 1 / 1.15
 
 
 def layer_step(device: Device, rng: np.random.Generator, row: Row) -> Callable[[], list[Tensor]]:
-    """Forward and backward of a layer, to its input and its factors."""
+    """Forward and backward of a layer, to its input, which a layer before has made, and its factors."""
     layer = random_layer(device, rng, row).train()
     wanted = [parameter.requires_grad_() for _, parameter in layer.parameters()]
-    x = random_tensor(device, rng, (row.tokens, row.channels)).requires_grad_()
+    with enable_grad():  # a leaf's gradient would be fp32, an activation's has its kind
+        x = -random_tensor(device, rng, (row.tokens, row.channels)).requires_grad_()
     g = random_tensor(device, rng, (row.tokens, row.out))
 
     def step() -> list[Tensor]:

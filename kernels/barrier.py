@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 from kernels import simulator_hopper as twins
 from kernels.ptx import SHARED, instruction
+from kernels.target import device
 
 shared_address = instruction("mov.u32 $0, $1;", (SHARED,), "r", twin=twins.shared_address, pure=True)
 
@@ -44,6 +45,29 @@ barrier_wait = instruction(
 # Programmatic dependent launch: a grid lets the next one begin before it ends, and that one waits where it needs it.
 next_grid_may_begin = instruction("griddepcontrol.launch_dependents;", "", twin=twins.nothing)
 wait_for_previous_grid = instruction("griddepcontrol.wait;", "", twin=twins.nothing)
+
+
+@functools.cache
+def entrance(early: bool) -> Callable:
+    """``enter()``, the first statement of a kernel that may be ``early``: after it, what came before is done.
+
+    The next grid's blocks may then take the places that this one's leave. Sooner, grids of few blocks would queue on
+    some multiprocessors and leave others idle.
+    """
+
+    @device
+    def enter():
+        if early:
+            wait_for_previous_grid()
+            next_grid_may_begin()
+
+    return enter
+
+
+def early_options(early: bool) -> dict:
+    """A kernel's launch options for that."""
+    return {"early": True, "architectures": (9, 0, "a")} if early else {}
+
 
 cluster_rank = instruction("mov.u32 $0, %cluster_ctarank;", "", "r", twin=twins.cluster_rank, pure=True)
 cluster_barrier = instruction(

@@ -75,6 +75,7 @@ def _inverse_root(x):
 
 
 exp2 = instruction("ex2.approx.ftz.f32 $0, $1;", "f", "f", twin=np.exp2, pure=True)
+root = instruction("sqrt.approx.f32 $0, $1;", "f", "f", twin=np.sqrt, pure=True)
 reciprocal = instruction("rcp.approx.ftz.f32 $0, $1;", "f", "f", twin=_reciprocal, pure=True)
 inverse_root = instruction("rsqrt.approx.ftz.f32 $0, $1;", "f", "f", twin=_inverse_root, pure=True)
 
@@ -197,7 +198,7 @@ def multiply_add(x, y, z):
 
 FUNCTIONS = {
     "neg": negative, "abs": absolute, "sign": sign, "floor": floor, "ceil": ceil, "round": round_even,
-    "square": square, "sqrt": square_root, "rsqrt": inverse_root, "reciprocal": reciprocal,
+    "square": square, "sqrt": square_root, "root": root, "rsqrt": inverse_root, "reciprocal": reciprocal,
     "exp": exp, "exp2": exp2,
     "log": log, "sin": sin, "cos": cos, "tanh": tanh, "erf": erf, "cdf": normal_cdf, "sigmoid": sigmoid, "relu": relu,
     "add": add, "sub": subtract, "mul": multiply, "div": divide, "pow": power,

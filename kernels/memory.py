@@ -66,6 +66,9 @@ store128 = instruction("st.global.v4.b32 [$0], {$1,$2,$3,$4};", (GLOBAL, *"rrrr"
 store128_stream = instruction("st.global.cs.v4.b32 [$0], {$1,$2,$3,$4};", (GLOBAL, *"rrrr"), twin=_store128)
 load64 = instruction("ld.global.nc.v2.u32 {$0,$1}, [$2];", (GLOBAL,), "rr", twin=_load64)
 load32 = instruction("ld.global.nc.b32 $0, [$1];", (GLOBAL,), "r", twin=_load32)
+# Of what the same launch may write.
+load64_written = instruction("ld.global.v2.u32 {$0,$1}, [$2];", (GLOBAL,), "rr", twin=_load64)
+load32_written = instruction("ld.global.b32 $0, [$1];", (GLOBAL,), "r", twin=_load32)
 shared_load128 = instruction("ld.shared.v4.u32 {$0,$1,$2,$3}, [$4];", (SHARED,), "rrrr", twin=_load128)
 shared_load64 = instruction("ld.shared.v2.u32 {$0,$1}, [$2];", (SHARED,), "rr", twin=_load64)
 shared_store64 = instruction("st.shared.v2.b32 [$0], {$1,$2};", (SHARED, *"rr"), twin=_store64)

@@ -32,6 +32,7 @@ NUMBERS = 8
 1 / sqrt(1 - beta2^t), and 1 where SGD is Nesterov's."""
 STATISTICS = 4
 """Numbers of a tensor: sum of squares, largest magnitude, how many are NaN, how many infinite."""
+_CELLS = STATISTICS * WARP
 
 _AT = {u16p: memory.u16_at, f32p: memory.f32_at}
 
@@ -161,10 +162,10 @@ def statistics(kind):
     """
     read, _ = _piece_io(kind)
     pointer_at = _pointer_at(kind)
-    total, largest = reduce_team(THREADS, "sum"), reduce_team(THREADS, "max")
+    join = reduce_team(THREADS, ("sum", "max", "sum", "sum"))
 
     def kernel(table, blocks, out):
-        shared = cuda.shared.array(WARP, np.float32)
+        shared = cuda.shared.array(_CELLS, np.float32)
         values = cuda.local.array(RUN, np.float32)
         block = warp.block_x()
         tensor, piece = np.int64(blocks[np.int64(2) * block]), np.int64(blocks[np.int64(2) * block + np.int64(1)])
@@ -181,8 +182,7 @@ def statistics(kind):
                     nans += np.float32(1)
                 elif bits.not_finite(x):
                     infinite += np.float32(1)
-        squares, nans, infinite = total(squares, shared), total(nans, shared), total(infinite, shared)
-        top = largest(top, shared)
+        squares, top, nans, infinite = join((squares, top, nans, infinite), shared)
         if warp.thread_index() == np.uint32(0):
             out[np.int64(4) * block] = squares
             out[np.int64(4) * block + np.int64(1)] = top
@@ -199,10 +199,10 @@ def collect():
     Parameters: parts [blocks, 4], ends (the blocks up to each tensor's end), out [tensors + 1, 4], tensors. The grid
     has tensors + 1 blocks of one warp.
     """
-    total, largest = reduce_team(WARP, "sum"), reduce_team(WARP, "max")
+    join = reduce_team(WARP, ("sum", "max", "sum", "sum"))
 
     def kernel(parts, ends, out, tensors):
-        shared = cuda.shared.array(WARP, np.float32)
+        shared = cuda.shared.array(_CELLS, np.float32)
         tensor = warp.block_x()
         first, last = np.int64(0), np.int64(ends[tensors - np.int64(1)])
         if tensor < tensors:
@@ -214,8 +214,7 @@ def collect():
             top = maximum(top, parts[np.int64(4) * block + np.int64(1)])
             nans += parts[np.int64(4) * block + np.int64(2)]
             infinite += parts[np.int64(4) * block + np.int64(3)]
-        squares, nans, infinite = total(squares, shared), total(nans, shared), total(infinite, shared)
-        top = largest(top, shared)
+        squares, top, nans, infinite = join((squares, top, nans, infinite), shared)
         if warp.thread_index() == np.uint32(0):
             out[np.int64(4) * tensor] = squares
             out[np.int64(4) * tensor + np.int64(1)] = top

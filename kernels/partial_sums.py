@@ -1,7 +1,7 @@
 """The second stage of long sums: their parts added up in order, scaled, rounded once.
 
-A few thousand elements in hundreds of parts, or millions in a few: a warp takes 32 neighbours, and the warps of a block
-share the parts.
+A few thousand elements in hundreds of parts: a warp takes 32 neighbours, and the warps of a block share the parts. Or
+many more in a few parts: a thread takes all of an element's.
 """
 
 from __future__ import annotations
@@ -16,19 +16,20 @@ from kernels.warp import block_barrier, block_x, thread_index
 
 WARPS = 2 if SIMULATOR else 8
 THREADS = 32 * WARPS
-ELEMENTS_OF_BLOCK = 32
+FEW = 16
+"""Parts that a thread adds up alone."""
+
 OUT, PARTS, NUMBER, ROWS, COLUMNS = range(5)
 """Positions of a result's parameters: it, its parts, how many there are, the extents of each."""
 _u32 = np.uint32
 
 
-@device
-def _blocks_of(count):
-    """Blocks of a result of so many elements."""
-    return _u32(_u32(count + np.int64(ELEMENTS_OF_BLOCK - 1)) // _u32(ELEMENTS_OF_BLOCK))
+def elements_of_block(alone: bool) -> int:
+    """Elements of a block of threads."""
+    return THREADS if alone else 32
 
 
-def _emitter(out: str, transposed: tuple[bool, ...], add_up: Callable) -> Callable:
+def _emitter(out: str, transposed: tuple[bool, ...], elements: int, add_up: Callable) -> Callable:
     """``emit(shared, results, block, scale, thread)``: the block's elements of whichever result it belongs to."""
 
     @device
@@ -37,22 +38,22 @@ def _emitter(out: str, transposed: tuple[bool, ...], add_up: Callable) -> Callab
 
     emit = nothing
     for number in reversed(range(len(transposed))):
-        emit = _emit_or(out, number, transposed[number], add_up, emit)
+        emit = _emit_or(out, number, transposed[number], elements, add_up, emit)
     return emit
 
 
-def _emit_or(out: str, number: int, turned: bool, add_up: Callable, rest: Callable) -> Callable:
-    store = ELEMENTS[out].store
+def _emit_or(out: str, number: int, turned: bool, elements: int, add_up: Callable, rest: Callable) -> Callable:
+    store, of_block = ELEMENTS[out].store, _u32(elements)
 
     @device
     def emit(shared, results, block, scale, thread):
         s = results[number]
         count = s[ROWS] * s[COLUMNS]
-        own = _blocks_of(count)
+        own = _u32(_u32(count + np.int64(elements - 1)) // of_block)
         if block < own:
-            at = np.int64(_u32(_u32(block * _u32(ELEMENTS_OF_BLOCK)) + (thread & _u32(31))))
+            at = np.int64(_u32(_u32(block * of_block) + (thread & _u32(elements - 1))))
             value = add_up(shared, s[PARTS], s[NUMBER], count, at, thread)
-            if thread < _u32(32) and at < count:
+            if thread < of_block and at < count:
                 row = _u32(_u32(at) // _u32(s[COLUMNS]))
                 column = np.int64(_u32(_u32(at) - _u32(row * _u32(s[COLUMNS]))))
                 store(s[OUT], column * s[ROWS] + np.int64(row) if turned else at, scale * value)
@@ -62,30 +63,44 @@ def _emit_or(out: str, number: int, turned: bool, add_up: Callable, rest: Callab
     return emit
 
 
-@kernel_factory(("f32", (False,)), ("bf16", (True, False)), ("f16", (False, False, False, False)))
-def sum_parts(out: str, transposed: tuple[bool, ...]):
-    """Parameters: a tuple of each result's, and the scale. A block for 32 elements of each result in turn.
+@device
+def _alone(shared, parts, number, count, at, thread):
+    """A thread's own element."""
+    value = np.float32(0)
+    if at < count:
+        for part in range(number):
+            value += parts[part * count + at]
+    return value
+
+
+@device
+def _together(shared, parts, number, count, at, thread):
+    """A warp's elements, by all warps of the block."""
+    warp = _u32(thread >> _u32(5))
+    value = np.float32(0)
+    if at < count:
+        for turn in range(_u32(_u32(_u32(number) + _u32(WARPS - 1) - warp) // _u32(WARPS))):
+            part = np.int64(_u32(_u32(_u32(turn) * _u32(WARPS)) + warp))
+            value += parts[part * count + at]
+    shared[thread] = value
+    block_barrier()
+    value = np.float32(0)
+    if thread < _u32(32):
+        for other in range(WARPS):
+            value += shared[_u32(thread + _u32(32 * other))]
+    return value
+
+
+@kernel_factory(
+    ("f32", (False,)), ("bf16", (True, False)), ("f16", (False, False, False, False)), ("bf16", (True, False), True)
+)
+def sum_parts(out: str, transposed: tuple[bool, ...], alone: bool = False):
+    """Parameters: a tuple of each result's, and the scale. Blocks of `elements_of_block` of each result in turn.
 
     Parts are [number, rows, columns] in fp32; the result is [rows, columns], or [columns, rows] where ``transposed``.
+    ``alone``: a thread adds up all parts of its element.
     """
-
-    @device
-    def add_up(shared, parts, number, count, at, thread):
-        warp = _u32(thread >> _u32(5))
-        value = np.float32(0)
-        if at < count:
-            for turn in range(_u32(_u32(_u32(number) + _u32(WARPS - 1) - warp) // _u32(WARPS))):
-                part = np.int64(_u32(_u32(_u32(turn) * _u32(WARPS)) + warp))
-                value += parts[part * count + at]
-        shared[thread] = value
-        block_barrier()
-        value = np.float32(0)
-        if thread < _u32(32):
-            for other in range(WARPS):
-                value += shared[_u32(thread + _u32(32 * other))]
-        return value
-
-    emit = _emitter(out, transposed, add_up)
+    emit = _emitter(out, transposed, elements_of_block(alone), _alone if alone else _together)
 
     def kernel(results, scale):
         shared = cuda.shared.array(THREADS, np.float32)

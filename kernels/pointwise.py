@@ -13,6 +13,7 @@ from collections.abc import Callable
 import numpy as np
 
 from kernels import warp
+from kernels.barrier import early_options, entrance
 from kernels.elements import ELEMENTS
 from kernels.expression import Program, column, evaluator, gather, offsets, scatter, written
 from kernels.target import SIMULATOR, cuda, device, f32, i64, kernel_factory, types
@@ -109,14 +110,15 @@ def _alike(count: int) -> Callable:
 
 @kernel_factory(
     (_ADD, ("bf16", "f32"), ("bf16",)), (_GATED, ("bf16", "f16", "f32"), ("bf16", "f32")),
-    (_POWERS, ("f32",), ("f32",)), (_WAVES, ("bf16",), ("bf16",)),
+    (_POWERS, ("f32",), ("f32",)), (_WAVES, ("bf16",), ("bf16",)), (_ADD, ("bf16", "bf16"), ("bf16",), True),
 )  # fmt: skip
-def flat(program, ins, outs):
+def flat(program, ins, outs, early=False):
     """targets[i] = program(sources[i], scalars). Parameters: sources, targets, scalars, count; aligned to 16 bytes."""
     eight, one = _eight(program, ins, outs, (False,) * len(ins)), _one(program, ins, outs)
-    at_in, at_out = _alike(len(ins)), _alike(len(outs))
+    at_in, at_out, enter = _alike(len(ins)), _alike(len(outs)), entrance(early)
 
     def kernel(sources, targets, scalars, count):
+        enter()
         first = (warp.block_x() * np.int64(THREADS) + np.int64(warp.thread_index())) * np.int64(RUN)
         if first + np.int64(RUN) <= count:
             eight(sources, at_in(first), targets, at_out(first), scalars)
@@ -125,13 +127,13 @@ def flat(program, ins, outs):
                 one(sources, at_in(index), targets, at_out(index), scalars)
 
     scalars = types.UniTuple(f32, program[0] - len(ins))
-    return kernel, (pointers(ins), pointers(outs), scalars, i64), {"threads": THREADS}
+    return kernel, (pointers(ins), pointers(outs), scalars, i64), {"threads": THREADS} | early_options(early)
 
 
 @kernel_factory(
     (_ADD, ("bf16", "bf16"), ("bf16",), (False, True), 2), (_ADD, ("f32", "bf16"), ("f32",), (False, False), 3)
 )
-def rows(program, ins, outs, repeated, dimensions):
+def rows(program, ins, outs, repeated, dimensions, early=False):
     """The expression over several axes, eight elements of the innermost one a thread.
 
     Parameters: sources, targets, scalars, extents (the innermost in units of eight), strides of the sources and then of
@@ -139,31 +141,35 @@ def rows(program, ins, outs, repeated, dimensions):
     """
     eight = _eight(program, ins, outs, repeated)
     places_in, places_out = offsets(dimensions, len(ins)), offsets(dimensions, len(outs))
+    enter = entrance(early)
 
     def kernel(sources, targets, scalars, extents, strides_in, strides_out, units):
+        enter()
         unit = warp.block_x() * np.int64(THREADS) + np.int64(warp.thread_index())
         if unit < units:
             at_in, at_out = places_in(unit, extents, strides_in), places_out(unit, extents, strides_out)
             eight(sources, at_in, targets, at_out, scalars)
 
-    return kernel, _placed(program, ins, outs, dimensions), {"threads": THREADS}
+    return kernel, _placed(program, ins, outs, dimensions), {"threads": THREADS} | early_options(early)
 
 
 @kernel_factory(
     (_ADD, ("bf16", "f32"), ("f32",), 1), (_ADD, ("bf16", "f16"), ("bf16",), 4), (_WAVES, ("f32",), ("f32",), 2)
 )
-def strided(program, ins, outs, dimensions):
+def strided(program, ins, outs, dimensions, early=False):
     """The expression over any strides, one element a thread; parameters as of :func:`rows`, in single elements."""
     one = _one(program, ins, outs)
     places_in, places_out = offsets(dimensions, len(ins)), offsets(dimensions, len(outs))
+    enter = entrance(early)
 
     def kernel(sources, targets, scalars, extents, strides_in, strides_out, units):
+        enter()
         unit = warp.block_x() * np.int64(THREADS) + np.int64(warp.thread_index())
         if unit < units:
             at_in, at_out = places_in(unit, extents, strides_in), places_out(unit, extents, strides_out)
             one(sources, at_in, targets, at_out, scalars)
 
-    return kernel, _placed(program, ins, outs, dimensions), {"threads": THREADS}
+    return kernel, _placed(program, ins, outs, dimensions), {"threads": THREADS} | early_options(early)
 
 
 def _placed(program: Program, ins: tuple[str, ...], outs: tuple[str, ...], dimensions: int) -> tuple:

@@ -11,9 +11,10 @@ from __future__ import annotations
 import numpy as np
 
 from kernels import warp
+from kernels.barrier import early_options, entrance
 from kernels.elements import ELEMENTS
 from kernels.expression import Program, column, evaluator, gather, written
-from kernels.rows import COMBINE, POINTERS, ROW_LOADS, WARP, Operands, Shape, block_of, holder, stage
+from kernels.rows import COMBINE, POINTERS, ROW_LOADS, WARP, Held, Operands, Shape, block_of, holder, stage
 from kernels.target import SIMULATOR, cuda, device, f32, i64, kernel_factory, types
 
 THREADS = 32 if SIMULATOR else 256
@@ -32,22 +33,22 @@ _SQUARE = (4, (("sub", 0, 1), ("square", 4)), (5,))
     ("max", _VALUE, ("f32",), "bf16", Shape(8, 1, 0)),
     ("sum", _SQUARE, ("bf16", "f32"), "f32", Shape(32, 8, 0)),
 )
-def along(operation, program, kinds, out, shape):
+def along(operation, program, kinds, out, shape, early=False):
     """out[row, part] = scale * reduction of program over one part of a row of [rows, n].
 
     Parameters: matrices, out, 1 / n, scale, rows, n, elements of a part (a multiple of the access), parts; the
     grid's second axis.
     """
-    operands = Operands(kinds, (), (), (), ())
-    reduce_row = stage(operation, program, operands, shape)
-    store, team = ELEMENTS[out].store, shape.team
-    _, _, words = holder(kinds, shape.width)
+    own = Held(Operands(kinds, (), (), (), ()), (), shape)
+    reduce_row = stage(((operation, program),), own)
+    store, team, words = ELEMENTS[out].store, shape.team, own.words
     threads, _ = block_of(team)
-    width = shape.width
+    width, enter = shape.width, entrance(early)
 
     def kernel(sources, target, inverse, scale, rows, n, part, parts):
         shared = cuda.shared.array(WARP, np.float32)
         held = cuda.local.array(words, np.uint32)
+        enter()
         thread = np.int64(warp.thread_index())
         row = warp.block_x() * np.int64(threads // team) + thread // np.int64(team)
         split = warp.block_y()
@@ -56,12 +57,18 @@ def along(operation, program, kinds, out, shape):
             stop = min(n, start + part)
             lane = thread % np.int64(team)
             first = np.int64(np.uint32(start) // np.uint32(width)) + lane
-            value = reduce_row(sources, (), (), min(row, rows - np.int64(1)) * n, first, stop, held, shared, (inverse,))
+            (value,) = reduce_row(
+                sources, (), (), min(row, rows - np.int64(1)) * n, first, stop, held, shared, (inverse,)
+            )
             if lane == np.int64(0) and row < rows:
                 store(target, row * parts + split, value * scale)
 
     sources = types.Tuple([ELEMENTS[kind].pointer for kind in kinds])
-    return kernel, (sources, ELEMENTS[out].pointer, f32, f32, i64, i64, i64, i64), {"threads": threads}
+    return (
+        kernel,
+        (sources, ELEMENTS[out].pointer, f32, f32, i64, i64, i64, i64),
+        {"threads": threads} | early_options(early),
+    )
 
 
 def _down(operation: str, program: Program, kinds: tuple[str, ...], lines: tuple[str, ...], width: int, warps: int):
@@ -87,7 +94,7 @@ def _down(operation: str, program: Program, kinds: tuple[str, ...], lines: tuple
             for u in range(_UNROLL):
                 at = row + np.int64(u * warps)
                 if at < stop:
-                    unhold(held, u * words, values)
+                    unhold(held, u * words, values, 0)
                     known = (np.float32(at), *line_values(line_operands, at_line(line + at)), inverse)
                     for j in range(width):
                         (found,) = evaluate(element_of(values, j, known))
@@ -101,7 +108,7 @@ def _down(operation: str, program: Program, kinds: tuple[str, ...], lines: tuple
     ("max", _VALUE, ("f32",), (), "f32", 1),
     ("sum", (5, (("sub", 1, 3), ("mul", 5, 0)), (6,)), ("bf16", "bf16"), ("f32",), "f32", 8),
 )
-def across(operation, program, kinds, lines, out, width):
+def across(operation, program, kinds, lines, out, width, early=False):
     """out[part, outer, column] = scale * reduction of program over one part of the middle axis.
 
     Parameters: tensors, operands by (outer, n), out, 1 / n, scale, outer, n, inner, rows of a part. The grid: tiles of
@@ -111,11 +118,12 @@ def across(operation, program, kinds, lines, out, width):
     tile = WARP * width
     down = _down(operation, program, kinds, lines, width, warps)
     combine, start = COMBINE[operation]
-    store, cells = ELEMENTS[out].store, tile * warps
+    store, cells, enter = ELEMENTS[out].store, tile * warps, entrance(early)
 
     def kernel(sources, line_operands, target, inverse, scale, outer, n, inner, part):
         parts = cuda.shared.array(cells, np.float32)
         sums = cuda.local.array(width, np.float32)
+        enter()
         thread = np.int64(warp.thread_index())
         lane, own = thread % np.int64(WARP), thread // np.int64(WARP)
         tiles = np.uint32(inner + np.int64(tile - 1)) // np.uint32(tile)
@@ -140,4 +148,8 @@ def across(operation, program, kinds, lines, out, width):
                 store(target, (warp.block_y() * outer + slab) * inner + column0 + place, value * scale)
 
     groups = [types.Tuple([POINTERS[kind] for kind in group]) for group in (kinds, lines)]
-    return kernel, (*groups, ELEMENTS[out].pointer, f32, f32, i64, i64, i64, i64), {"threads": THREADS}
+    return (
+        kernel,
+        (*groups, ELEMENTS[out].pointer, f32, f32, i64, i64, i64, i64),
+        {"threads": THREADS} | early_options(early),
+    )

@@ -5,7 +5,9 @@ keeps the row in registers where it fits (*resident*) and else reads it again fo
 one order: a thread's own elements, lanes by a butterfly, warps likewise.
 
 What an expression sees of an element, in this order: the row's own operands, operands by column, the element's
-position, operands by row, 1 / n and scalars, the results of the stages before.
+position, operands by row, what these pick, 1 / n and scalars, the results of the stages before. Stages that do not need
+each other are one pass. Columns that a stage reads are kept beside the row; others are read where results are made,
+as registers are worth more than a second access to a cache.
 """
 
 from __future__ import annotations
@@ -17,8 +19,9 @@ from typing import NamedTuple
 import numpy as np
 
 from kernels import bits, warp
+from kernels.barrier import early_options, entrance
 from kernels.elements import ELEMENTS
-from kernels.expression import Program, column, evaluator, gather, scatter, written
+from kernels.expression import Program, column, evaluator, scatter, written
 from kernels.functions import maximum, minimum
 from kernels.target import SIMULATOR, cuda, device, f32, i32p, i64, i64p, kernel_factory, types
 
@@ -41,6 +44,10 @@ class Shape(NamedTuple):
     team: int
     width: int
     chunks: int
+
+
+Stages = tuple[tuple[str, Program], ...]
+Picks = tuple[tuple[int, int], ...]
 
 
 class Operands(NamedTuple):
@@ -74,141 +81,181 @@ COMBINE = {
 
 
 @functools.cache
-def reduce_team(team: int, operation: str) -> Callable:
-    """A device function ``(value, parts)``: the team's values as one, in every thread, always in the same order.
+def reduce_team(team: int, operations: tuple[str, ...], slot: int = 0) -> Callable:
+    """A device function ``(values, parts)``: the team's values, each as one, in every thread, always in the same order.
 
-    ``parts`` is shared memory of 32 fp32 numbers, the kernel's own: NVVM refuses one that two device functions share.
+    ``parts`` is shared memory of 32 fp32 numbers a value from ``slot`` on, the kernel's own: NVVM refuses one that two
+    device functions share. Nobody waits at the end, so a slot is used once.
     """
-    combine, start = COMBINE[operation]
-    warps, steps = team // WARP, min(team, WARP).bit_length() - 1
-    widest = min(team, WARP) // 2
+    warps, lines = team // WARP, [f"a{i} = values[{i}]" for i in range(len(operations))]
+    known = {f"join{i}": COMBINE[name][0] for i, name in enumerate(operations)}
+    known |= {"shuffle": warp.shuffle_xor, "thread_index": warp.thread_index, "barrier": warp.block_barrier}
+    known |= {"uint32": np.uint32, "int64": np.int64}
 
-    @device
-    def reduce_warp(value, parts):
-        for shift in range(steps):
-            value = combine(value, warp.shuffle_xor(value, np.uint32(np.uint32(widest) >> np.uint32(shift))))
-        return value
+    def butterfly(lanes: int) -> list[str]:
+        masks = [lanes >> step for step in range(1, lanes.bit_length())]
+        return [f"a{i} = join{i}(a{i}, shuffle(a{i}, uint32({m})))" for m in masks for i in range(len(operations))]
 
-    @device
-    def reduce_block(value, parts):
-        thread = np.int64(warp.thread_index())
-        value = reduce_warp(value, parts)
-        if thread % np.int64(WARP) == np.int64(0):
-            parts[thread // np.int64(WARP)] = value
-        warp.block_barrier()
-        lane = thread % np.int64(WARP)
-        value = parts[lane] if lane < np.int64(warps) else start
-        value = reduce_warp(value, parts)
-        warp.block_barrier()
-        return value
-
-    return reduce_block if warps > 1 else reduce_warp
+    lines += butterfly(min(team, WARP))
+    if warps > 1:
+        lines += ["thread = uint32(thread_index())", "if thread & uint32(31) == uint32(0):"]
+        place = "parts[int64(uint32(uint32({}) + {}))]"
+        for i in range(len(operations)):
+            lines.append("    " + place.format((slot + i) * WARP, "uint32(thread >> uint32(5))") + f" = a{i}")
+        lines.append("barrier()")
+        for i in range(len(operations)):
+            lines.append(f"a{i} = " + place.format((slot + i) * WARP, f"uint32(thread & uint32({warps - 1}))"))
+        lines += butterfly(warps)
+    results = "".join(f"a{i}, " for i in range(len(operations)))
+    return written("reduce", "values, parts", [*lines, f"return ({results})"], known)
 
 
 @functools.cache
-def holder(kinds: tuple[str, ...], width: int) -> tuple[Callable, Callable, int]:
-    """``hold(pointers, at, held, slot)`` and ``values(held, slot, values)``, and the words of a slot."""
+def holder(
+    kinds: tuple[str, ...], width: int, places: tuple[int, ...] | None = None, cached: bool = False
+) -> tuple[Callable, Callable, int]:
+    """``hold(pointers, at, held, slot)`` and ``values(held, slot, values)``, and the words of a slot.
+
+    ``places`` says which of the pointers are meant, and their values' places, where these are not the first ones.
+    """
     known, holds, values, at = {"f32_bits": bits.f32_bits, "bits_f32": bits.bits_f32}, [], [], 0
-    for i, kind in enumerate(kinds):
+    for i, (kind, place) in enumerate(zip(kinds, places or range(len(kinds)), strict=True)):
         element = ELEMENTS[kind]
-        known |= {f"fetch{i}": element.fetch8, f"unpack{i}": element.unpack8, f"load{i}": element.load}
+        fetch = element.fetch8_cached if cached else element.fetch8
+        known |= {f"fetch{i}": fetch, f"unpack{i}": element.unpack8, f"load{i}": element.load}
         if width == 1:
-            holds.append(f"held[slot + {at}] = f32_bits(load{i}(pointers[{i}], at))")
-            values.append(f"values[{i}] = bits_f32(held[slot + {at}])")
+            holds.append(f"held[slot + {at}] = f32_bits(load{i}(pointers[{place}], at))")
+            values.append(f"values[first + {place}] = bits_f32(held[slot + {at}])")
         else:
-            holds.append(f"fetch{i}(pointers[{i}], at, held, slot + {at})")
-            values.append(f"unpack{i}(held, slot + {at}, values, {i * width})")
+            holds.append(f"fetch{i}(pointers[{place}], at, held, slot + {at})")
+            values.append(f"unpack{i}(held, slot + {at}, values, first + {place * width})")
         at += 1 if width == 1 else element.words
     hold = written("hold", "pointers, at, held, slot", holds or ["pass"], known)
-    return hold, written("unhold", "held, slot, values", values or ["pass"], known), at
+    return hold, written("unhold", "held, slot, values, first", values or ["pass"], known), at
+
+
+def columns_read(program: Program, operands: Operands) -> set[int]:
+    """Which operands by column a program reads."""
+    _, steps, outputs = program
+    read = {value for name, *values in steps if name != "const" for value in values} | set(outputs)
+    first = len(operands.full)
+    return {c for c in range(len(operands.columns)) if first + c in read}
 
 
 @functools.cache
-def _column_values(kinds: tuple[str, ...], width: int, first: int) -> Callable:
-    """``values(pointers, at, words, values)``: the columns' elements behind those of the row's own operands."""
-    known, fetches, unpacks, at = {}, [], [], 0
-    for i, kind in enumerate(kinds):
-        element, to = ELEMENTS[kind], (first + i) * width
-        known |= {f"fetch{i}": element.fetch8_cached, f"unpack{i}": element.unpack8, f"load{i}": element.load}
-        if width == 1:
-            fetches.append(f"values[{to}] = load{i}(pointers[{i}], at)")
-        else:
-            fetches.append(f"fetch{i}(pointers[{i}], at, words, {at})")
-            unpacks.append(f"unpack{i}(words, {at}, values, {to})")
-        at += element.words
-    return written("column_values", "pointers, at, words, values", [*fetches, *unpacks] or ["pass"], known)
+def _columns_holder(operands: Operands, numbers: tuple[int, ...], width: int) -> tuple[Callable, Callable, int]:
+    return holder(tuple(operands.columns[c] for c in numbers), width, numbers, True)
 
 
-@functools.cache
-def walk(operands: Operands, shape: Shape) -> tuple[Callable, Callable]:
-    """Device functions: ``load`` of a resident row to registers, and ``element(held, slot, ..., at)``: its values."""
-    hold, unhold, words = holder(operands.full, shape.width)
-    column_values = _column_values(operands.columns, shape.width, len(operands.full))
-    column_words = max(1, sum(ELEMENTS[kind].words for kind in operands.columns))
-    team, width, chunks = shape
+class Held(NamedTuple):
+    """What a thread keeps of a resident row: the matrices, and the columns that a stage reads."""
+
+    operands: Operands
+    columns: tuple[int, ...]
+    shape: Shape
+
+    @property
+    def words(self) -> int:
+        """Registers of an access."""
+        full = holder(self.operands.full, self.shape.width)[2]
+        return full + _columns_holder(self.operands, self.columns, self.shape.width)[2]
+
+
+def _loader(own: Held) -> Callable:
+    """A device function that loads a resident row to registers."""
+    hold, _, full_words = holder(own.operands.full, own.shape.width)
+    hold_columns, _, _ = _columns_holder(own.operands, own.columns, own.shape.width)
+    (team, width, chunks), words = own.shape, own.words
 
     @device
-    def load(fulls, base, lane, n, held):
+    def load(fulls, columns, base, lane, n, held):
         for chunk in range(chunks):
             at = (np.int64(chunk * team) + lane) * np.int64(width)
             if at < n:
                 hold(fulls, base + at, held, chunk * words)
+        for chunk in range(chunks):
+            at = (np.int64(chunk * team) + lane) * np.int64(width)
+            if at < n:
+                hold_columns(columns, at, held, chunk * words + full_words)
 
-    @device
-    def element(fulls, columns, base, at, held, chunk, values):
-        loaded = cuda.local.array(column_words, np.uint32)
-        if chunks == 0:
-            hold(fulls, base + at, held, 0)
-            unhold(held, 0, values)
-        else:
-            unhold(held, chunk * words, values)
-        column_values(columns, at, loaded, values)
-
-    return load, element
+    return load
 
 
-def _each(operands: Operands, shape: Shape, body: Callable) -> Callable:
-    """A device function that runs ``value = body(value, values, at, ...)`` over a thread's accesses to its row."""
-    _, element = walk(operands, shape)
-    team, width, chunks = shape
+def _each(own: Held, wanted: set[int], body: Callable) -> Callable:
+    """A device function that runs ``value = body(value, values, at, ...)`` over a thread's accesses to its row.
+
+    The body sees the columns ``wanted``; those that are not held are read where they are needed.
+    """
+    operands, (team, width, chunks) = own.operands, own.shape
+    late = tuple(sorted(wanted - set(own.columns) if chunks else wanted))
+    hold, unhold, full_words = holder(operands.full, width)
+    _, unhold_columns, _ = _columns_holder(operands, own.columns, width)
+    hold_late, unhold_late, late_words = _columns_holder(operands, late, width)
+    first, words, late_count = len(operands.full) * width, own.words, max(1, late_words)
     count = max(1, width * (len(operands.full) + len(operands.columns)))
 
     @device
     def resident(fulls, columns, targets, base, lane, n, held, known, value):
-        values = cuda.local.array(count, np.float32)
+        values, loaded = cuda.local.array(count, np.float32), cuda.local.array(late_count, np.uint32)
         for chunk in range(chunks):
             at = (np.int64(chunk * team) + lane) * np.int64(width)
             if at < n:
-                element(fulls, columns, base, at, held, chunk, values)
+                unhold(held, chunk * words, values, 0)
+                unhold_columns(held, chunk * words + full_words, values, first)
+                hold_late(columns, at, loaded, 0)
+                unhold_late(loaded, 0, values, first)
                 value = body(value, values, at, targets, base, known)
         return value
 
     @device
     def streaming(fulls, columns, targets, base, lane, n, held, known, value):
-        values = cuda.local.array(count, np.float32)
+        values, loaded = cuda.local.array(count, np.float32), cuda.local.array(late_count, np.uint32)
         for at in range(lane * np.int64(width), n, np.int64(team * width)):
-            element(fulls, columns, base, at, held, 0, values)
+            hold(fulls, base + at, held, 0)
+            hold_late(columns, at, loaded, 0)
+            unhold(held, 0, values, 0)
+            unhold_late(loaded, 0, values, first)
             value = body(value, values, at, targets, base, known)
         return value
 
     return resident if chunks else streaming
 
 
-def stage(operation: str, program: Program, operands: Operands, shape: Shape) -> Callable:
-    """A device function: one reduction over the row, in every thread of the team."""
-    evaluate, (combine, start) = evaluator(program), COMBINE[operation]
-    element_of = column(len(operands.full) + len(operands.columns), shape.width)
-    finish, width = reduce_team(shape.team, operation), shape.width
+def joint_stages(stages: Stages) -> list[tuple[int, ...]]:
+    """The stages' numbers in groups of neighbours that do not need each other's results: one pass over the row each."""
+    groups: list[tuple[int, ...]] = []
+    for k, (_, (count, steps, outputs)) in enumerate(stages):
+        read = {value for name, *values in steps if name != "const" for value in values} | set(outputs)
+        if groups and not any(count - k + number in read for number in groups[-1]):
+            groups[-1] = (*groups[-1], k)
+        else:
+            groups.append((k,))
+    return groups
+
+
+def stage(stages: Stages, own: Held, slot: int = 0) -> Callable:
+    """A device function: reductions over the row in one pass, a tuple of them in every thread of the team.
+
+    A program sees as many values less as it stands further behind in the pass.
+    """
+    joins = {f"join{i}": COMBINE[operation][0] for i, (operation, _) in enumerate(stages)}
+    programs = {f"evaluate{i}": evaluator(program) for i, (_, program) in enumerate(stages)}
+    parts = [f"join{i}(values[{i}], evaluate{i}((*x, {'zero, ' * i}))[0]), " for i in range(len(stages))]
+    join = written("join", "values, x", [f"return ({''.join(parts)})"], {**joins, **programs, "zero": np.float32(0)})
+    start = tuple(COMBINE[operation][1] for operation, _ in stages)
+    operands, width = own.operands, own.shape.width
+    element_of = column(len(operands.full) + len(operands.columns), width)
+    finish = reduce_team(own.shape.team, tuple(operation for operation, _ in stages), slot)
+    wanted = set().union(*(columns_read(program, operands) for _, program in stages))
 
     @device
     def accumulate(value, values, at, targets, base, known):
+        first = np.float32(at)
         for j in range(width):
-            position = np.float32(at + np.int64(j))
-            (found,) = evaluate(element_of(values, j, (position, *known)))
-            value = combine(value, found)
+            value = join(value, element_of(values, j, (first + np.float32(j), *known)))
         return value
 
-    each = _each(operands, shape, accumulate)
+    each = _each(own, wanted, accumulate)
 
     @device
     def reduce_row(fulls, columns, targets, base, lane, n, held, parts, known):
@@ -217,9 +264,10 @@ def stage(operation: str, program: Program, operands: Operands, shape: Shape) ->
     return reduce_row
 
 
-def _results(program: Program, operands: Operands, shape: Shape) -> Callable:
+def _results(program: Program, own: Held) -> Callable:
     """A device function that stores the matrices that are results."""
-    evaluate, width, kinds = evaluator(program), shape.width, operands.targets
+    operands, width = own.operands, own.shape.width
+    evaluate, kinds = evaluator(program), operands.targets
     element_of = column(len(operands.full) + len(operands.columns), width)
     known_names = {f"store{i}": ELEMENTS[k].store8 if width > 1 else ELEMENTS[k].store for i, k in enumerate(kinds)}
     known_names["uint32"] = np.uint32
@@ -233,31 +281,47 @@ def _results(program: Program, operands: Operands, shape: Shape) -> Callable:
     @device
     def write(value, values, at, targets, base, known):
         results = cuda.local.array(count, np.float32)
+        first = np.float32(at)
         for j in range(width):
-            position = np.float32(at + np.int64(j))
-            put(results, j, evaluate(element_of(values, j, (position, *known))))
+            put(results, j, evaluate(element_of(values, j, (first + np.float32(j), *known))))
         store(targets, base + at, results)
         return value
 
-    return _each(operands, shape, write)
+    return _each(own, columns_read(program, operands), write)
 
 
-def _chain(stages: tuple, operands: Operands, shape: Shape, final: Program | None, last: Program | None) -> Callable:
+def _chain(stages: Stages, own: Held, final: Program | None, last: Program | None) -> Callable:
     """A device function of the whole row: every stage, the matrices, then the row's own results."""
-    known = {f"stage{k}": stage(name, program, operands, shape) for k, (name, program) in enumerate(stages)}
-    common = "fulls, columns, targets, base, lane, n, held"
-    lines = []
-    for k in range(len(stages)):
-        lines += [f"s{k} = stage{k}({common}, parts, k{k})", f"k{k + 1} = (*k{k}, s{k})"]
+    common, known = "fulls, columns, targets, base, lane, n, held", {}
+    lines, groups = [], joint_stages(stages)
+    for k, group in enumerate(groups):
+        known[f"stage{k}"] = stage(tuple(stages[number] for number in group), own, group[0])
+        lines.append(f"k{k + 1} = (*k{k}, *stage{k}({common}, parts, k{k}))")
+    everything = f"k{len(groups)}"
     if final is not None:
-        known["write"], known["float32"] = _results(final, operands, shape), np.float32
-        lines.append(f"write({common.replace('n,', 'stored,')}, k{len(stages)}, float32(0))")
+        known["write"], known["float32"] = _results(final, own), np.float32
+        lines.append(f"write({common.replace('n,', 'stored,')}, {everything}, float32(0))")
     if last is not None:
-        stores = tuple(ELEMENTS[kind].store for kind in operands.row_targets)
+        stores = tuple(ELEMENTS[kind].store for kind in own.operands.row_targets)
         known["evaluate_row"], known["store_row"] = evaluator(last), scatter(stores)
         at = "".join("row, " for _ in stores)
-        lines += ["if lane == 0 and row < count:", f"    store_row(row_targets, ({at}), evaluate_row(k{len(stages)}))"]
+        lines += ["if lane == 0 and row < count:", f"    store_row(row_targets, ({at}), evaluate_row({everything}))"]
     return written("chain", f"{common}, stored, parts, row, count, row_targets, k0", lines, known)
+
+
+def _row_values(operands: Operands, picks: Picks) -> Callable:
+    """A device function ``(fulls, row_operands, row, base, n)``: the row's operands and what is picked by them."""
+    known = {f"load{i}": ROW_LOADS[kind] for i, kind in enumerate(operands.row)} | {
+        "int64": np.int64,
+        "zero": np.float32(0),
+    }
+    known |= {f"pick{i}": ELEMENTS[operands.full[source]].load for i, (source, _) in enumerate(picks)}
+    lines = [f"r{i} = load{i}(row_operands[{i}], row)" for i in range(len(operands.row))]
+    for i, (source, by) in enumerate(picks):
+        place = f"base + max(int64(0), min(n - int64(1), int64(r{by})))"
+        lines.append(f"p{i} = pick{i}(fulls[{source}], {place}) if n > int64(0) else zero")
+    found = [f"r{i}, " for i in range(len(operands.row))] + [f"p{i}, " for i in range(len(picks))]
+    return written("row_values", "fulls, row_operands, row, base, n", [*lines, f"return ({''.join(found)})"], known)
 
 
 _SUM = (4, (), (0,))
@@ -286,24 +350,28 @@ _LAYER = (
     (*_SOFTMAX, Operands(("f32",), (), (), ("f32",), ()), Shape(4, 1, 8)),
     (*_SOFTMAX, Operands(("f32",), (), (), ("f32",), ()), Shape(1024, 8, 0)),
     (*_NORM, Operands(("bf16",), ("bf16",), (), ("bf16",), ("f32",)), Shape(32, 8, 4)),
+    (*_LAYER, Operands(("bf16",), (), (), ("bf16",), ()), Shape(256, 8, 2), (), True),
 )
-def rows(stages, final, last, operands, shape):
+def rows(stages, final, last, operands, shape, picks=(), early=False):
     """The programs ``stages`` ((operation, program), ...), ``final`` and ``last`` (of the row alone) over every row.
 
-    Parameters: matrices, columns, row operands, matrices out, row results, (1 / n, scalars...), rows, n. Accesses of 8
-    elements want n to be a multiple of 8 and everything but row operands aligned to 16 bytes.
+    ``picks`` are (matrix, row operand): the row's element at the column that the operand names, the nearest where there
+    is none. Parameters: matrices, columns, row operands, matrices out, row results, (1 / n, scalars...), rows, n.
+    Accesses of 8 elements want n to be a multiple of 8 and everything but row operands aligned to 16 bytes.
     """
-    load, _ = walk(operands, shape)
-    chain = _chain(stages, operands, shape, final, last)
-    row_values = gather(tuple(ROW_LOADS[kind] for kind in operands.row))
-    _, _, words = holder(operands.full, shape.width)
-    held_count, team, own = max(1, words * max(1, shape.chunks)), shape.team, len(operands.row)
+    by_stages = set().union(*(columns_read(program, operands) for _, program in stages))
+    own = Held(operands, tuple(sorted(by_stages)) if shape.chunks else (), shape)
+    load, chain = _loader(own), _chain(stages, own, final, last)
+    row_values = _row_values(operands, picks)
+    held_count, team = max(1, own.words * max(1, shape.chunks)), shape.team
     threads, _ = block_of(team)
-    at_row = written("at_row", "row", [f"return ({'row, ' * own})"], {})
+    cells = WARP * max(1, len(stages))
+    enter = entrance(early)
 
     def kernel(fulls, columns, row_operands, targets, row_targets, scalars, count, n):
         held = cuda.local.array(held_count, np.uint32)
-        parts = cuda.shared.array(WARP, np.float32)
+        parts = cuda.shared.array(cells, np.float32)
+        enter()
         thread = np.int64(warp.thread_index())
         row = warp.block_x() * np.int64(threads // team) + thread // np.int64(team)
         # Teams of a warp meet in its butterflies, so those beyond the last row take part, and store nothing.
@@ -312,11 +380,11 @@ def rows(stages, final, last, operands, shape):
             at = min(row, count - np.int64(1))
             lane = thread % np.int64(team)
             base = at * n
-            load(fulls, base, lane, n, held)
-            known = (*row_values(row_operands, at_row(at)), *scalars)
+            load(fulls, columns, base, lane, n, held)
+            known = (*row_values(fulls, row_operands, at, base, n), *scalars)
             chain(fulls, columns, targets, base, lane, n, held, stored, parts, row, count, row_targets, known)
 
     program = stages[0][1] if stages else final
-    scalars = program[0] - len(operands.full) - len(operands.columns) - 1 - own
+    scalars = program[0] - len(operands.full) - len(operands.columns) - 1 - len(operands.row) - len(picks)
     groups = [types.Tuple([POINTERS[kind] for kind in group]) for group in operands]
-    return kernel, (*groups, types.UniTuple(f32, scalars), i64, i64), {"threads": threads}
+    return kernel, (*groups, types.UniTuple(f32, scalars), i64, i64), {"threads": threads} | early_options(early)

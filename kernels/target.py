@@ -70,7 +70,7 @@ class Kernel:
 
     ``parameters`` are Numba types; tuples of types are passed flattened. ``key`` names the function and the
     compile-time choices that made it: with the package's sources it is the disk cache's key. ``cluster`` blocks along x
-    run together (sm_90).
+    run together (sm_90). An ``early`` kernel begins while the one before it ends, and waits for that itself (sm_90).
     """
 
     function: Callable
@@ -81,6 +81,7 @@ class Kernel:
     max_registers: int | None = None
     shared_bytes: int = 0
     cluster: int = 1
+    early: bool = False
     architectures: ComputeCapability = (8, 0)
     _handles: dict = field(default_factory=dict)
 
@@ -96,7 +97,7 @@ class Kernel:
         shared = self.shared_bytes if shared_bytes is None else shared_bytes
         if SIMULATOR:
             return SimulatedLauncher(self, grid, shared)
-        return GpuLauncher(self, grid, shared, overlaps)
+        return GpuLauncher(self, grid, shared, overlaps or self.early)
 
 
 class Launcher:

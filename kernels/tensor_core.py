@@ -83,20 +83,23 @@ def accumulate(a, b, c):
     return c + a @ b
 
 
-def _mma(to_f32):
+def _mma(to_f32, depth=16):
+    of_b = depth // 8
+    of_a = 2 * of_b
+
     def combine(lanes):
-        fragment_a = _halves([v[0:4] for v in lanes], to_f32)
-        fragment_b = _halves([v[4:6] for v in lanes], to_f32)
-        a, b = np.zeros((16, 16), np.float32), np.zeros((16, 8), np.float32)
-        for r in range(4):
+        fragment_a = _halves([v[:of_a] for v in lanes], to_f32)
+        fragment_b = _halves([v[of_a : of_a + of_b] for v in lanes], to_f32)
+        a, b = np.zeros((16, depth), np.float32), np.zeros((depth, 8), np.float32)
+        for r in range(of_a):
             for half in range(2):
                 a[_G + 8 * (r & 1), 2 * _T + 8 * (r >> 1) + half] = fragment_a[:, r, half]
-        for r in range(2):
+        for r in range(of_b):
             for half in range(2):
                 b[2 * _T + 8 * r + half, _G] = fragment_b[:, r, half]
         rows, columns = _G[:, None] + _C_ROW, 2 * _T[:, None] + _C_COLUMN
         c = np.empty((16, 8), np.float32)
-        c[rows, columns] = [v[6:10] for v in lanes]
+        c[rows, columns] = [v[of_a + of_b :] for v in lanes]
         return [tuple(v) for v in accumulate(a, b, c)[rows, columns]]
 
     def mma(*operands):
@@ -110,6 +113,14 @@ _MMA = (
 )
 
 mma_bf16 = instruction(_MMA.format("bf16"), "rrrrrrffff", "ffff", twin=_mma(_bf16_f32), pure=True)
+# Half as deep: A (16x8) is registers 0 and 1, B (8x8) register 0.
+mma_bf16_short = instruction(
+    "mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {$0,$1,$2,$3},{$4,$5},{$6},{$7,$8,$9,$10};",
+    "rrrffff",
+    "ffff",
+    twin=_mma(_bf16_f32, 8),
+    pure=True,
+)
 mma_f16 = instruction(_MMA.format("f16"), "rrrrrrffff", "ffff", twin=_mma(_f16_f32), pure=True)
 ldmatrix = instruction(
     "ldmatrix.sync.aligned.m8n8.x4.shared.b16 {$0,$1,$2,$3}, [$4];", (SHARED,), "rrrr", twin=_ldmatrix

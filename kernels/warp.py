@@ -6,7 +6,7 @@ import numpy as np
 
 from kernels import functions
 from kernels.ptx import instruction
-from kernels.simulator import WARP, block_collective, collective, current_thread
+from kernels.simulator import WARP, block_collective, collective, current_thread, warpgroup_collective
 from kernels.target import SIMULATOR, cuda, device
 
 if SIMULATOR:
@@ -97,9 +97,19 @@ def _sync_warp():
     collective(list, None)
 
 
+def _warpgroup_barrier():
+    warpgroup_collective(list, None)
+
+
 shuffle_xor = instruction("shfl.sync.bfly.b32 $0, $1, $2, 31, 0xffffffff;", "fr", "f", twin=_shuffle_xor)
 shuffle_from = instruction("shfl.sync.idx.b32 $0, $1, $2, 31, 0xffffffff;", "fr", "f", twin=_shuffle_from)
 sync_warp = instruction("bar.warp.sync 0xffffffff;", "", twin=_sync_warp)
+# Waits for the 128 neighbouring threads of the warpgroup; orders shared memory among them. Barrier 0 is the block's.
+warpgroup_barrier = instruction(
+    "{ .reg .b32 own; mov.u32 own, %tid.x; shr.u32 own, own, 7; add.u32 own, own, 1; bar.sync own, 128; }",
+    "",
+    twin=_warpgroup_barrier,
+)
 
 
 @device

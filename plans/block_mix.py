@@ -118,12 +118,12 @@ def _guarantee(precision: MathPrecision, reason: str, descriptor: BlockMixDescri
     )
 
 
-def _steps(descriptor: BlockMixDescriptor) -> int:
-    return -(-descriptor.in_blocks // 16)
+def _groups(descriptor: BlockMixDescriptor) -> int:
+    return -(-descriptor.in_blocks // 8)
 
 
 def _shared_bytes(descriptor: BlockMixDescriptor) -> int:
-    return 2 * -(-descriptor.out_blocks // 16) * 16 * kernel.weight_pitch(_steps(descriptor))
+    return 2 * -(-descriptor.out_blocks // 16) * 16 * kernel.weight_pitch(_groups(descriptor))
 
 
 def _mma_refuses(descriptor: BlockMixDescriptor) -> str:
@@ -132,8 +132,8 @@ def _mma_refuses(descriptor: BlockMixDescriptor) -> str:
         return f"wants x, w and out all bf16 or all fp16, found {', '.join(sorted(kind.value for kind in kinds))}"
     if descriptor.width % _UNIT or descriptor.x_stride % _UNIT:
         return f"wants blocks and rows of multiples of {_UNIT} elements, found blocks of {descriptor.width}"
-    if _steps(descriptor) > kernel.MOST_STEPS:
-        return f"wants at most {16 * kernel.MOST_STEPS} blocks of x, found {descriptor.in_blocks}"
+    if _groups(descriptor) > kernel.MOST_GROUPS:
+        return f"wants at most {8 * kernel.MOST_GROUPS} blocks of x, found {descriptor.in_blocks}"
     if _shared_bytes(descriptor) > _SHARED_BYTES:
         return f"wants w in {_SHARED_BYTES} bytes of shared memory, it takes {_shared_bytes(descriptor)}"
     if not descriptor.in_blocks:
@@ -161,9 +161,10 @@ class _Program:
 
 def _build_mma(descriptor: BlockMixDescriptor, device: Device) -> _Program:
     early = descriptor.early and device.arch >= ArchSku.SM90A.value
-    made = kernel.mix_blocks(descriptor.element.value, _steps(descriptor), descriptor.transposed, early)
+    made = kernel.mix_blocks(descriptor.element.value, _groups(descriptor), descriptor.transposed, early)
     items = descriptor.rows * -(-descriptor.width // kernel.SPAN)
-    blocks = min(-(-items // kernel.WARPS), _BLOCKS_A_MULTIPROCESSOR * device.multiprocessors)
+    of_block = kernel.WARPS * kernel.items_at_once(_groups(descriptor))
+    blocks = min(-(-items // of_block), _BLOCKS_A_MULTIPROCESSOR * device.multiprocessors)
     return _Program(descriptor, made, blocks, _shared_bytes(descriptor))
 
 

@@ -22,14 +22,7 @@ from plans.expression import gradients, leaf
 from plans.gradients import AdjustDescriptor, AdjustPlan, StatisticsDescriptor, StatisticsPlan
 from plans.loss import CROSS_ENTROPY, CROSS_ENTROPY_BACKWARD
 from plans.matmul import MatmulDescriptor, MatmulPlan
-from plans.movement import (
-    TakeBackwardDescriptor,
-    TakeBackwardPlan,
-    TakeDescriptor,
-    TakePlan,
-    WindowDescriptor,
-    WindowPlan,
-)
+from plans.movement import WindowDescriptor, WindowPlan
 from plans.normalization import LAYER_NORM, LAYER_NORM_BACKWARD, RMS_NORM, RMS_NORM_BACKWARD
 from plans.optimizer import Rule, UpdateDescriptor, UpdatePlan
 from plans.pointwise import PointwiseDescriptor, PointwisePlan, View
@@ -37,6 +30,7 @@ from plans.random import Distribution, DropoutDescriptor, DropoutPlan, RandomDes
 from plans.reduction import Reduction, ReductionDescriptor, ReductionPlan, elements
 from plans.rows import Recipe, RowsDescriptor, RowsPlan
 from plans.softmax import SOFTMAX, SOFTMAX_BACKWARD
+from plans.take import TakeBackwardDescriptor, TakeBackwardPlan, TakeDescriptor, TakePlan
 
 _BF16, _F32, _I32 = ElementKind.BF16, ElementKind.F32, ElementKind.I32
 _X, _Y, _G = leaf(0), leaf(1), leaf(2)

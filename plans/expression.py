@@ -196,6 +196,7 @@ FUNCTIONS: dict[str, Function] = {
     "round": Function(np.rint, _none(1), 0),
     "square": Function(np.square, lambda g, y, x: (g * (x + x),), ROUNDED),
     "sqrt": Function(np.sqrt, lambda g, y, x: (g * 0.5 / y,), ROUNDED),
+    "root": Function(np.sqrt, lambda g, y, x: (g * 0.5 / y,), ULP),
     "rsqrt": Function(lambda x: 1 / np.sqrt(x), lambda g, y, x: (g * -0.5 * (y * apply("square", y)),), TWO_ULP),
     "reciprocal": Function(lambda x: 1 / x, lambda g, y, x: (-(g * apply("square", y)),), ULP),
     "exp": Function(np.exp, lambda g, y, x: (g * y,), TWO_ULP),
@@ -229,7 +230,8 @@ FUNCTIONS: dict[str, Function] = {
     ),
     "fma": Function(lambda a, b, c: a * b + c, lambda g, y, a, b, c: (g * b, g * a, g), ROUNDED),
 }  # fmt: skip
-"""Name -> function; the kernels' device functions have the same names. ``fma`` may round its product too."""
+"""Name -> function; the kernels' device functions have the same names. ``fma`` may round its product too; ``root`` is a
+square root of a few instructions."""
 
 COMPOSED: dict[str, Callable[..., Expr]] = {
     "gelu": lambda x: x * apply("cdf", x),

@@ -25,12 +25,12 @@ def _known(target: Expr, inverse_n: Expr) -> Expr:
 
 
 def _cross_entropy() -> Recipe:
-    s = symbols(full=1, row=1, stages=3)
-    (x,), (target,), (top, total, at_target) = s.full, s.row, s.stages
+    s = symbols(full=1, row=1, stages=2, picked=1)
+    (x,), (target,), (at_target,), (top, total) = s.full, s.row, s.picked, s.stages
     loss = total.log() + (top - at_target)
     return Recipe(
-        "cross entropy", OpCategory.LOSS, full=("x",), row=("target",),
-        stages=(("max", x), ("sum", _power(x - top)), ("sum", apply("where", apply("eq", s.position, target), x, 0.0))),
+        "cross entropy", OpCategory.LOSS, full=("x",), row=("target",), picked=(("x", "target"),),
+        stages=(("max", x), ("sum", _power(x - top))),
         row_outputs=(
             ("loss", apply("where", _known(target, s.inverse_n), loss, 0.0)), ("lse", top + total.log()),
         ),

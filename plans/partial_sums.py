@@ -48,8 +48,9 @@ class Sums:
         self.partials = partials
         self._starts = [partial_bytes(partials[:i]) for i in range(len(partials))]
         self._numbers = [(partial.number, partial.rows, partial.columns) for partial in partials]
-        made = kernel.sum_parts(out.value, tuple(partial.transposed for partial in partials))
-        blocks = sum(-(-partial.count // kernel.ELEMENTS_OF_BLOCK) for partial in partials)
+        alone = max(partial.number for partial in partials) <= kernel.FEW
+        made = kernel.sum_parts(out.value, tuple(partial.transposed for partial in partials), alone)
+        blocks = sum(-(-partial.count // kernel.elements_of_block(alone)) for partial in partials)
         self.launch = made.launcher((blocks, 1, 1)) if blocks else None
 
     def pointers(self, workspace: Workspace) -> list[object]:

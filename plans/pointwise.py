@@ -20,6 +20,7 @@ from typing import NamedTuple
 import numpy as np
 
 from kernels import pointwise as kernel
+from kernels import pointwise_turned as turned_kernel
 from plans import expression
 from plans.core import (
     ArchSku,
@@ -44,6 +45,7 @@ from plans.expression import Expr, leaf
 KINDS = (ElementKind.BF16, ElementKind.F16, ElementKind.F32)
 MAX_AXES = 6
 _UNITS = 2**31
+_SHARED_BYTES = 48 << 10
 _VECTOR_BYTES = 16
 
 
@@ -156,10 +158,34 @@ class Geometry:
         """Whether every operand is one run of neighbours."""
         return len(self.extents) == 1 and all(s == (1,) for s in self.strides)
 
+    def turned(self, targets: int) -> Turned | None:
+        """Tiles of the two axes along which the last ``targets`` operands and the others have neighbours, if any."""
+        last_axes = [a for a in range(len(self.extents)) if all(s[a] == 1 for s in self.strides[-targets:])]
+        for columns in last_axes:
+            for rows in range(len(self.extents)):
+                across = [s[columns] > 1 for s in self.strides]
+                if (
+                    rows != columns
+                    and any(across)
+                    and all(s[rows] == 1 if a else s[columns] < 2 for a, s in zip(across, self.strides, strict=True))
+                ):
+                    order = [*(a for a in range(len(self.extents)) if a not in (rows, columns)), rows, columns]
+                    strides = tuple(tuple(s[a] for a in order) for s in self.strides)
+                    ways = tuple("across" if s[-1] > 1 else ("repeated", "along")[s[-1]] for s in strides)
+                    return Turned(Geometry(tuple(self.extents[a] for a in order), strides), ways)
+        return None
+
     def in_eights(self) -> Geometry:
         """The same in units of eight elements of the innermost axis."""
         strides = tuple((*s[:-1], 8 * s[-1]) for s in self.strides)
         return Geometry((*self.extents[:-1], self.extents[-1] // 8), strides)
+
+
+class Turned(NamedTuple):
+    """Axes with a tile's rows and columns last; each operand lies "across", "along" the columns, or is "repeated"."""
+
+    geometry: Geometry
+    ways: tuple[str, ...]
 
 
 class PointwiseArgs(Arguments):
@@ -215,6 +241,26 @@ def _refuses_rows(descriptor: PointwiseDescriptor) -> str:
     return ""
 
 
+def _refuses_turned(descriptor: PointwiseDescriptor) -> str:
+    if reason := _refuses_placed(descriptor):
+        return reason
+    found = descriptor.geometry.turned(len(descriptor.targets))
+    if found is None:
+        return "wants sources that lie across, all along one axis"
+    extents, strides = found.geometry.extents, found.geometry.strides
+    if not descriptor.aligned or extents[-1] % 8 or extents[-2] % 8:
+        return "wants operands aligned to 16 bytes and multiples of 8 along both axes of a tile"
+    outer = {"along": lambda s: s[:-1], "across": lambda s: (*s[:-2], s[-1]), "repeated": lambda s: ()}
+    steps = [outer[way](s) for s, way in zip(strides, found.ways, strict=True)]
+    if any(step % 8 for own in steps for step in own):
+        return "wants outer strides that are multiples of 8"
+    ways = found.ways[: len(descriptor.sources)]
+    cells = turned_kernel.shared_bytes(kinds_of(descriptor.sources), ways)
+    return (
+        "" if cells <= _SHARED_BYTES else f"keeps tiles in {_SHARED_BYTES} bytes of shared memory, these need {cells}"
+    )
+
+
 @dataclass
 class _Program:
     """One launch."""
@@ -227,6 +273,11 @@ class _Program:
     def __post_init__(self) -> None:
         if math.prod(self.descriptor.shape):
             self.build(self.descriptor)
+
+    @property
+    def early(self) -> bool:
+        """Whether the launch begins while the one before ends."""
+        return self.device.arch >= ArchSku.SM90A.value
 
     def build(self, d: PointwiseDescriptor) -> None:
         """Set the launcher and what follows the scalars."""
@@ -248,7 +299,7 @@ def kinds_of(views: Sequence[View]) -> tuple[str, ...]:
 class _Flat(_Program):
     def build(self, d: PointwiseDescriptor) -> None:
         count = math.prod(d.shape)
-        made = kernel.flat(d.program, kinds_of(d.sources), kinds_of(d.targets))
+        made = kernel.flat(d.program, kinds_of(d.sources), kinds_of(d.targets), self.early)
         self.launch = made.launcher((-(-count // (kernel.THREADS * kernel.RUN)), 1, 1))
         self.rest = (count,)
 
@@ -263,13 +314,29 @@ class _Rows(_Program):
     def build(self, d: PointwiseDescriptor) -> None:
         geometry, count = d.geometry, len(d.sources)
         repeated = tuple(strides[-1] == 0 for strides in geometry.strides[:count])
-        made = kernel.rows(d.program, kinds_of(d.sources), kinds_of(d.targets), repeated, len(geometry.extents))
+        made = kernel.rows(
+            d.program, kinds_of(d.sources), kinds_of(d.targets), repeated, len(geometry.extents), self.early
+        )
         self.launch, self.rest = _placed(made, d, geometry.in_eights())
+
+
+class _Turned(_Program):
+    def build(self, d: PointwiseDescriptor) -> None:
+        geometry, ways = d.geometry.turned(len(d.targets))
+        extents, strides, tile = geometry.extents, geometry.strides, turned_kernel.TILE
+        count, axes = len(d.sources), len(extents)
+        tiles = (*extents[:-2], -(-extents[-2] // tile), -(-extents[-1] // tile))
+        in_tiles = [step for s in strides for step in (*s[:-2], tile * s[-2], tile * s[-1])]
+        origin = (*(0,) * (axes - 2), tile, 0, *(0,) * (axes - 2), 0, tile)
+        steps = [s[-1] if way == "across" else s[-2] for s, way in zip(strides, ways, strict=True)]
+        made = turned_kernel.turned(d.program, kinds_of(d.sources), kinds_of(d.targets), ways[:count], axes, self.early)
+        self.launch = made.launcher((math.prod(tiles), 1, 1))
+        self.rest = (*tiles, *in_tiles, *origin, *steps, *extents[-2:])
 
 
 class _Strided(_Program):
     def build(self, d: PointwiseDescriptor) -> None:
-        made = kernel.strided(d.program, kinds_of(d.sources), kinds_of(d.targets), len(d.geometry.extents))
+        made = kernel.strided(d.program, kinds_of(d.sources), kinds_of(d.targets), len(d.geometry.extents), self.early)
         self.launch, self.rest = _placed(made, d, d.geometry)
 
 
@@ -303,5 +370,6 @@ class PointwisePlan(Plan):
     skus = (
         _sku("flat", BackendKind.VECTOR, _refuses_flat, _Flat, _VECTOR_BYTES),
         _sku("rows", BackendKind.VECTOR, _refuses_rows, _Rows, _VECTOR_BYTES),
+        _sku("turned", BackendKind.VECTOR, _refuses_turned, _Turned, _VECTOR_BYTES),
         _sku("strided", BackendKind.PORTABLE, _refuses_placed, _Strided, 0),
     )

@@ -153,11 +153,16 @@ class ReductionDescriptor:
         return min(256, 1 << max(0, wanted - 1).bit_length())
 
     @property
+    def second_team(self) -> int:
+        """Threads that walk along the parts of a row."""
+        return min(256, max(WARP, 1 << (-(-self.parts // 4) - 1).bit_length()))
+
+    @property
     def chain(self) -> int:
         """The longest chain of additions that an element goes through."""
         if self.inner == 1:
             own = -(-self.part // (self.team * self.width)) * self.width + 10
-            return own + -(-self.parts // WARP) + 10
+            return own + -(-self.parts // self.second_team) + 10
         warps = kernel.THREADS // WARP
         return -(-self.part // warps) + -(-self.parts // warps) + 2 * warps
 
@@ -214,20 +219,20 @@ class _Program:
         last = np.float32(d.scale)
         target = d.out if d.parts == 1 else _F32
         inverse = np.float32(1 / d.n if d.n else 0)
-        launches = _along if d.inner == 1 else _across
+        launches, early = _along if d.inner == 1 else _across, device.arch >= ArchSku.SM90A.value
         scale = last if d.parts == 1 else np.float32(1)
-        self.first = launches(d, target, inverse, scale)
+        self.first = launches(d, target, inverse, scale, early)
         self.partial = d.parts > 1
         if not self.partial:
             return
         name, out, columns = d.reduction.value, d.out.value, d.outer * d.inner
         if d.inner == 1:
-            made = kernel.along(name, _ITSELF, ("f32",), out, Shape(WARP, 1, 0))
-            grid = (-(-d.outer // block_of(WARP)[1]), 1, 1)
+            made = kernel.along(name, _ITSELF, ("f32",), out, Shape(d.second_team, 1, 0), early)
+            grid = (-(-d.outer // block_of(d.second_team)[1]), 1, 1)
             self.second = made.launcher(grid), (inverse, last, d.outer, d.parts, d.parts, 1)
         else:
             width = 8 if columns % 8 == 0 else 1
-            made = kernel.across(name, _ITSELF, ("f32",), (), out, width)
+            made = kernel.across(name, _ITSELF, ("f32",), (), out, width, early)
             grid = (-(-columns // (WARP * width)), 1, 1)
             self.second = made.launcher(grid), (inverse, last, 1, d.parts, columns, d.parts)
 
@@ -244,16 +249,16 @@ class _Program:
         return [(launch, (*sources, between, *rest)), (launch2, (between, args.out.data, *rest2))]
 
 
-def _along(d: ReductionDescriptor, target: ElementKind, inverse: np.float32, scale: np.float32) -> tuple:
+def _along(d: ReductionDescriptor, target: ElementKind, inverse: np.float32, scale: np.float32, early: bool) -> tuple:
     kinds = tuple(kind.value for kind in (*d.kinds, *d.lines))
-    made = kernel.along(d.reduction.value, d.program, kinds, target.value, Shape(d.team, d.width, 0))
+    made = kernel.along(d.reduction.value, d.program, kinds, target.value, Shape(d.team, d.width, 0), early)
     grid = (-(-d.outer // block_of(d.team)[1]), d.parts, 1)
     return made.launcher(grid), (inverse, scale, d.outer, d.n, d.part, d.parts)
 
 
-def _across(d: ReductionDescriptor, target: ElementKind, inverse: np.float32, scale: np.float32) -> tuple:
+def _across(d: ReductionDescriptor, target: ElementKind, inverse: np.float32, scale: np.float32, early: bool) -> tuple:
     kinds, lines = (tuple(kind.value for kind in group) for group in (d.kinds, d.lines))
-    made = kernel.across(d.reduction.value, d.program, kinds, lines, target.value, d.width)
+    made = kernel.across(d.reduction.value, d.program, kinds, lines, target.value, d.width, early)
     grid = (d.outer * -(-d.inner // (WARP * d.width)), d.parts, 1)
     return made.launcher(grid), (inverse, scale, d.outer, d.n, d.inner, d.part)
 

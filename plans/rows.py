@@ -58,19 +58,21 @@ class Symbols(NamedTuple):
     columns: tuple[Expr, ...]
     position: Expr
     row: tuple[Expr, ...]
+    picked: tuple[Expr, ...]
     inverse_n: Expr
     scalars: tuple[Expr, ...]
     stages: tuple[Expr, ...]
 
 
-def symbols(full: int, columns: int = 0, row: int = 0, scalars: int = 0, stages: int = 0) -> Symbols:
+def symbols(full: int, columns: int = 0, row: int = 0, scalars: int = 0, stages: int = 0, picked: int = 0) -> Symbols:
     """Leaves for so many operands, scalars and stages: an element's own, its column in the row, 1 / n, results."""
-    leaves = iter(range(full + columns + row + scalars + stages + 2))
+    leaves = iter(range(full + columns + row + picked + scalars + stages + 2))
 
     def take(count: int) -> tuple[Expr, ...]:
         return tuple(leaf(next(leaves)) for _ in range(count))
 
-    return Symbols(take(full), take(columns), *take(1), take(row), *take(1), take(scalars), take(stages))
+    of_row = take(full), take(columns), *take(1), take(row), take(picked)
+    return Symbols(*of_row, *take(1), take(scalars), take(stages))
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,8 @@ class Recipe:
 
     ``full``, ``columns`` and ``row`` name operands [rows, n], [n] and [rows]; ``scalars`` names numbers. ``stages`` are
     reductions over the row, ("sum" | "max", expression), ``outputs`` results [rows, n] and ``row_outputs`` results
-    [rows] of the row's values alone. The expressions' leaves are those of :func:`symbols`.
+    [rows] of the row's values alone. ``picked`` are (matrix, row operand) by name: the row's element at the column that
+    the operand names, or the nearest to it. The expressions' leaves are those of :func:`symbols`.
     """
 
     name: str
@@ -91,6 +94,12 @@ class Recipe:
     stages: Named = ()
     outputs: Named = ()
     row_outputs: Named = ()
+    picked: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def picks(self) -> tuple[tuple[int, int], ...]:
+        """What is picked, by numbers of matrices and row operands."""
+        return tuple((self.full.index(matrix), self.row.index(by)) for matrix, by in self.picked)
 
     @property
     def sources(self) -> tuple[str, ...]:
@@ -100,7 +109,7 @@ class Recipe:
     @functools.cached_property
     def programs(self) -> tuple[tuple, tuple | None, tuple | None]:
         """The stages, the matrices and the rows' results in plain data."""
-        before = len(self.sources) + len(self.scalars) + 2
+        before = len(self.sources) + len(self.picked) + len(self.scalars) + 2
         stages = tuple(
             (operation, expression.lower([expr], [leaf(i) for i in range(before + k)]))
             for k, (operation, expr) in enumerate(self.stages)
@@ -177,9 +186,12 @@ class RowsDescriptor:
         return -(-self.n // (self.team(width) * width))
 
     def resident_words(self, width: int) -> int:
-        """Registers that hold a thread's part of its row."""
-        full, *_ = self.split(self.kinds)
-        words = sum(ELEMENTS[kind.value].words for kind in full) if width == 8 else len(full)
+        """Registers that hold a thread's part of its row, and of the columns that stages read."""
+        full, columns, _ = self.split(self.kinds)
+        operands = kernel.Operands(*(tuple(kind.value for kind in kinds) for kinds in (full, columns)), (), (), ())
+        read = set().union(*(kernel.columns_read(program, operands) for _, program in self.recipe.programs[0]))
+        kinds = [*full, *(columns[c] for c in read)]
+        words = sum(ELEMENTS[kind.value].words for kind in kinds) if width == 8 else len(kinds)
         return words * self.accesses(width)
 
     def reference(
@@ -193,7 +205,12 @@ class RowsDescriptor:
         full, columns, row = self.split([np.asarray(s, np.float64) for s in sources])
         inverse = np.float64(np.float32(1 / self.n if self.n else 0))
         numbers = [inverse, *(np.float64(np.float32(s)) for s in scalars)]
-        values = [*full, *columns, np.arange(self.n), *(r[:, None] for r in row), *numbers]
+        places = [np.clip(row[by], 0, max(0, self.n - 1)).astype(np.int64)[:, None] for _, by in recipe.picks]
+        picked = [
+            np.take_along_axis(full[matrix], place, 1) if self.n else np.zeros((self.rows, 1))
+            for (matrix, _), place in zip(recipe.picks, places, strict=True)
+        ]
+        values = [*full, *columns, np.arange(self.n), *(r[:, None] for r in row), *picked, *numbers]
         errors = [np.float64(0)] * len(values)
         depth = max(self.accesses(1), 8 * self.accesses(8)) + 10
         for operation, expr in recipe.stages:
@@ -263,7 +280,9 @@ class _Program:
         shape = kernel.Shape(team, width, max(1, d.accesses(width)) if resident else 0)
         _, rows_a_block = kernel.block_of(team)
         stages, final, last = d.recipe.programs
-        self.launch = kernel.rows(stages, final, last, operands, shape).launcher((-(-d.rows // rows_a_block), 1, 1))
+        early = device.arch >= ArchSku.SM90A.value
+        made = kernel.rows(stages, final, last, operands, shape, d.recipe.picks, early)
+        self.launch = made.launcher((-(-d.rows // rows_a_block), 1, 1))
         self.inverse, self.rest = np.float32(1 / d.n if d.n else 0), (d.rows, d.n)
 
     def bind(self, args: RowsArgs, workspace: Workspace) -> list[tuple[Callable, tuple]]:

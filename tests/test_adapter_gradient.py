@@ -22,6 +22,7 @@ MMA, PORTABLE = BackendKind.MMA, BackendKind.PORTABLE
 LOW_RANK = [
     (1, 8, 8, 8, {}),
     (67, 72, 136, 16, {}),
+    (67, 72, 136, 16, {"beside": True}),
     (131, 64, 8, 5, {"parts": 2, "inner_stride": 24, "part_stride": 8}),
     (33, 8, 72, 33, {"inner_stride": 40, "out": BF16}),
     (17, 16, 8, 72, {"parts": 2, "g_stride": 24, "x_stride": 16}),

@@ -10,16 +10,8 @@ import pytest
 from plans.core import ElementKind, InvalidProblem, NoSku, TensorMut, TensorRef, Workspace
 from plans.core.precision import round_to
 from plans.core.tensor import contiguous_strides
-from plans.movement import (
-    TakeArgs,
-    TakeBackwardDescriptor,
-    TakeBackwardPlan,
-    TakeDescriptor,
-    TakePlan,
-    WindowArgs,
-    WindowDescriptor,
-    WindowPlan,
-)
+from plans.movement import WindowArgs, WindowDescriptor, WindowPlan
+from plans.take import TakeArgs, TakeBackwardDescriptor, TakeBackwardPlan, TakeDescriptor, TakePlan
 
 BF16, F16, F32, I32, I64 = ElementKind.BF16, ElementKind.F16, ElementKind.F32, ElementKind.I32, ElementKind.I64
 KINDS = (BF16, F16, F32, I32, I64)
@@ -44,6 +36,8 @@ def window(device, poisoned, descriptor, source):
     data = buffer.pointer(descriptor.element.storage)
     ref = TensorRef(data, descriptor.source_shape, stride, descriptor.element, source.size, device.ordinal, buffer)
     run(device, plan, WindowArgs(out.tensor(descriptor.element, descriptor.shape), ref))
+    wide = math.prod(descriptor.shape[-1:]) * source.itemsize % 16 == 0 and descriptor.shape
+    assert plan.chosen.name == ("lines" if wide else "portable")
     return device.download(out, source.dtype, descriptor.shape)
 
 
@@ -52,6 +46,9 @@ WINDOWS = [
     ("reversal", (3, 5), (3, 5), (2, 4), (-1, -1), {}),
     ("cropping and one axis reversed", (2, 3), (3, 5), (1, 4), (1, -1), {}),
     ("upper triangle", (2, 4, 5), (2, 4, 5), (0, 0, 0), (1, 1, 1), {"diagonal": 1}),
+    ("padding to whole accesses", (6, 24), (3, 17), (-2, -3), (1, 1), {"fill": 3}),
+    ("whole lines reversed", (5, 16), (5, 16), (4, 15), (-1, -1), {}),
+    ("lower part below a diagonal, three axes", (3, 8, 32), (3, 8, 30), (0, 0, 1), (1, 1, 1), {"diagonal": -2}),
     ("six axes", (2, 1, 3, 2, 2, 2), (2, 1, 3, 2, 2, 2), (0,) * 6, (1,) * 6, {}),
     ("a number", (), (), (), (), {}),
     ("nothing", (0, 3), (2, 3), (0, 0), (1, 1), {}),
@@ -178,3 +175,15 @@ def test_a_window_may_be_written_into_a_larger_tensor(device, poisoned, rng):
     found = device.download(out, np.int32, (2, 5))
     np.testing.assert_array_equal(found[:, :3], source)
     assert (found[:, 3:] == -1).all()
+
+
+def test_a_window_of_which_nothing_is_aligned(device, poisoned, rng):
+    source = array_of(rng, (2, 9), BF16)
+    descriptor = WindowDescriptor((2, 8), (2, 9), BF16, (0, 1), (1, 1), aligned=False)
+    out = poisoned(34)
+    target = TensorMut(out.pointer(np.uint16, 2), (2, 8), (8, 1), BF16, 16, device.ordinal, out)
+    plan = WindowPlan.select(None, descriptor, device=device)
+    run(device, plan, WindowArgs(target, device.upload(source).tensor(BF16, (2, 9))))
+    assert plan.chosen.name == "portable"
+    found = device.download(out, BF16.values, (17,))
+    np.testing.assert_array_equal(found[1:].reshape(2, 8), source[:, 1:])

@@ -15,7 +15,7 @@ from plans.pointwise import PointwiseArgs, PointwiseDescriptor, PointwisePlan, V
 
 BF16, F16, F32 = ElementKind.BF16, ElementKind.F16, ElementKind.F32
 
-POSITIVE = {"sqrt", "rsqrt", "log", "reciprocal"}
+POSITIVE = {"sqrt", "root", "rsqrt", "log", "reciprocal"}
 EXTRA = {"clamp": (-0.75, 1.25), "leaky_relu": (0.1,)}
 CASES = {
     name: call(name, *map(leaf, range(ARITY.get(name, 2 if name in ("lt", "le") else 1))), *EXTRA.get(name, ()))
@@ -134,6 +134,19 @@ STRIDED = [
     ("a transposed matrix", (6, 8), [(8, 1), (1, 6), (8, 1)], "strided"),
     ("six axes", (2, 3, 2, 3, 2, 3), [(108, 36, 18, 6, 3, 1), (1, 2, 6, 12, 36, 72), (0, 1, 0, 3, 0, 9)], "strided"),
     ("one number", (1, 1), [(1, 1), (1, 1), (0, 0)], "flat"),
+    ("a transposed matrix in eights", (8, 16), [(16, 1), (1, 8), (16, 1)], "turned"),
+    ("all of them transposed, of several tiles", (72, 136), [(1, 72), (1, 80), (1, 72)], "turned"),
+    ("a part of a transposed matrix beside a row", (136, 8), [(1, 160), (1, 136), (0, 1)], "turned"),
+    (
+        "a batch of transposed matrices beside a column",
+        (3, 16, 72),
+        [(1152, 1, 16), (1, 0, 0), (0, 1, 3200)],
+        "turned",
+    ),
+    ("a batch of transposed matrices", (3, 16, 72), [(1152, 1, 16), (8, 1, 0), (1152, 72, 1)], "turned"),
+    ("three axes, the first walked fastest", (16, 3, 8), [(1, 128, 16), (0, 0, 0), (1, 16, 48)], "turned"),
+    ("across along two axes", (16, 8, 24), [(1, 16, 128), (8, 1, 128), (0, 0, 1)], "strided"),
+    ("three axes, a column beside", (3, 24, 8), [(192, 1, 24), (8, 0, 0), (192, 1, 24)], "turned"),
     ("all of one number", (40,), [(0,), (0,), (0,)], "rows"),
 ]
 
@@ -154,6 +167,19 @@ def test_operands_that_do_not_lie_alike(device, memory, rng, shape, strides, sku
     plan = run(device, descriptor, [target], sources)
     assert plan.chosen.name == sku
     assert_kept(plan, memory.read(target), descriptor.reference(arrays)[0], F32)
+
+
+@pytest.mark.parametrize("kind", [BF16, F16, F32], ids=lambda k: k.value)
+def test_a_turned_copy_is_the_same_bits(device, memory, rng, kind):
+    """A result that lies across the source, and the other way round: two axes of which one is half a tile."""
+    array = round_to(rng.standard_normal((96, 200)), kind)
+    for stride, source in (((96, 1), (1, 200)), ((1, 96), (200, 1))):
+        shape = (200, 96) if stride == (96, 1) else (96, 200)
+        descriptor = PointwiseDescriptor((leaf(0),), shape, (View(kind, source),), (View(kind, stride),))
+        target = memory.target(shape, kind, stride, array.size)
+        plan = run(device, descriptor, [target], [memory.source(array, source, shape)])
+        assert plan.chosen.name == "turned"
+        np.testing.assert_array_equal(memory.read(target, array.size).reshape(-1), array.T.reshape(-1))
 
 
 def test_a_target_with_strides_leaves_what_lies_between(device, memory, rng):

@@ -13,10 +13,10 @@ from collections.abc import Callable
 
 import numpy as np
 
-from kernels import bits, memory, tensor_core
+from kernels import barrier, bits, memory, tensor_core
 from kernels.elements import ELEMENTS
 from kernels.target import SIMULATOR, cuda, device, f32, f32p, i64, kernel_factory, types
-from kernels.warp import block_barrier, block_x, block_y, block_z, sync_warp, thread_index
+from kernels.warp import block_barrier, block_x, block_y, block_z, grid_x, sync_warp, thread_index
 
 WARPS = 2 if SIMULATOR else 8
 THREADS = 32 * WARPS
@@ -144,13 +144,14 @@ def _add_up(shared, side, start, rank0, rank, column0, thread):
             )  # fmt: skip
 
 
-@kernel_factory(("bf16", 1, 1), ("bf16", 1, 2), ("bf16", 2, 2), ("bf16", 4, 2), ("f16", 4, 1))
-def low_rank_gradient(kind: str, tiles: int, parts: int):
+@kernel_factory(("bf16", 1, 1), ("bf16", 1, 2), ("bf16", 2, 2), ("bf16", 4, 2), ("f16", 4, 1), ("bf16", 1, 1, True))
+def low_rank_gradient(kind: str, tiles: int, parts: int, beside: bool = False):
     """Parameters: both sides', rows, rows of a block (a multiple of ``ROWS_OF_TURN``), rank, blocks of the first side.
 
     ``tiles`` are groups of 16 ranks of a block, ``parts`` the values that add up to a rank's. Blocks: 64 columns of the
     first side, then of the second, along x; rows along y; ranks along z. Parts of the sums are [rows' block, rank,
-    column] in fp32. Columns and strides are multiples of eight elements.
+    column] in fp32. Columns and strides are multiples of eight elements. ``beside``: the grid may run beside the one
+    before it, none of whose results it takes, and ends after that one (sm_90).
     """
     stage, pitch = _stager(tiles, parts)
     multiply = _multiplier(kind, tiles, parts, pitch)
@@ -201,11 +202,16 @@ def low_rank_gradient(kind: str, tiles: int, parts: int):
         is_first = block < blocks_of_first
         side = side_of(first, second, is_first)
         work(side, block if is_first else block - blocks_of_first, rows, rows_of_block, rank)
+        # One block that waits is enough, and more would keep others from multiprocessors that are free.
+        last_rows, last_ranks = (block_y() + 1) * rows_of_block >= rows, (block_z() + 1) * (STEP * tiles) >= rank
+        if beside and block == grid_x() - 1 and last_rows and last_ranks:
+            barrier.wait_for_previous_grid()
 
     pointer = ELEMENTS[kind].pointer
     side = types.Tuple((f32p, pointer, pointer, i64, i64, i64, i64))
     shared_bytes = max(2 * WARPS * staged, 4 * WARPS * STEP * _PARKED_PITCH)
     options = {"threads": THREADS, "shared_bytes": shared_bytes, "min_blocks": 2 if tiles == 1 else 1}
+    options |= {"architectures": (9, 0, "a")} if beside else {}
     return kernel, (side, side, i64, i64, i64, i64), options
 
 

@@ -1,8 +1,8 @@
 """Attention on tensor cores of sm_80 and later: out = softmax(scale q k^T) v, the scores in registers only.
 
 FlashAttention-2 (Dao, arXiv:2307.08691): a block keeps rows of q and walks over tiles of keys with a running maximum
-and sum of each row; what was summed under an older maximum is rescaled. Copies of v's tile go on during the first
-product, those of the next tile of k during the second. Powers are of two: scale log2(e) is one factor.
+and sum of each row; what was summed under an older maximum is rescaled. Copies of the next tiles of k and v go on
+during the products of the present ones. Powers are of two: scale log2(e) is one factor.
 """
 
 from __future__ import annotations
@@ -134,42 +134,47 @@ def _online_softmax(tile: Tile) -> Callable:
 
 def _walker(kind: str, tile: Tile, causal: bool) -> Callable:
     """``walk(shared, most, totals, out, k, v, bases, problem, edge, thread)``: over all keys that rows see."""
-    columns, row_elements, column_elements = tile.columns, tile.row_elements, tile.column_elements
-    score_count = tile.row_blocks * tile.columns // 2
+    columns, column_elements, stage = tile.columns, tile.column_elements, 2 * tile.column_elements
+    score_count, first_stage = tile.row_blocks * tile.columns // 2, tile.row_elements
     word_count = score_count // 2
-    fetch = loader(tile.columns, tile.width, tile.threads)
+    fetch_tile = loader(tile.columns, tile.width, tile.threads)
     scores_of, packed, multiply = score_multiplier(kind, tile), packer(kind, tile), register_multiplier(kind, tile)
     clear, hide, soften = clearer(score_count), hider(tile, causal), _online_softmax(tile)
     arrived, where = memory.copy_async_wait(0), lane_of(tile)
 
     @device
+    def fetch(shared, at, k, v, bases, column0, keys, width, thread):
+        k_base, v_base = bases
+        fetch_tile(shared, at, k[POINTER], k_base, k[TOKEN], column0, keys, width, thread)
+        v_at = at + np.int64(column_elements)
+        fetch_tile(shared, v_at, v[POINTER], v_base, v[TOKEN], column0, keys, width, thread)
+
+    @device
     def walk(shared, most, totals, out, k, v, bases, problem, edge, thread):
         keys, seen, width, factor = problem
-        k_base, v_base = bases
         scores = cuda.local.array(score_count, np.float32)
         words = cuda.local.array(word_count, np.uint32)
-        k_at, v_at = np.int64(row_elements), np.int64(row_elements + column_elements)
-        fetch(shared, k_at, k[POINTER], k_base, k[TOKEN], _u32(0), keys, width, thread)
+        at, next_at = np.int64(first_stage), np.int64(first_stage + stage)
+        if seen > _u32(0):
+            fetch(shared, at, k, v, bases, _u32(0), keys, width, thread)
         memory.copy_async_commit()
         column0 = _u32(0)
         while column0 < seen:
             arrived()
             warp.block_barrier()
-            fetch(shared, v_at, v[POINTER], v_base, v[TOKEN], column0, keys, width, thread)
+            following = _u32(column0 + _u32(columns))
+            if following < seen:
+                fetch(shared, next_at, k, v, bases, following, keys, width, thread)
             memory.copy_async_commit()
             lane, line0 = where(thread)
             clear(scores)
-            scores_of(shared, np.int64(0), k_at, scores, line0, lane)
+            scores_of(shared, np.int64(0), at, scores, line0, lane)
             hide(scores, column0, edge, keys, lane)
-            arrived()
-            warp.block_barrier()
-            column0 = _u32(column0 + _u32(columns))
-            if column0 < seen:
-                fetch(shared, k_at, k[POINTER], k_base, k[TOKEN], column0, keys, width, thread)
-            memory.copy_async_commit()
             soften(scores, most, totals, out, factor)
             packed(scores, words)
-            multiply(shared, v_at, words, out, where(thread)[0])
+            multiply(shared, at + np.int64(column_elements), words, out, where(thread)[0])
+            column0 = following
+            at, next_at = next_at, at
         # Without a turn, other threads' copies of q may still be under way to where results go.
         memory.copy_async_wait_all()
         warp.block_barrier()
@@ -203,8 +208,8 @@ def _finisher(tile: Tile) -> Callable:
 
 
 def shared_bytes(tile: Tile) -> int:
-    """Shared memory of a block: rows of q, tiles of k and v."""
-    return 2 * (tile.row_elements + 2 * tile.column_elements)
+    """Shared memory of a block: rows of q, and tiles of k and v, those of the next turn too."""
+    return 2 * (tile.row_elements + 4 * tile.column_elements)
 
 
 def _launch_bounds(tile: Tile) -> dict:

@@ -15,10 +15,10 @@ import numpy as np
 from kernels import bits, warp
 from kernels.barrier import cluster_rank, shared_address, shared_store_counted
 from kernels.hyper_connection.cluster_stage import OF_LINES, OF_SUMS, SAMPLES, Layout, Team, counters
+from kernels.hyper_connection.lanes import mixing_by_lanes
 from kernels.hyper_connection.static import post_weight, pre_weight
 from kernels.simulator import WARP
-from kernels.sinkhorn import clamped, exponential
-from kernels.sinkhorn_thread import inverse, line_scale
+from kernels.sinkhorn_thread import inverse
 from kernels.target import device
 
 
@@ -53,49 +53,12 @@ def sender(n: int, team: Team) -> Callable:
 
 
 @functools.cache
-def mixing_by_lanes(mode: str, n: int) -> Callable:
-    """A device function of a warp: x becomes Sinkhorn of the logits of two matrices, a cell for each of 16 lanes.
-
-    Lane 4 i + j of 16 has element (i, j); where there is none it has 0 and stays 0, and the logit is not looked at.
-    """
-    softmax, scale_of = mode == "softmax", line_scale(mode)
-
-    @device
-    def line_sum(x, first):
-        """Over a row for ``first`` 1, over a column for 4."""
-        x = x + warp.shuffle_xor(x, np.uint32(first))
-        return x + warp.shuffle_xor(x, np.uint32(2 * first))
-
-    @device
-    def start(logit, inside, eps):
-        if not softmax:
-            return exponential(clamped(logit)) if inside else np.float32(0)
-        top = logit if inside else np.float32(-3.0e38)
-        top = max(top, warp.shuffle_xor(top, np.uint32(1)))
-        top = max(top, warp.shuffle_xor(top, np.uint32(2)))
-        power = exponential(logit - top) if inside else np.float32(0)
-        scale = inverse(line_sum(power, 1))
-        return power * scale + eps if inside else np.float32(0)
-
-    @device
-    def project(logit, inside, iterations, eps):
-        x = start(logit, inside, eps)
-        for iteration in range(iterations):
-            if not softmax or iteration > 0:
-                x = x * scale_of(line_sum(x, 1), eps)
-            x = x * scale_of(line_sum(x, 4), eps)
-        return x
-
-    return project
-
-
-@functools.cache
 def maker(mode: str, n: int, team: Team) -> Callable:
     """A device function of one warp: the mixing weights of the block's samples of a stage, to every block.
 
     It leaves the samples' ``projected`` and ``mixing`` in memory as well.
     """
-    outputs, blocks, samples, project = n * (n + 2), team.blocks, SAMPLES // team.blocks, mixing_by_lanes(mode, n)
+    outputs, blocks, samples, project = n * (n + 2), team.blocks, SAMPLES // team.blocks, mixing_by_lanes(mode)
     width, layout, s_pre, count = outputs + 1, Layout(n, team), pre_weight(mode), counters(n, team)
     values = samples * width
     inbox_at, lines_at, wait, address = layout.inbox, layout.lines, count.wait, count.address

@@ -3,8 +3,8 @@
 A warp takes 32 neighbouring channels of all streams and walks over 16 samples at a time, which are copied ahead to
 places of the lanes' own in shared memory. The projection's rows wait there as well, their columns in an order that
 gives a lane eight neighbouring channels of two samples as results of the tensor core, so that x, d and d_x move in
-16-byte accesses. What the samples add to the rows' gradient stays in registers for the whole walk. The lifts, and rows
-in fp32, are split into bf16 parts without loss; products of parts that lie below fp32 are left out.
+16-byte accesses. What the samples add to the rows' gradient stays in registers for the whole walk. Lifts come in bf16
+parts, and rows in fp32 are split into them, without loss; products of parts that lie below fp32 are left out.
 """
 
 from __future__ import annotations
@@ -16,18 +16,24 @@ import numpy as np
 
 from kernels import memory, tensor_core, warp
 from kernels.elements import ELEMENTS
+from kernels.hyper_connection.cluster_stage import number_at
 from kernels.hyper_connection.project import exact_parts
 from kernels.hyper_connection.spread_stage import (
     CHANNELS,
-    ROWS,
+    OF_PULL,
+    OF_ROOT,
+    OF_WEIGHTS,
+    OF_X,
+    PARTS,
     RUN,
-    STAGES,
     STEP,
     WARPS,
+    Layout,
     pitch_of,
     rows_gradient,
-    shared_bytes,
+    rows_of,
     staged,
+    staged_lifts,
 )
 from kernels.hyper_connection.stream import gamma_runs
 from kernels.simulator import WARP
@@ -36,91 +42,245 @@ from kernels.target import blocks_by_shared, cuda, device, f32p, i64, kernel_fac
 
 @functools.cache
 def _fill(projection: str, n: int) -> Callable:
-    """A device function: the block's columns of the projection's rows to shared memory, in parts, zeros beside them."""
-    load, parts = ELEMENTS[projection].load, 1 if projection == "bf16" else 3
+    """A device function: the block's columns of the projection's rows to shared memory, in parts, zeros beside them.
+
+    Of a warp's channels tile q has at column c the channel 8 (c / 2) + 2 q + c % 2: of eight neighbours, two a tile.
+    """
+    fetch8, unpack8, raw_words = (
+        ELEMENTS[projection].fetch8_cached,
+        ELEMENTS[projection].unpack8,
+        ELEMENTS[projection].words,
+    )
     pitch, columns, outputs, threads = pitch_of(n), WARPS * n * CHANNELS, n * (n + 2), WARPS * WARP
+    exact, rows_held, held = projection == "bf16", rows_of(n), 4 * PARTS
 
     @device
-    def channel_of(place):
-        """Which of a warp's channels lies at a place: tile q, column c holds channel 8 (c / 2) + 2 q + c % 2."""
-        q, c = np.uint32(place >> np.uint32(3)), np.uint32(place & np.uint32(7))
-        return np.uint32(np.uint32(8) * np.uint32(c >> np.uint32(1)) + np.uint32(2) * q + np.uint32(c & np.uint32(1)))
+    def fetch(rows, at, words):
+        """Eight neighbours as four pairs, in parts."""
+        raw = cuda.local.array(raw_words, np.uint32)
+        values = cuda.local.array(RUN, np.float32)
+        fetch8(rows, at, raw, 0)
+        if exact:
+            for pair in range(4):
+                words[pair] = raw[pair]
+        else:
+            unpack8(raw, 0, values, 0)
+            for pair in range(4):
+                words[pair], words[4 + pair], words[8 + pair] = exact_parts(values[2 * pair], values[2 * pair + 1])
 
     @device
     def fill(shared, rows, first, channels):
-        for i in range(np.int64(warp.thread_index()), ROWS * columns, threads):
+        words = cuda.local.array(held, np.uint32)
+        for i in range(np.int64(warp.thread_index()), rows_held * columns // RUN, threads):
             index = np.uint32(i)
-            e, column = np.uint32(index // np.uint32(columns)), np.uint32(index % np.uint32(columns))
-            group, place = np.uint32(column // np.uint32(CHANNELS)), np.uint32(column % np.uint32(CHANNELS))
+            e, run = np.uint32(index // np.uint32(columns // RUN)), np.uint32(index % np.uint32(columns // RUN))
+            group, u = np.uint32(run // np.uint32(CHANNELS // RUN)), np.uint32(run % np.uint32(CHANNELS // RUN))
             own, j = np.uint32(group // np.uint32(n)), np.uint32(group % np.uint32(n))
-            c = first + np.int64(np.uint32(own * np.uint32(CHANNELS) + channel_of(place)))
-            value = np.float32(0)
+            c = first + np.int64(np.uint32(own * np.uint32(CHANNELS)) + np.uint32(np.uint32(RUN) * u))
+            for part in range(held):
+                words[part] = np.uint32(0)
             if e < np.uint32(outputs) and c < channels:
-                value = load(rows, (np.int64(e) * np.int64(n) + np.int64(j)) * channels + c)
-            words = exact_parts(value, np.float32(0))
-            for part in range(parts):
-                at = np.int64(np.uint32(np.uint32(part * ROWS) + e) * np.uint32(pitch) + column)
-                shared[at] = np.uint16(words[part] & np.uint32(0xFFFF))
+                fetch(rows, (np.int64(e) * np.int64(n) + np.int64(j)) * channels + c, words)
+            to = np.uint32(np.uint32(e * np.uint32(pitch)) + np.uint32(group * np.uint32(CHANNELS)))
+            to = np.uint32(to + np.uint32(np.uint32(2) * u))
+            for part in range(1 if exact else PARTS):
+                for q in range(4):
+                    at = np.int64(np.uint32(to + np.uint32(part * rows_held * pitch + 8 * q)))
+                    memory.shared_store32(shared, at, words[4 * part + q])
 
     return fill
 
 
 @functools.cache
-def _through(projection: str, n: int) -> Callable:
-    """A device function: acc = the lifts' fragment times the projection's columns of stream j, four tiles of eight."""
-    pitch, of_rows = pitch_of(n), 1 if projection == "bf16" else 3
+def _products(projection: str, n: int, j: int) -> Callable:
+    """A device function: acc = the lifts' fragments times the projection's columns of the streams from j on.
+
+    Each stream has code of its own, so that the sums stay in registers.
+    """
+    if j == n:
+        return _no_products
+    rest, pitch, rows, of_rows = (
+        _products(projection, n, j + 1),
+        pitch_of(n),
+        rows_of(n),
+        1 if projection == "bf16" else PARTS,
+    )
+    words, pairs, odd = rows // 4, rows // 16, rows % 16 != 0
 
     @device
-    def multiply(acc, tile, a, part, step, b0, b1):
-        i, c = 8 * part + 4 * step, 4 * tile
-        r0, r1, r2, r3 = tensor_core.mma_bf16(
-            a[i], a[i + 1], a[i + 2], a[i + 3], b0, b1, acc[c], acc[c + 1], acc[c + 2], acc[c + 3]
-        )
-        acc[c], acc[c + 1], acc[c + 2], acc[c + 3] = r0, r1, r2, r3
+    def multiply(acc, c, f, i, b0, b1, b2, b3):
+        """The product of one part of the lifts with eight columns."""
+        if pairs > 0:
+            r0, r1, r2, r3 = tensor_core.mma_bf16(
+                f[i], f[i + 1], f[i + 2], f[i + 3], b0, b1, acc[c], acc[c + 1], acc[c + 2], acc[c + 3]
+            )
+            acc[c], acc[c + 1], acc[c + 2], acc[c + 3] = r0, r1, r2, r3
+        if odd:
+            of_last, i = (b2 if pairs > 0 else b0), i + 4 * pairs
+            r0, r1, r2, r3 = tensor_core.mma_bf16_short(
+                f[i], f[i + 1], of_last, acc[c], acc[c + 1], acc[c + 2], acc[c + 3]
+            )
+            acc[c], acc[c + 1], acc[c + 2], acc[c + 3] = r0, r1, r2, r3
 
     @device
-    def product(acc, tile, a, of_lifts, b0, b1, b2, b3):
-        for part in range(of_lifts):
-            multiply(acc, tile, a, part, 0, b0, b1)
-            multiply(acc, tile, a, part, 1, b2, b3)
-
-    @device
-    def through(acc, a, shared, own, j, lane):
-        for i in range(16):
-            acc[i] = np.float32(0)
-        column = np.uint32(np.uint32(own * np.uint32(n) + np.uint32(j)) * np.uint32(CHANNELS))
+    def products(acc, f, shared, at):
         for tile in range(4):
-            at = np.int64(np.uint32(lane * np.uint32(pitch) + column + np.uint32(8 * tile)))
-            b0, b1, b2, b3 = tensor_core.ldmatrix_transposed(shared, at)
-            product(acc, tile, a, 3, b0, b1, b2, b3)
-            if of_rows == 3:
-                b0, b1, b2, b3 = tensor_core.ldmatrix_transposed(shared, at + np.int64(ROWS * pitch))
-                product(acc, tile, a, 2, b0, b1, b2, b3)
-                b0, b1, b2, b3 = tensor_core.ldmatrix_transposed(shared, at + np.int64(2 * ROWS * pitch))
-                product(acc, tile, a, 1, b0, b1, b2, b3)
+            c = 16 * j + 4 * tile
+            for i in range(4):
+                acc[c + i] = np.float32(0)
+            for copy in range(of_rows):
+                offset = np.uint32(2 * (copy * rows * pitch + j * CHANNELS + 8 * tile))
+                b0, b1, b2, b3 = tensor_core.ldmatrix_transposed_ahead(shared, at, offset)
+                for part in range(PARTS - copy):
+                    multiply(acc, c, f, words * part, b0, b1, b2, b3)
+        rest(acc, f, shared, at)
+
+    return products
+
+
+@device
+def _no_products(acc, f, shared, at):
+    """Behind the last stream."""
+
+
+@functools.cache
+def _through(role: str, projection: str, n: int) -> Callable:
+    """A device function: acc = the lifts of 16 samples times the projection's columns of all streams."""
+    pitch, rows, of_lifts, products = (
+        pitch_of(n),
+        rows_of(n),
+        staged_lifts(role, projection, n),
+        _products(projection, n, 0),
+    )
+    place, by_sample, words = of_lifts.place, of_lifts.by_sample, of_lifts.words
+    held = PARTS * words
+
+    @device
+    def through(acc, shared, stage):
+        f = cuda.local.array(held, np.uint32)
+        thread, at, last = warp.thread_index(), place(stage, False), place(stage, True)
+        for part in range(PARTS):
+            by_sample(shared, at, last, part, f, words * part)
+        lane, own = np.uint32(thread % np.uint32(WARP)), np.uint32(thread // np.uint32(WARP))
+        row = np.uint32(np.uint32(lane % np.uint32(rows)) * np.uint32(pitch))
+        products(acc, f, shared, np.int64(np.uint32(row + np.uint32(own * np.uint32(n * CHANNELS)))))
 
     return through
 
 
+@device
+def _no_streams(at, half, record, acc, da, g, d_x, to, channels, there):
+    """Behind the last stream."""
+
+
 @functools.cache
-def _lift_fragment(n: int) -> Callable:
-    """A device function: the lifts of 16 samples by 32 rows as a fragment in three parts; zeros beside them."""
-    outputs = n * (n + 2)
+def _number(role: str, projection: str | None, n: int) -> Callable:
+    """A device function: a number of the record of the lane's ``half``-th sample."""
+    further = 8 * 2 * Layout(role, projection, n).record
 
     @device
-    def lift(lifts, line, e):
-        return lifts[line + e] if e < np.int64(outputs) else np.float32(0)
+    def number(record, half, e):
+        return number_at(record, np.uint32(half * further + 4 * e))
+
+    return number
+
+
+@functools.cache
+def _streams(role: str, projection: str | None, n: int, j: int) -> Callable:
+    """A device function: d_x of a sample's eight channels from stream j on; each has code of its own."""
+    if j == n:
+        return _no_streams
+    unpack8, store8, full, projected = (
+        ELEMENTS["bf16"].unpack8,
+        ELEMENTS["bf16"].store8,
+        role == "full",
+        projection is not None,
+    )
+    words_of, rest = staged(role, projection, n).words, _streams(role, projection, n, j + 1)
+    number = _number(role, projection, n)
 
     @device
-    def fetch(lifts, upper, lower, t, a):
-        for step in range(2):
-            for r in range(4):
-                line = lower if r & 1 else upper
-                e = np.int64(16 * step + 8 * (r >> 1)) + np.int64(2) * t
-                first, second, third = exact_parts(lift(lifts, line, e), lift(lifts, line, e + np.int64(1)))
-                a[4 * step + r], a[8 + 4 * step + r], a[16 + 4 * step + r] = first, second, third
+    def streams(at, half, record, acc, da, g, d_x, to, channels, there):
+        words = cuda.local.array(4, np.uint32)
+        v = cuda.local.array(RUN, np.float32)
+        result = cuda.local.array(RUN, np.float32)
+        weight = number(record, half, OF_WEIGHTS + j)
+        for e in range(RUN):
+            result[e] = weight * da[e]
+        if projected:
+            words_of(at, half, j, words, 0)
+            unpack8(words, 0, v, 0)
+            weight = number(record, half, OF_X)
+            for e in range(RUN):
+                result[e] += acc[16 * j + 4 * (e // 2) + 2 * half + e % 2]
+                result[e] += weight * v[e]
+        if full:
+            for i in range(n):
+                weight = number(record, half, OF_WEIGHTS + (2 + i) * n + j)
+                for e in range(RUN):
+                    result[e] += weight * g[RUN * i + e]
+        else:
+            words_of(at, half, n + j, words, 0)
+            unpack8(words, 0, v, 0)
+            for e in range(RUN):
+                result[e] += v[e]
+        if there:
+            store8(d_x, to, result, 0, np.uint32(0))
+        rest(at, half, record, acc, da, g, d_x, to + channels, channels, there)
 
-    return fetch
+    return streams
+
+
+@functools.cache
+def _sample(role: str, projection: str | None, gamma_element: str | None, n: int, half: int) -> Callable:
+    """A device function: d_x of the lane's channels of one of its two samples, and what it adds to gamma's gradient."""
+    unpack8, full, normalised = ELEMENTS["bf16"].unpack8, role == "full", gamma_element is not None
+    (_, unpack_gamma, _), of_samples = gamma_runs(gamma_element, 1), staged(role, projection, n)
+    words_of, streams, number = of_samples.words, _streams(role, projection, n, 0), _number(role, projection, n)
+    held = RUN * n if full else 1
+
+    @device
+    def aggregate_back(at, record, gamma, g, da, of_gamma, there):
+        words = cuda.local.array(4, np.uint32)
+        v = cuda.local.array(RUN, np.float32)
+        u = cuda.local.array(RUN, np.float32)
+        for e in range(RUN):
+            u[e] = np.float32(0)
+            da[e] = np.float32(0)
+        if normalised:
+            for i in range(n):
+                words_of(at, half, i, words, 0)
+                unpack8(words, 0, v, 0)
+                weight = number(record, half, OF_WEIGHTS + i)
+                for e in range(RUN):
+                    u[e] += weight * v[e]
+        if full:
+            for i in range(n):
+                words_of(at, half, n + i, words, 0)
+                unpack8(words, 0, g, RUN * i)
+                weight = number(record, half, OF_WEIGHTS + n + i)
+                for e in range(RUN):
+                    da[e] += weight * g[RUN * i + e]
+        else:
+            words_of(at, half, 2 * n, words, 0)
+            unpack8(words, 0, da, 0)
+        if normalised:
+            unpack_gamma(gamma, 0, v)
+            scale, pull = number(record, half, OF_ROOT), number(record, half, OF_PULL)
+            for e in range(RUN):
+                u[e] = u[e] * scale
+                if there:
+                    of_gamma[e] += da[e] * u[e]
+                da[e] = (v[e] * da[e] - u[e] * pull) * scale
+
+    @device
+    def sample(at, record, gamma, acc, of_gamma, d_x, to, channels, there):
+        g = cuda.local.array(held, np.float32)
+        da = cuda.local.array(RUN, np.float32)
+        aggregate_back(at, record, gamma, g, da, of_gamma, there)
+        streams(at, half, record, acc, da, g, d_x, to, channels, there)
+
+    return sample
 
 
 _EXAMPLES = (
@@ -129,135 +289,57 @@ _EXAMPLES = (
 )  # fmt: skip
 
 
-@functools.cache
-def _aggregate_back(role: str, projection: str | None, gamma_element: str | None, n: int) -> Callable:
-    """A device function: the eight channels' da of one sample, and its part of gamma's gradient if it ``counts``."""
-    unpack8, full, normalised = ELEMENTS["bf16"].unpack8, role == "full", gamma_element is not None
-    _, unpack_gamma, _ = gamma_runs(gamma_element, 1)
-    words_of = staged(role, projection, n).words
-
-    @device
-    def back(shared, stage, half, weights, line, roots, sample, gamma, da, to, of_gamma, counts):
-        words = cuda.local.array(4, np.uint32)
-        v = cuda.local.array(RUN, np.float32)
-        a = cuda.local.array(RUN, np.float32)
-        dy = cuda.local.array(RUN, np.float32)
-        root, pull = roots[sample * np.int64(2)], roots[sample * np.int64(2) + np.int64(1)]
-        for e in range(RUN):
-            a[e] = np.float32(0)
-            dy[e] = np.float32(0)
-        for i in range(n):
-            if normalised:
-                words_of(shared, stage, half, i, words)
-                unpack8(words, 0, v, 0)
-                for e in range(RUN):
-                    a[e] += weights[line + i] * v[e]
-            if full:
-                words_of(shared, stage, half, n + i, words)
-                unpack8(words, 0, v, 0)
-                for e in range(RUN):
-                    dy[e] += weights[line + n + i] * v[e]
-        if not full:
-            words_of(shared, stage, half, 2 * n, words)
-            unpack8(words, 0, dy, 0)
-        unpack_gamma(gamma, 0, v)
-        scale = np.float32(1) / root
-        for e in range(RUN):
-            if normalised:
-                u = a[e] * scale
-                of_gamma[e] += dy[e] * u if counts else np.float32(0)
-                da[to + e] = (v[e] * dy[e] - u * pull) * scale
-            else:
-                da[to + e] = dy[e]
-
-    return back
-
-
-@functools.cache
-def _store_stream(role: str, projection: str | None, n: int) -> Callable:
-    """A device function: d_x of stream j and one sample's eight channels."""
-    unpack8, store8, full = ELEMENTS["bf16"].unpack8, ELEMENTS["bf16"].store8, role == "full"
-    words_of = staged(role, projection, n).words
-
-    @device
-    def store(shared, stage, half, weights, line, lifted, j, acc, da, d_x, to):
-        words = cuda.local.array(4, np.uint32)
-        v = cuda.local.array(RUN, np.float32)
-        result = cuda.local.array(RUN, np.float32)
-        words_of(shared, stage, half, j, words)
-        unpack8(words, 0, v, 0)
-        for q in range(4):
-            for i in range(2):
-                e = 2 * q + i
-                result[e] = acc[4 * q + 2 * half + i] + weights[line + j] * da[RUN * half + e] + lifted * v[e]
-        if full:
-            for i in range(n):
-                words_of(shared, stage, half, n + i, words)
-                unpack8(words, 0, v, 0)
-                for e in range(RUN):
-                    result[e] += weights[line + (2 + i) * n + j] * v[e]
-        else:
-            words_of(shared, stage, half, n + j, words)
-            unpack8(words, 0, v, 0)
-            for e in range(RUN):
-                result[e] += v[e]
-        store8(d_x, to, result, 0, np.uint32(0))
-
-    return store
-
-
 @kernel_factory(*_EXAMPLES)
 def spread_tile(role, projection, gamma_element, n):
     """d_x[b, j] = carried[b, j] + s_pre[j] da[b] + rows_j^T lifts[b] + lift x[b, j]; and sums for gamma and the rows.
 
     Carried is sum_i M[i, j] d[b, i] in role "full", and d[b, j] in role "pre", where ``d_line`` [B, C] is the gradient
     of the aggregate; that is not read in role "full", nor are rows and lifts where ``projection`` is None. Parameters:
-    x, gamma, d, d_line, weights, roots, rows, lifts, d_x, gamma_sums, parts, pitch, C, B, steps; ``lifts`` as
-    ``spread`` takes them, ``roots`` [B, 2] r and the pull, ``gamma_sums`` [splits, C], written where there is a gamma,
-    ``parts`` [splits, n (n + 2), n C] of the gradient of the rows, where there are any; ``pitch`` is n (n + 2), or 0
-    where all samples have the same line of weights. The grid is (blocks of channels, splits), a split ``steps`` of STEP
-    samples.
+    x, gamma, d, d_line, records, rows, d_x, gamma_sums, parts, C, B, steps; ``records`` are there up to a multiple of
+    16 samples, with lifts of zero behind the last, ``gamma_sums`` [splits, C], written where there is a gamma,
+    ``parts`` [splits, n (n + 2), n C] of the gradient of the rows, where there are any. The grid is (blocks of
+    channels, splits), a split ``steps`` of STEP samples.
     """
-    projected, rows_kind = projection is not None, projection or "bf16"
-    fill, through, fetch_lifts = _fill(rows_kind, n), _through(rows_kind, n), _lift_fragment(n)
-    park = staged(role, projection, n).park
-    aggregate_back, store_stream = (
-        _aggregate_back(role, projection, gamma_element, n),
-        _store_stream(role, projection, n),
+    projected, rows_kind, layout = projection is not None, projection or "bf16", Layout(role, projection, n)
+    fill, through, of_samples = _fill(rows_kind, n), _through(role, rows_kind, n), staged(role, projection, n)
+    park, park_records, address, record = (
+        of_samples.park,
+        of_samples.park_records,
+        of_samples.address,
+        of_samples.record,
     )
+    upper_sample, lower_sample = (_sample(role, projection, gamma_element, n, half) for half in range(2))
     fetch_gamma, _, gamma_pointer = gamma_runs(gamma_element, 1)
-    gamma_words, count, normalised = ELEMENTS[gamma_element or "f32"].words, n * (n + 2), gamma_element is not None
-    of_projection, arrived = rows_gradient(role, projection, n), memory.copy_async_wait(STAGES - 1)
+    gamma_words, normalised = ELEMENTS[gamma_element or "f32"].words, gamma_element is not None
+    of_projection, arrived, held = (
+        rows_gradient(role, rows_kind, n),
+        memory.copy_async_wait_all,
+        16 * n if projected else 1,
+    )
     add_rows, store_rows, sums = of_projection.add, of_projection.store, of_projection.sums if projected else 1
 
     @device
-    def spread(
-        shared, stage, x, weights, lifts, d_x, pitch, b, c, inside, channels, batch, upper, lower, da, own, lane
-    ):
-        """The gradient of x of 16 samples."""
-        a = cuda.local.array(24, np.uint32)
-        acc = cuda.local.array(16, np.float32)
-        for i in range(16):
-            acc[i] = np.float32(0)
-        if projected:
-            t = np.int64(np.uint32(lane & np.uint32(3)))
-            fetch_lifts(lifts, upper * np.int64(count + 1), lower * np.int64(count + 1), t, a)
-        for j in range(n):
-            if projected:
-                through(acc, a, shared, own, j, lane)
-            for half in range(2):
-                sample, lifted = lower if half else upper, np.float32(0)
-                if projected:
-                    lifted = lifts[sample * np.int64(count + 1) + np.int64(count)]
-                if inside and b + np.int64(8 * half) < batch:
-                    to = (sample * np.int64(n) + np.int64(j)) * channels + c
-                    store_stream(shared, stage, half, weights, sample * pitch, lifted, j, acc, da, d_x, to)
+    def ahead(shared, stage, x, d, d_line, records, b, g, c, channels, batch):
+        """Start the copies of 16 samples from b on, the lane's of the g-th and the one eight further."""
+        end = batch - np.int64(1)
+        park_records(shared, stage, records, b)
+        park(shared, stage, x, d, d_line, min(b + g, end), min(b + g + np.int64(8), end), c, channels)
 
-    def kernel(x, gamma, d, d_line, weights, roots, rows, lifts, d_x, gamma_sums, parts, pitch, channels, batch, steps):
-        shared = cuda.shared.array(0, np.uint16, alignment=128)
+    @device
+    def spread(shared, stage, gamma, of_gamma, d_x, b, c, inside, channels, batch):
+        """The gradient of x of the lane's samples, b and the one eight further."""
+        acc = cuda.local.array(held, np.float32)
+        if projected:
+            through(acc, shared, stage)
+        at, line, to = address(shared, stage), record(shared, stage), b * np.int64(n) * channels + c
+        upper_sample(at, line, gamma, acc, of_gamma, d_x, to, channels, inside and b < batch)
+        to += np.int64(8 * n) * channels
+        lower_sample(at, line, gamma, acc, of_gamma, d_x, to, channels, inside and b + np.int64(8) < batch)
+
+    def kernel(x, gamma, d, d_line, records, rows, d_x, gamma_sums, parts, channels, batch, steps):
+        shared = cuda.shared.array(0, np.uint16, alignment=1024)
         of_gamma = cuda.local.array(RUN, np.float32)
         scale = cuda.local.array(gamma_words, np.uint32)
-        da = cuda.local.array(16, np.float32)
         of_rows = cuda.local.array(sums, np.float32)
         thread = warp.thread_index()
         lane, own = np.uint32(thread % np.uint32(WARP)), np.uint32(thread // np.uint32(WARP))
@@ -266,10 +348,9 @@ def spread_tile(role, projection, gamma_element, n):
         of_warp = first + np.int64(np.uint32(own * np.uint32(CHANNELS)))
         inside = of_warp + np.int64(8) * t < channels
         c = min(of_warp + np.int64(8) * t, channels - np.int64(RUN))
-        end, b, stage = batch - np.int64(1), warp.block_y() * steps * np.int64(STEP) + g, np.uint32(0)
-        last = min(batch, b - g + steps * np.int64(STEP))
-        park(shared, stage, x, d, d_line, min(b, end), min(b + np.int64(8), end), c, channels)
-        memory.copy_async_commit()
+        b, stage = warp.block_y() * steps * np.int64(STEP), np.uint32(0)
+        last = min(batch, b + steps * np.int64(STEP))
+        ahead(shared, stage, x, d, d_line, records, b, g, c, channels, batch)
         if projected:
             fill(shared, rows, first, channels)
         fetch_gamma(gamma, scale, 0, c)
@@ -277,29 +358,17 @@ def spread_tile(role, projection, gamma_element, n):
             of_gamma[e] = np.float32(0)
         for i in range(sums):
             of_rows[i] = np.float32(0)
-        warp.block_barrier()
-        while b - g < last:
+        while b < last:
             coming, other = b + np.int64(STEP), np.uint32(stage ^ np.uint32(1))
-            if coming - g < last:
-                park(shared, other, x, d, d_line, min(coming, end), min(coming + np.int64(8), end), c, channels)
-            memory.copy_async_commit()
             arrived()
-            # The warp's lanes read one another's samples.
-            warp.sync_warp()
-            upper, lower = min(b, end), min(b + np.int64(8), end)
-            for half in range(2):
-                sample, there = lower if half else upper, b + np.int64(8 * half) < batch
-                aggregate_back(
-                    shared, stage, half, weights, sample * pitch, roots, sample, scale, da, RUN * half, of_gamma, there
-                )
-            spread(
-                shared, stage, x, weights, lifts, d_x, pitch, b, c, inside, channels, batch, upper, lower, da, own, lane
-            )
+            # Records are the whole block's; and the other stage is free.
+            warp.block_barrier()
+            if coming < last:
+                ahead(shared, other, x, d, d_line, records, coming, g, c, channels, batch)
+            spread(shared, stage, scale, of_gamma, d_x, b + g, c, inside, channels, batch)
             if projected:
-                add_rows(of_rows, shared, stage, lifts, b - g, lane, batch)
-            warp.sync_warp()
+                add_rows(of_rows, shared, stage)
             b, stage = coming, other
-        memory.copy_async_wait_all()
         for e in range(RUN):
             total = of_gamma[e]
             for shift in range(3):
@@ -311,9 +380,7 @@ def spread_tile(role, projection, gamma_element, n):
 
     pointer = ELEMENTS["bf16"].pointer
     parameters = (
-        pointer, gamma_pointer, pointer, pointer, f32p, f32p, ELEMENTS[rows_kind].pointer, f32p, pointer, f32p, f32p,
-        i64, i64, i64, i64,
+        pointer, gamma_pointer, pointer, pointer, f32p, ELEMENTS[rows_kind].pointer, pointer, f32p, f32p, i64, i64, i64,
     )  # fmt: skip
-    nbytes = shared_bytes(role, projection, n)
-    options = {"threads": WARP * WARPS, "shared_bytes": nbytes}
-    return kernel, parameters, options | {"min_blocks": min(2, blocks_by_shared(nbytes))}
+    options = {"threads": WARP * WARPS, "shared_bytes": layout.bytes}
+    return kernel, parameters, options | {"min_blocks": min(2, blocks_by_shared(layout.bytes))}

@@ -16,6 +16,7 @@ import numpy as np
 
 from kernels import memory, warp
 from kernels.elements import ELEMENTS, parked8
+from kernels.hyper_connection.spread_stage import OF_PULL, OF_ROOT, OF_WEIGHTS
 from kernels.hyper_connection.stream import RUN, gamma_runs
 from kernels.simulator import WARP
 from kernels.target import blocks_by_shared, cuda, device, f32, f32p, i64, kernel_factory
@@ -76,13 +77,13 @@ def _scatter_sums() -> Callable:
 
 @functools.cache
 def _finish(role: str, n: int, normalised: bool) -> Callable:
-    """A device function for one warp, whose lanes have a sum each: the gradient of a sample's mixing weights, r and the
-    pull.
+    """A device function for one warp, whose lanes have a sum each: the gradient of a sample's mixing weights, and its
+    record.
     """
     count, squares_at, pull_at, full = n * (n + 2), 3 * n + n * n, 3 * n + n * n + 1, role == "full"
 
     @device
-    def finish(own, more, shares, roots, b, channels, eps):
+    def finish(own, weights, line, more, shares, records, stride, b, channels, eps):
         lane = np.int64(np.uint32(warp.thread_index() % np.uint32(WARP)))
         root, pull, to = np.float32(1), np.float32(0), b * np.int64(count)
         of_a = warp.shuffle_from(own, np.uint32(np.uint32(np.uint32(lane) + np.uint32(n)) % np.uint32(WARP)))
@@ -102,9 +103,12 @@ def _finish(role: str, n: int, normalised: bool) -> Callable:
             shares[to + lane - np.int64(n)] = own / root
         elif lane >= np.int64(3 * n) and lane < np.int64(squares_at):
             shares[to + lane - np.int64(n)] = own
+        record = b * stride
         if lane == np.int64(WARP - 1):
-            roots[b * np.int64(2)] = root
-            roots[b * np.int64(2) + np.int64(1)] = pull
+            records[record + np.int64(OF_ROOT)] = np.float32(1) / root
+            records[record + np.int64(OF_PULL)] = pull
+        if lane < np.int64(count):
+            records[record + np.int64(OF_WEIGHTS) + lane] = weights[line + lane]
 
     return finish
 
@@ -166,13 +170,13 @@ def _add_run(role: str, element: str, gamma_element: str | None, n: int, threads
     ("pre", "bf16", "bf16", 4, Crew(5, 1)), ("pre", "bf16", None, 4, Crew(1, 4)),
 )  # fmt: skip
 def stream_shares(role, element, gamma_element, n, crew):
-    """Of every sample: the gradient [B, n (n + 2)] of s_pre, s_post and M, and ``roots`` [B, 2], r and the pull.
+    """Of every sample: the gradient [B, n (n + 2)] of s_pre, s_post and M, and its record but for lifts.
 
     Roles: "full", d [B, n, C] is the gradient of out; "pre", d [B, C] is that of the aggregate, and ``more`` [B, n (n +
     2)] is added, which is not read in role "full". A block a ``crew.samples`` samples; a part is ``steps`` times
-    CHANNELS. Parameters: x, gamma, d, weights, more, shares, roots, pitch, C, B, steps, eps; ``pitch`` is n (n + 2), or
-    0 where all samples have the same line of weights. The sums are, in the order of a warp's lanes: gamma dy x_i; a
-    x_i; gamma a d_i; d_i x_j; a**2; gamma dy a.
+    CHANNELS. Parameters: x, gamma, d, weights, more, shares, records, pitch, stride, C, B, steps, eps; ``pitch`` is n
+    (n + 2), or 0 where all samples have the same line of weights, ``stride`` a record's (``spread_stage.py``). The sums
+    are, in the order of a warp's lanes: gamma dy x_i; a x_i; gamma a d_i; d_i x_j; a**2; gamma dy a.
     """
     parts, samples, threads, full = crew.parts, crew.samples, crew.threads, role == "full"
     lines, of_d, normalised = (2 * n, n, gamma_element is not None) if full else (n + 1, 1, gamma_element is not None)
@@ -213,7 +217,7 @@ def stream_shares(role, element, gamma_element, n, crew):
                     value += sums[np.uint32(np.uint32(own + np.uint32(i)) * np.uint32(WARP)) + lane]
         return value
 
-    def kernel(x, gamma, d, weights, more, shares, roots, pitch, channels, batch, steps, eps):
+    def kernel(x, gamma, d, weights, more, shares, records, pitch, stride, channels, batch, steps, eps):
         shared = cuda.shared.array(0, np.uint16, alignment=128)
         sums = cuda.shared.array(sums_length, np.float32)
         words = cuda.local.array(gamma_words, np.uint32)
@@ -231,8 +235,9 @@ def stream_shares(role, element, gamma_element, n, crew):
             ahead(shared, x, d, b, c + np.int64(s * CHANNELS), last, np.uint32(s), channels)
         for e in range(WARP):
             totals[e] = np.float32(0)
+        of_sample = min(b, batch - np.int64(1)) * pitch
         for e in range(read):
-            line[e] = weights[min(b, batch - np.int64(1)) * pitch + np.int64(e)]
+            line[e] = weights[of_sample + np.int64(e)]
         while c < last:
             if normalised:
                 fetch_gamma(gamma, words, 0, c)
@@ -246,11 +251,11 @@ def stream_shares(role, element, gamma_element, n, crew):
         warp.sync_warp()
         value = over_parts(sums, own, scatter(totals, lane))
         if part == np.uint32(0) and b < batch:
-            finish(value, more, shares, roots, b, channels, eps)
+            finish(value, weights, of_sample, more, shares, records, stride, b, channels, eps)
         memory.copy_async_wait_all()
 
     pointer = ELEMENTS[element].pointer
-    parameters = (pointer, gamma_pointer, pointer, f32p, f32p, f32p, f32p, i64, i64, i64, i64, f32)
+    parameters = (pointer, gamma_pointer, pointer, f32p, f32p, f32p, f32p, i64, i64, i64, i64, i64, f32)
     nbytes = STAGES * lines * threads * ELEMENTS[element].words * 4
     resident = min(MOST_WARPS * WARP // threads, blocks_by_shared(nbytes + 4 * sums_length))
     return kernel, parameters, {"threads": threads, "shared_bytes": nbytes, "min_blocks": max(1, resident)}

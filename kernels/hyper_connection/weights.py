@@ -13,8 +13,8 @@ from collections.abc import Callable
 import numpy as np
 
 from kernels import warp
-from kernels.hyper_connection.static import post_weight, pre_weight, sigmoid
-from kernels.sinkhorn_thread import THREADS, logit_gradient, matrix_steps
+from kernels.hyper_connection.static import post_weight, pre_weight
+from kernels.sinkhorn_thread import THREADS, matrix_steps
 from kernels.target import cuda, device, f32, f32p, i64, kernel_factory
 
 
@@ -95,63 +95,3 @@ def sample_weights_by_thread(mode, n):
 
     parameters = (f32p, f32p, f32p, f32p, f32p, f32p, i64, i64, i64, i64, f32)
     return kernel, parameters, {"threads": THREADS}
-
-
-@functools.cache
-def _warp_parts(n: int) -> Callable:
-    """A device function: the warp's sums for the gradients of bias and alpha, n (n + 2) and 3 of them, by one lane."""
-    outputs = n * (n + 2)
-
-    @device
-    def write(d_logits, to, projected, line, parts, at, there):
-        lane = warp.thread_index()
-        root = projected[line + outputs] if there else np.float32(1)
-        of_alpha = np.float32(0)
-        for e in range(outputs):
-            d = d_logits[to + e] if there else np.float32(0)
-            total = warp.warp_sum(d)
-            if lane == np.uint32(0):
-                parts[at + e] = total
-            of_alpha += d * ((projected[line + e] if there else np.float32(0)) / root)
-            if e == n - 1 or e == 2 * n - 1 or e == outputs - 1:
-                total = warp.warp_sum(of_alpha)
-                of_alpha = np.float32(0)
-                if lane == np.uint32(0):
-                    parts[at + outputs + min(e // n, 2)] = total
-
-    return write
-
-
-@kernel_factory(("exp", 1), ("exp", 2), ("exp", 4), ("softmax", 4))
-def sample_weights_by_thread_backward(mode, n):
-    """Lines of ``d_logits`` and ``lifts`` as ``sample_weights_backward`` makes them; one thread a sample.
-
-    Parameters: projected, alpha, bias, shares, d_logits, lifts, logits, kept, parts, B, iterations, eps, flat.
-    ``shares`` are whole lines; ``parts`` [blocks, n (n + 2) + 3] become the blocks' sums for the gradients of bias and
-    alpha; ``logits`` [B, n (n + 2)] and ``kept`` [2 iterations, n, B] are scratch.
-    """
-    back, outputs, write_parts = logit_gradient(mode, n), n * (n + 2), _warp_parts(n)
-
-    def kernel(projected, alpha, bias, shares, d_logits, lifts, logits, kept, parts, batch, iterations, eps, flat):
-        b = warp.block_x() * np.int64(THREADS) + np.int64(warp.thread_index())
-        line, to = b * np.int64(outputs + 1), b * np.int64(outputs)
-        if b < batch:
-            root = projected[line + outputs]
-            for e in range(outputs):
-                logits[to + e] = alpha[min(e // n, 2)] * (projected[line + e] / root) + bias[e]
-            for k in range(n):
-                s = sigmoid(logits[to + k])
-                d_logits[to + k] = shares[to + k] * s * (np.float32(1) - s)
-                s = sigmoid(logits[to + n + k])
-                d_logits[to + n + k] = shares[to + n + k] * np.float32(2) * s * (np.float32(1) - s)
-            first = to + np.int64(2 * n)
-            back(logits, first, shares, first, d_logits, first, kept, b, batch, iterations, eps)
-            pull = np.float32(0)
-            for e in range(outputs):
-                lift = d_logits[to + e] * alpha[min(e // n, 2)] / root
-                lifts[line + e] = lift
-                pull += lift * (projected[line + e] / root)
-            lifts[line + outputs] = -(pull / (root * np.float32(flat)))
-        write_parts(d_logits, to, projected, line, parts, warp.block_x() * np.int64(outputs + 3), b < batch)
-
-    return kernel, (f32p,) * 9 + (i64, i64, f32, i64), {"threads": THREADS}

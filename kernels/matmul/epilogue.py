@@ -63,39 +63,58 @@ def _activation(name: str) -> SimpleNamespace:
         return function(value)
 
     @device
+    def fetch(batch, row, column, p):
+        return ()
+
+    @device
+    def two(value, following, words, p):
+        return function(value), function(following)
+
+    @device
     def eight(values, at, batch, row, column, p):
         for i in range(8):
             values[at + i] = function(values[at + i])
 
-    return SimpleNamespace(parameters=types.Tuple(()), one=one, two=_twice(one), eight=eight)
+    return SimpleNamespace(parameters=types.Tuple(()), one=one, fetch=fetch, two=two, eight=eight)
 
 
-def _twice(one: Callable) -> Callable:
+def _pairs_of(kind: str, load32: Callable, load64: Callable) -> tuple[Callable, Callable]:
+    """Device functions: two neighbouring elements as two words in registers, and those as fp32."""
+    low, high = (bits.low_f16, bits.high_f16) if kind == "f16" else (bits.low_bf16, bits.high_bf16)
+    packed = kind != "f32"
+
     @device
-    def two(value, following, batch, row, column, p):
-        return one(value, batch, row, column, p), one(following, batch, row, column + np.int64(1), p)
+    def fetch(pointer, at):
+        if packed:
+            return load32(pointer, at), np.uint32(0)
+        return load64(pointer, at)
 
-    return two
+    @device
+    def values(words):
+        if packed:
+            return low(words[0]), high(words[0])
+        return bits.bits_f32(words[0]), bits.bits_f32(words[1])
+
+    return fetch, values
 
 
 def _by_column(kind: str, combine: Callable) -> SimpleNamespace:
     element = ELEMENTS[kind]
     load, fetch8, unpack8, words = element.load, element.fetch8_cached, element.unpack8, element.words
-    low, high = (bits.low_f16, bits.high_f16) if kind == "f16" else (bits.low_bf16, bits.high_bf16)
-    packed = words == 4
+    fetch_pair, values_of = _pairs_of(kind, memory.load32, memory.load64)
 
     @device
     def one(value, batch, row, column, p):
         return combine(value, load(p[0], batch * p[1] + column))
 
     @device
-    def two(value, following, batch, row, column, p):
-        at = batch * p[1] + column
-        if packed:
-            pair = memory.load32(p[0], at)
-            return combine(value, low(pair)), combine(following, high(pair))
-        first, second = memory.load64(p[0], at)
-        return combine(value, bits.bits_f32(first)), combine(following, bits.bits_f32(second))
+    def fetch(batch, row, column, p):
+        return fetch_pair(p[0], batch * p[1] + column)
+
+    @device
+    def two(value, following, words, p):
+        first, second = values_of(words)
+        return combine(value, first), combine(following, second)
 
     @device
     def eight(values, at, batch, row, column, p):
@@ -106,7 +125,8 @@ def _by_column(kind: str, combine: Callable) -> SimpleNamespace:
         for i in range(8):
             values[at + i] = combine(values[at + i], operand[i])
 
-    return SimpleNamespace(parameters=types.Tuple((element.pointer, i64)), one=one, two=two, eight=eight)
+    parameters = types.Tuple((element.pointer, i64))
+    return SimpleNamespace(parameters=parameters, one=one, fetch=fetch, two=two, eight=eight)
 
 
 def _bias(kind: str) -> SimpleNamespace:
@@ -126,8 +146,11 @@ def _scale_row(kind: str) -> SimpleNamespace:
         return value * load(p[0], batch * p[1] + row)
 
     @device
-    def two(value, following, batch, row, column, p):
-        scale = load(p[0], batch * p[1] + row)
+    def fetch(batch, row, column, p):
+        return load(p[0], batch * p[1] + row)
+
+    @device
+    def two(value, following, scale, p):
         return value * scale, following * scale
 
     @device
@@ -136,17 +159,28 @@ def _scale_row(kind: str) -> SimpleNamespace:
         for i in range(8):
             values[at + i] = values[at + i] * scale
 
-    return SimpleNamespace(parameters=types.Tuple((element.pointer, i64)), one=one, two=two, eight=eight)
+    parameters = types.Tuple((element.pointer, i64))
+    return SimpleNamespace(parameters=parameters, one=one, fetch=fetch, two=two, eight=eight)
 
 
 def _residual(kind: str) -> SimpleNamespace:
     element = ELEMENTS[kind]
     # The result may be written over the residual, so these loads must not go through the read-only path.
     load, fetch8, unpack8, words = element.load, element.fetch8, element.unpack8, element.words
+    fetch_pair, values_of = _pairs_of(kind, memory.load32_written, memory.load64_written)
 
     @device
     def one(value, batch, row, column, p):
         return value + p[3] * load(p[0], batch * p[2] + row * p[1] + column)
+
+    @device
+    def fetch(batch, row, column, p):
+        return fetch_pair(p[0], batch * p[2] + row * p[1] + column)
+
+    @device
+    def two(value, following, words, p):
+        first, second = values_of(words)
+        return value + p[3] * first, following + p[3] * second
 
     @device
     def eight(values, at, batch, row, column, p):
@@ -157,9 +191,8 @@ def _residual(kind: str) -> SimpleNamespace:
         for i in range(8):
             values[at + i] = values[at + i] + p[3] * operand[i]
 
-    return SimpleNamespace(
-        parameters=types.Tuple((element.pointer, i64, i64, f32)), one=one, two=_twice(one), eight=eight
-    )
+    parameters = types.Tuple((element.pointer, i64, i64, f32))
+    return SimpleNamespace(parameters=parameters, one=one, fetch=fetch, two=two, eight=eight)
 
 
 _STEPS: dict[str, Callable] = {
@@ -176,7 +209,12 @@ def _as_it_is(value, batch, row, column, p):
 
 
 @device
-def _both_as_they_are(value, following, batch, row, column, p):
+def _fetch_nothing(batch, row, column, p):
+    return ()
+
+
+@device
+def _both_as_they_are(value, following, words, p):
     return value, following
 
 
@@ -187,29 +225,33 @@ def _nothing(values, at, batch, row, column, p):
 
 def _then(rest: SimpleNamespace, step: SimpleNamespace, position: int) -> SimpleNamespace:
     """``rest``, then a step whose parameters are the epilogue's at ``position``."""
-    rest_one, rest_two, rest_eight = rest.one, rest.two, rest.eight
-    step_one, step_two, step_eight = step.one, step.two, step.eight
+    rest_one, rest_fetch, rest_two, rest_eight = rest.one, rest.fetch, rest.two, rest.eight
+    step_one, step_fetch, step_two, step_eight = step.one, step.fetch, step.two, step.eight
 
     @device
     def one(value, batch, row, column, p):
         return step_one(rest_one(value, batch, row, column, p), batch, row, column, p[position])
 
     @device
-    def two(value, following, batch, row, column, p):
-        first, second = rest_two(value, following, batch, row, column, p)
-        return step_two(first, second, batch, row, column, p[position])
+    def fetch(batch, row, column, p):
+        return rest_fetch(batch, row, column, p), step_fetch(batch, row, column, p[position])
+
+    @device
+    def two(value, following, words, p):
+        first, second = rest_two(value, following, words[0], p)
+        return step_two(first, second, words[1], p[position])
 
     @device
     def eight(values, at, batch, row, column, p):
         rest_eight(values, at, batch, row, column, p)
         step_eight(values, at, batch, row, column, p[position])
 
-    return SimpleNamespace(one=one, two=two, eight=eight)
+    return SimpleNamespace(one=one, fetch=fetch, two=two, eight=eight)
 
 
 def _chain(steps: dict[int, tuple]) -> SimpleNamespace:
     """Steps by their position, one after the other."""
-    chain = SimpleNamespace(one=_as_it_is, two=_both_as_they_are, eight=_nothing)
+    chain = SimpleNamespace(one=_as_it_is, fetch=_fetch_nothing, two=_both_as_they_are, eight=_nothing)
     for position, (name, *choices) in steps.items():
         chain = _then(chain, _STEPS[name](*choices), position)
     return chain
@@ -221,25 +263,24 @@ def epilogue(steps: tuple[tuple, ...]) -> SimpleNamespace:
 
     Without a gate (``gated`` is false):
     ``one(value, batch, row, column, p)`` gives the result's element;
-    ``two(value, following, batch, row, column, p)`` gives two neighbours, ``column`` even;
+    ``fetch(batch, row, column, p)`` gives what the steps read for two neighbours, ``column`` even, as early as wanted;
+    ``two(value, following, words, p)`` gives those two, of what `fetch` gave;
     ``eight(values, at, batch, row, column, p)`` changes eight neighbours in a local array, ``column`` a multiple of 8.
 
     With one, ``columns`` is the result's number of columns and every function takes gate and value columns as they lie
     in the product, the first half's element first:
     ``one(first, second, batch, row, column, columns, p)``;
-    ``two(a, b, second_a, second_b, batch, row, column, columns, p)`` gives two neighbours;
+    ``fetch(batch, row, column, columns, p)`` and ``two(a, b, second_a, second_b, words, p)`` give two neighbours;
     ``eight(values, at, second_at, batch, row, column, columns, p)`` leaves eight at ``at``.
 
-    All coordinates are int64. ``two`` wants operands aligned to 2 and ``eight`` to 8 elements of 16 bits (fp32: 16
+    All coordinates are int64. ``fetch`` wants operands aligned to 2 and ``eight`` to 8 elements of 16 bits (fp32: 16
     bytes) in every row, strides included; ``plain`` says that there are no steps at all.
     """
     parameters = types.Tuple([_parameters_of(step) for step in steps])
     gates = [i for i, step in enumerate(steps) if step[0] == "gate"]
     if not gates:
         chain = _chain(dict(enumerate(steps)))
-        return SimpleNamespace(
-            parameters=parameters, gated=False, plain=not steps, one=chain.one, two=chain.two, eight=chain.eight
-        )
+        return SimpleNamespace(parameters=parameters, gated=False, plain=not steps, **vars(chain))
     (gate,) = gates
     before = _chain({i: step for i, step in enumerate(steps) if i < gate})
     after = _chain({i: step for i, step in enumerate(steps) if i > gate})
@@ -254,8 +295,8 @@ def _parameters_of(step: tuple) -> types.BaseTuple:
 def _gated(before: SimpleNamespace, step: tuple, after: SimpleNamespace) -> dict[str, Callable]:
     _, name, gate_first = step
     function = ACTIVATIONS[name]
-    before_one, before_two, before_eight = before.one, before.two, before.eight
-    after_one, after_two, after_eight = after.one, after.two, after.eight
+    before_one, before_fetch, before_two, before_eight = before.one, before.fetch, before.two, before.eight
+    after_one, after_fetch, after_two, after_eight = after.one, after.fetch, after.two, after.eight
 
     @device
     def combine(first, second):
@@ -268,10 +309,15 @@ def _gated(before: SimpleNamespace, step: tuple, after: SimpleNamespace) -> dict
         return after_one(combine(first, second), batch, row, column, p)
 
     @device
-    def two(a, b, second_a, second_b, batch, row, column, columns, p):
-        a, b = before_two(a, b, batch, row, column, p)
-        second_a, second_b = before_two(second_a, second_b, batch, row, column + columns, p)
-        return after_two(combine(a, second_a), combine(b, second_b), batch, row, column, p)
+    def fetch(batch, row, column, columns, p):
+        first, second = before_fetch(batch, row, column, p), before_fetch(batch, row, column + columns, p)
+        return first, second, after_fetch(batch, row, column, p)
+
+    @device
+    def two(a, b, second_a, second_b, words, p):
+        a, b = before_two(a, b, words[0], p)
+        second_a, second_b = before_two(second_a, second_b, words[1], p)
+        return after_two(combine(a, second_a), combine(b, second_b), words[2], p)
 
     @device
     def eight(values, at, second_at, batch, row, column, columns, p):
@@ -281,4 +327,4 @@ def _gated(before: SimpleNamespace, step: tuple, after: SimpleNamespace) -> dict
             values[at + i] = combine(values[at + i], values[second_at + i])
         after_eight(values, at, batch, row, column, p)
 
-    return {"one": one, "two": two, "eight": eight}
+    return {"one": one, "fetch": fetch, "two": two, "eight": eight}

@@ -26,7 +26,6 @@ ROW_TILES = 2
 DEPTH = 32
 """Values of K that a warp takes at once: eight a lane, four lanes a row."""
 
-UNROLL = 2
 A, A_STRIDE, A_BATCH, DEPTH_OF_A = range(4)
 """Positions of A's parameters."""
 B, B_STRIDE, B_BATCH, RANK, SCALE = range(5)
@@ -35,7 +34,12 @@ _MMA = {"bf16": tensor_core.mma_bf16, "f16": tensor_core.mma_f16}
 _u32 = np.uint32
 
 
-def row_fetcher(tiles: int, rows_of_tile: int) -> Callable:
+def _unroll(column_tiles: int) -> int:
+    """Chunks of depth that a warp has on the way at once: as many as registers have room for."""
+    return 4 if column_tiles <= 2 else 2
+
+
+def row_fetcher(tiles: int, rows_of_tile: int, load: Callable = memory.load128) -> Callable:
     """A device function: each lane's eight values of its row in every tile of rows; zeros past the end of K."""
 
     @device
@@ -44,7 +48,7 @@ def row_fetcher(tiles: int, rows_of_tile: int) -> Callable:
         place = min(k, max(depth - np.int64(8), np.int64(0)))
         for tile in range(tiles):
             row = min(row0 + np.int64(tile * rows_of_tile) + g, rows - np.int64(1))
-            a, b, c, d = memory.load128(pointer, start + row * stride + place)
+            a, b, c, d = load(pointer, start + row * stride + place)
             words[at + 4 * tile] = a if inside else _u32(0)
             words[at + 4 * tile + 1] = b if inside else _u32(0)
             words[at + 4 * tile + 2] = c if inside else _u32(0)
@@ -188,7 +192,8 @@ def matmul_narrow(
     column_tiles = sum(tiles)
     fetch_b, scale_of = _terms(tiles, by_lines)
     a_words, b_words, sum_count = 8 * ROW_TILES, 4 * column_tiles, 4 * ROW_TILES * column_tiles
-    all_a, all_b = UNROLL * a_words, UNROLL * b_words
+    unroll = _unroll(column_tiles)
+    all_a, all_b = unroll * a_words, unroll * b_words
     fetch_a, multiply = row_fetcher(2 * ROW_TILES, 8), row_multiplier(kind, ROW_TILES, column_tiles)
     width, height = 8 * column_tiles, 16 * ROW_TILES
     threads, partial = 32 * WARPS, 16 * ROW_TILES * 8 * column_tiles
@@ -202,14 +207,14 @@ def matmul_narrow(
             sums[i] = np.float32(0)
         g, own = np.int64(lane >> _u32(2)), np.int64((lane & _u32(3)) << _u32(3))
         depth, start = left[DEPTH_OF_A], batch * left[A_BATCH]
-        turns = _u32(_u32(depth + np.int64(DEPTH * WARPS * UNROLL - 1)) // _u32(DEPTH * WARPS * UNROLL))
+        turns = _u32(_u32(depth + np.int64(DEPTH * WARPS * unroll - 1)) // _u32(DEPTH * WARPS * unroll))
         for turn in range(turns):
-            for i in range(UNROLL):
-                chunk = np.int64(_u32(_u32(turn) * _u32(UNROLL) + _u32(i)) * _u32(WARPS) + number)
+            for i in range(unroll):
+                chunk = np.int64(_u32(_u32(turn) * _u32(unroll) + _u32(i)) * _u32(WARPS) + number)
                 k = chunk * np.int64(DEPTH) + own
                 fetch_a(a, i * a_words, left[A], start, left[A_STRIDE], row0, rows, g, k, depth)
                 fetch_b(b, i * b_words, terms, batch, g, k, depth)
-            for i in range(UNROLL):
+            for i in range(unroll):
                 multiply(sums, a, i * a_words, b, i * b_words)
 
     @device
@@ -248,5 +253,6 @@ def matmul_narrow(
     term = types.Tuple((pointer, i64, i64, i64, f32))
     left = types.Tuple((pointer, i64, i64, i64))
     parameters = (result_parameters(out), left, types.Tuple((term,) * len(tiles)), epilogue(steps).parameters)
-    options = {"threads": threads, "shared_bytes": 4 * WARPS * partial, "min_blocks": 2 if column_tiles <= 4 else 1}
+    blocks = 2 if column_tiles in (3, 4) else 1
+    options = {"threads": threads, "shared_bytes": 4 * WARPS * partial, "min_blocks": blocks}
     return kernel, parameters, options | ({"architectures": (9, 0, "a")} if early else {})

@@ -5,9 +5,7 @@ core's registers: a lane loads eight neighbouring depths of a row, its fragments
 with the same depths in the same places. B's rows are the instruction's rows, A's its columns. The warps' sums are added
 up in shared memory, always in the same order.
 
-A low-rank segment, scale (A D^T) U^T with a small D [rank, k], has D's rows follow B's in every block, which costs
-reads of L2 only: A D^T stays in shared memory, in fp32, and takes no launch of its own. Where the segment whose A it
-takes is left out, that one's k comes negative: its A is walked, its products do not count.
+A grid that ``waits`` before one of its segments may begin while the grid before it still runs (sm_90).
 """
 
 from __future__ import annotations
@@ -18,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from kernels import memory, tensor_core, warp
-from kernels.barrier import wait_for_previous_grid
+from kernels.barrier import next_grid_may_begin, wait_for_previous_grid
 from kernels.matmul.epilogue import epilogue
 from kernels.matmul.problem import (
     A_BATCH,
@@ -35,7 +33,7 @@ from kernels.matmul.problem import (
     result_parameters,
     segment_parameters,
 )
-from kernels.matmul.skinny_sums import D_BATCH, D_STRIDE, RANK, D, SkinnyTile, low_rank_parameters, sums_of_block
+from kernels.matmul.skinny_sums import SkinnyTile, sums_of_block
 from kernels.matmul.store import UNIT, storer
 from kernels.target import cuda, device, i64, kernel_factory, types
 
@@ -45,18 +43,17 @@ CHUNK = 32
 
 @dataclass(frozen=True)
 class SkinnyProblem:
-    """The compile-time shape: 16-bit kind, how many segments, for each low-rank segment the segment whose A it takes
-    (in rising order), the result's kind, the epilogue, whether results are accessed eight at a time, and how many of
-    the last segments' A the launch before makes, which may not have ended (sm_90).
+    """The compile-time shape: 16-bit kind, how many segments, the result's kind, the epilogue, and whether results are
+    accessed eight at a time. ``waits`` is the first segment that the launch before has to have ended for, if it may not
+    have at the beginning: that segment's A and those after it may be its results.
     """
 
     kind: str
     segments: int
-    low_rank_of: tuple[int, ...]
     out: str
     steps: tuple
     wide: bool
-    late: int = 0
+    waits: int | None = None
 
 
 @device
@@ -74,51 +71,14 @@ def _load(pointer, at, inside, words, to, stream):
     words[to + 3] = d
 
 
-@device
-def _fetch_nothing(low, b_at, depth, inside, right, slot):
-    pass
-
-
-def _fetch_low_rank(rest: Callable, position: int, group: int, slot_words: int) -> Callable:
-    """``rest``, then the rows of one D as one more group."""
-
-    @device
-    def fetch(low, b_at, depth, inside, right, slot):
-        rest(low, b_at, depth, inside, right, slot)
-        for half in range(2):
-            to = slot * slot_words + 8 * group + 4 * half
-            _load(low[position][D], b_at[2 * group + half] + depth, inside, right, to, False)
-
-    return fetch
-
-
-@device
-def _find_nothing(low, b_at, batch, lane_row):
-    pass
-
-
-def _find_low_rank(rest: Callable, position: int, group: int) -> Callable:
-    """``rest``, then where a lane's rows of one D begin; rows beyond the rank read the last, and are not used."""
-
-    @device
-    def find(low, b_at, batch, lane_row):
-        rest(low, b_at, batch, lane_row)
-        d = low[position]
-        for half in range(2):
-            row = max(min(lane_row + np.int64(8 * half), d[RANK] - np.int64(1)), np.int64(0))
-            b_at[2 * group + half] = batch * d[D_BATCH] + row * d[D_STRIDE]
-
-    return find
-
-
-def _multiplier(kind: str, first: int, last: int, groups: int, a_groups: int) -> Callable:
-    """``multiply(right, left, slot, sums)``: one step's products of the groups [first, last) of ``groups``."""
+def _multiplier(kind: str, groups: int, a_groups: int) -> Callable:
+    """``multiply(right, left, slot, sums)``: one step's products of all groups."""
     mma = tensor_core.mma_f16 if kind == "f16" else tensor_core.mma_bf16
 
     @device
     def multiply(right, left, slot, sums):
         for half in range(2):
-            for i in range(first, last):
+            for i in range(groups):
                 b = slot * 8 * groups + 8 * i + 2 * half
                 for j in range(a_groups):
                     a = slot * 4 * a_groups + 4 * j + 2 * half
@@ -135,15 +95,12 @@ def _multiplier(kind: str, first: int, last: int, groups: int, a_groups: int) ->
     return multiply
 
 
-def _finder(problem: SkinnyProblem, tile: SkinnyTile, gated: bool, own: list[int]) -> Callable:
-    """``find(s, low, a_at, b_at, result, row0, batch, lane_row)``: where a lane's rows begin.
+def _finder(tile: SkinnyTile, gated: bool) -> Callable:
+    """``find(s, a_at, b_at, result, row0, batch, lane_row)``: where a lane's rows begin.
 
     Rows beyond the last read the last: what they come to is not used.
     """
     row_groups, a_groups, half_groups = tile.row_groups, tile.a_groups, tile.row_groups // 2
-    find_low = _find_nothing
-    for number in own:
-        find_low = _find_low_rank(find_low, number, row_groups + number)
 
     @device
     def b_row(group, lane_row, row0, columns):
@@ -153,12 +110,11 @@ def _finder(problem: SkinnyProblem, tile: SkinnyTile, gated: bool, own: list[int
         return min(row0 + np.int64(16 * group) + lane_row, columns - np.int64(1))
 
     @device
-    def find(s, low, a_at, b_at, result, row0, batch, lane_row):
+    def find(s, a_at, b_at, result, row0, batch, lane_row):
         for i in range(row_groups):
             for half in range(2):
                 row = b_row(i, lane_row + np.int64(8 * half), row0, result[COLUMNS])
                 b_at[2 * i + half] = batch * s[B_BATCH] + row * s[B_STRIDE]
-        find_low(low, b_at, batch, lane_row)
         for i in range(a_groups):
             row = min(lane_row + np.int64(8 * i), result[ROWS] - np.int64(1))
             a_at[i] = batch * s[A_BATCH] + row * s[A_STRIDE]
@@ -166,73 +122,60 @@ def _finder(problem: SkinnyProblem, tile: SkinnyTile, gated: bool, own: list[int
     return find
 
 
-def _fetcher(problem: SkinnyProblem, tile: SkinnyTile, own: list[int]) -> Callable:
-    """``fetch(s, low, a_at, b_at, depth, depths, whole, right, left, slot)``: a step's words of B, D and A.
+def _fetcher(tile: SkinnyTile, fresh: bool) -> Callable:
+    """``fetch(s, a_at, b_at, depth, depths, whole, right, left, slot)``: a step's words of B and A.
 
-    Zeros from ``depths`` on, where not ``whole``.
+    Zeros from ``depths`` on, where not ``whole``. ``fresh``: the grid before may have made A while this one ran.
     """
     row_groups, a_groups = tile.row_groups, tile.a_groups
-    groups, fetch_low = row_groups + len(problem.low_rank_of), _fetch_nothing
-    for number in own:
-        fetch_low = _fetch_low_rank(fetch_low, number, row_groups + number, 8 * groups)
 
     @device
-    def fetch(s, low, a_at, b_at, depth, depths, whole, right, left, slot):
+    def fetch(s, a_at, b_at, depth, depths, whole, right, left, slot):
         inside = whole or depth < depths
         for i in range(2 * row_groups):
-            _load(s[B], b_at[i] + depth, inside, right, slot * 8 * groups + 4 * i, True)
-        fetch_low(low, b_at, depth, inside, right, slot)
+            _load(s[B], b_at[i] + depth, inside, right, slot * 8 * row_groups + 4 * i, True)
         for i in range(a_groups):
-            _load(s[A], a_at[i] + depth, inside, left, slot * 4 * a_groups + 4 * i, False)
+            _load(s[A], a_at[i] + depth, inside, left, slot * 4 * a_groups + 4 * i, fresh)
 
     return fetch
 
 
 def _segment(rest: Callable, position: int, problem: SkinnyProblem, tile: SkinnyTile, gated: bool) -> Callable:
-    """``rest``, then one segment's products in the warp's sums, and A D^T of the low-rank segments that take its A."""
+    """``rest``, then one segment's products in the warp's sums."""
     row_groups, a_groups, unroll, warps = tile.row_groups, tile.a_groups, tile.unroll, tile.warps
-    groups = row_groups + len(problem.low_rank_of)
-    own = [number for number, of in enumerate(problem.low_rank_of) if of == position]
-    find, fetch = _finder(problem, tile, gated, own), _fetcher(problem, tile, own)
-    first_low, last_low = (row_groups + own[0], row_groups + own[-1] + 1) if own else (0, 0)
-    multiply = _multiplier(problem.kind, 0, row_groups, groups, a_groups)
-    multiply_low = _multiplier(problem.kind, first_low, last_low, groups, a_groups)
-    right_words, left_words, b_rows = unroll * 8 * groups, unroll * 4 * a_groups, 2 * groups
-    row_sums, turn_depth = 4 * row_groups * a_groups, unroll * warps * CHUNK
-    waits = problem.late and position == problem.segments - problem.late
+    waits, overlaps = problem.waits == position, problem.waits is not None
+    find, fetch = _finder(tile, gated), _fetcher(tile, overlaps)
+    multiply = _multiplier(problem.kind, row_groups, a_groups)
+    right_words, left_words, b_rows = unroll * 8 * row_groups, unroll * 4 * a_groups, 2 * row_groups
+    sums_count, turn_depth = 4 * row_groups * a_groups, unroll * warps * CHUNK
 
     @device
-    def segment(sums, result, p, low, row0, batch, number, lane):
-        rest(sums, result, p, low, row0, batch, number, lane)
+    def segment(sums, result, p, row0, batch, number, lane):
+        rest(sums, result, p, row0, batch, number, lane)
         if waits:
             wait_for_previous_grid()
         s = p[position]
         if s[RATIO] != np.float32(1):
-            for i in range(row_sums):
+            for i in range(sums_count):
                 sums[i] = sums[i] * s[RATIO]
         b_at = cuda.local.array(b_rows, np.int64)
         a_at = cuda.local.array(a_groups, np.int64)
-        find(s, low, a_at, b_at, result, row0, batch, np.int64(lane >> np.uint32(2)))
+        find(s, a_at, b_at, result, row0, batch, np.int64(lane >> np.uint32(2)))
         right = cuda.local.array(right_words, np.uint32)
         left = cuda.local.array(left_words, np.uint32)
         first = np.int64(number) * np.int64(CHUNK)
         depth = first + np.int64(np.uint32((lane & np.uint32(3)) * np.uint32(8)))
-        done, depths, counts = np.int64(0), abs(s[K]), s[K] > np.int64(0)
+        done, depths = np.int64(0), s[K]
         while done + np.int64(turn_depth) <= depths:
             for u in range(unroll):
-                at = depth + np.int64(u * warps * CHUNK)
-                fetch(s, low, a_at, b_at, at, depths, True, right, left, u)
+                fetch(s, a_at, b_at, depth + np.int64(u * warps * CHUNK), depths, True, right, left, u)
             for u in range(unroll):
-                if counts:
-                    multiply(right, left, u, sums)
-                multiply_low(right, left, u, sums)
+                multiply(right, left, u, sums)
             depth += np.int64(turn_depth)
             done += np.int64(turn_depth)
         while done + first < depths:
-            fetch(s, low, a_at, b_at, depth, depths, False, right, left, 0)
-            if counts:
-                multiply(right, left, 0, sums)
-            multiply_low(right, left, 0, sums)
+            fetch(s, a_at, b_at, depth, depths, False, right, left, 0)
+            multiply(right, left, 0, sums)
             depth += np.int64(warps * CHUNK)
             done += np.int64(warps * CHUNK)
 
@@ -240,7 +183,7 @@ def _segment(rest: Callable, position: int, problem: SkinnyProblem, tile: Skinny
 
 
 @device
-def _nothing(sums, result, p, low, row0, batch, number, lane):
+def _nothing(sums, result, p, row0, batch, number, lane):
     pass
 
 
@@ -248,41 +191,38 @@ _BIAS = (("bias", "bf16"), ("gelu",), ("residual", "bf16"))
 
 
 @kernel_factory(
-    (SkinnyProblem("bf16", 1, (), "bf16", (), True), SkinnyTile(1, 1, 4, 4)),
-    (SkinnyProblem("bf16", 1, (0,), "bf16", _BIAS, True), SkinnyTile(2, 2, 4, 2)),
-    (SkinnyProblem("bf16", 2, (0, 0, 1), "bf16", (), True), SkinnyTile(2, 1, 8, 1)),
-    (SkinnyProblem("f16", 1, (), "f32", (("gate", "silu", True),), False), SkinnyTile(2, 1, 8, 2)),
-    (SkinnyProblem("bf16", 3, (), "bf16", (), True, 2), SkinnyTile(2, 2, 4, 2)),
+    (SkinnyProblem("bf16", 1, "bf16", (), True), SkinnyTile(1, 1, 4, 4)),
+    (SkinnyProblem("bf16", 2, "bf16", _BIAS, True), SkinnyTile(2, 1, 8, 1)),
+    (SkinnyProblem("f16", 1, "f32", (("gate", "silu", True),), False), SkinnyTile(2, 1, 8, 2)),
+    (SkinnyProblem("bf16", 3, "bf16", (), True, 1), SkinnyTile(4, 2, 8, 1)),
 )
 def matmul_skinny(problem, tile):
-    """Parameters: tiles of rows of B in one result, the result's, the segments', the low-rank segments', the
-    epilogue's; a block a tile and batch.
+    """Parameters: tiles of rows of B in one result, the result's, the segments', the epilogue's; a block a tile and
+    batch.
     """
-    gated = epilogue(problem.steps).gated
+    gated, overlaps = epilogue(problem.steps).gated, problem.waits is not None
     accumulate = _nothing
     for position in range(problem.segments):
         accumulate = _segment(accumulate, position, problem, tile, gated)
-    block_sums = sums_of_block(problem.kind, len(problem.low_rank_of), tile, gated)
-    request, combine, take = block_sums.request, block_sums.combine, block_sums.take
+    block_sums = sums_of_block(tile, gated)
+    combine, take = block_sums.combine, block_sums.take
     emit, last, sides = storer(problem.out, problem.steps, problem.wide), problem.segments - 1, 2 if gated else 1
-    groups = tile.row_groups + len(problem.low_rank_of)
-    columns_of_block, values_count, sums_count = tile.rows // sides, UNIT * sides, 4 * groups * tile.a_groups
+    columns_of_block, values_count, sums_count = tile.rows // sides, UNIT * sides, 4 * tile.row_groups * tile.a_groups
     units_of_row, threads, shared_elements = columns_of_block // UNIT, tile.threads, block_sums.elements
-    up_elements = block_sums.up_elements
 
-    def kernel(tiles, result, p, low, e):
+    def kernel(tiles, result, p, e):
+        if overlaps:
+            next_grid_may_begin()
         shared = cuda.shared.array(shared_elements, np.float32)
-        up = cuda.shared.array(up_elements, np.uint16, alignment=16)
         block, thread = np.uint32(warp.block_x()), warp.thread_index()
         number, lane = np.uint32(thread >> np.uint32(5)), np.uint32(thread & np.uint32(31))
         batch = np.uint32(block // np.uint32(tiles))
         row0 = np.int64(np.uint32(block - np.uint32(batch * np.uint32(tiles)))) * np.int64(columns_of_block)
-        request(up, low, row0, result[COLUMNS], np.int64(batch), thread)
         sums = cuda.local.array(sums_count, np.float32)
         for i in range(sums_count):
             sums[i] = np.float32(0)
-        accumulate(sums, result, p, low, row0, np.int64(batch), number, lane)
-        combine(shared, up, sums, p[last][SCALE], low, number, lane, thread)
+        accumulate(sums, result, p, row0, np.int64(batch), number, lane)
+        combine(shared, sums, p[last][SCALE], number, lane, thread)
         values = cuda.local.array(values_count, np.float32)
         index = thread
         while index < np.uint32(np.uint32(result[ROWS]) * np.uint32(units_of_row)):
@@ -298,8 +238,7 @@ def matmul_skinny(problem, tile):
         i64,
         result_parameters(problem.out),
         types.Tuple([segment_parameters(("NT", problem.kind, problem.kind))] * problem.segments),
-        types.Tuple([low_rank_parameters(problem.kind)] * len(problem.low_rank_of)),
         epilogue(problem.steps).parameters,
     )
-    options = {"threads": tile.threads, "min_blocks": tile.blocks(len(problem.low_rank_of))}
-    return kernel, parameters, options | ({"architectures": (9, 0)} if problem.late else {})
+    options = {"threads": tile.threads, "min_blocks": tile.blocks}
+    return kernel, parameters, options | ({"architectures": (9, 0, "a")} if overlaps else {})

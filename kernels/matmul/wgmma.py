@@ -227,6 +227,7 @@ def persistent(
         thread = thread_index()
         parts, rows, columns, panel = _u32(parts), _u32(rows), _u32(columns), _u32(panel)
         if thread == _u32(0):
+            barrier.next_grid_may_begin()  # which waits itself, and gets a multiprocessor when a block here ends
             make_barriers(_u32(base + barriers_at))
         if several:
             barrier.cluster_barrier()
@@ -237,6 +238,9 @@ def persistent(
             give()
             if thread == _u32(0):
                 produce(base, _u32(base + barriers_at), table, parts, rows, columns, panel, q)
+            elif thread == _u32(32):  # of a warp without work: what needs nothing of this grid may run beside it
+                barrier.wait_for_previous_grid()
+                barrier.next_grid_may_begin()
         else:
             take()
             consume(base, table, parts, rows, columns, panel, _u32(group - _u32(1)), out, factor, p, q)

@@ -91,27 +91,42 @@ def _finish():
     _wait_all()
 
 
-def _pairs(steps: tuple, where: Rows) -> Callable:
-    """A device function: two neighbouring results of two sums and, where there is a gate, of the two beside them."""
-    last = epilogue(steps)
-    two, plain, of_epilogue = last.two, last.plain, where.of_epilogue
-    if last.gated:
+@dataclass(frozen=True)
+class _Pairs:
+    """The epilogue of pairs of neighbouring results: device functions.
+
+    ``fetch(row, column, rows, columns, batch, p, q)`` gives what it reads for one;
+    ``finish(a, b, second_a, second_b, words, p)`` gives the pair of two sums and, where there is a gate, of the two
+    beside them.
+    """
+
+    fetch: Callable
+    finish: Callable
+
+    @staticmethod
+    def of(steps: tuple, where: Rows) -> _Pairs:
+        """Those of an epilogue."""
+        last = epilogue(steps)
+        fetch_two, two, plain, gated, of_epilogue = last.fetch, last.two, last.plain, last.gated, where.of_epilogue
 
         @device
-        def gated_pair(a, b, second_a, second_b, row, column, rows, columns, batch, p, q):
-            row, column = of_epilogue(row, rows, q), min(column, columns - _u32(2))
-            return two(a, b, second_a, second_b, batch, np.int64(row), np.int64(column), np.int64(columns), p)
+        def fetch(row, column, rows, columns, batch, p, q):
+            if plain:
+                return ()
+            row, column = np.int64(of_epilogue(row, rows, q)), np.int64(min(column, columns - _u32(2)))
+            if gated:
+                return fetch_two(batch, row, column, np.int64(columns), p)
+            return fetch_two(batch, row, column, p)
 
-        return gated_pair
+        @device
+        def finish(a, b, second_a, second_b, words, p):
+            if plain:
+                return a, b
+            if gated:
+                return two(a, b, second_a, second_b, words, p)
+            return two(a, b, words, p)
 
-    @device
-    def pair(a, b, second_a, second_b, row, column, rows, columns, batch, p, q):
-        if plain:
-            return a, b
-        row, column = of_epilogue(row, rows, q), min(column, columns - _u32(2))
-        return two(a, b, batch, np.int64(row), np.int64(column), p)
-
-    return pair
+        return _Pairs(fetch, finish)
 
 
 def _values(tile_columns: int, steps: tuple, first: int, count: int) -> tuple[Callable, Callable]:
@@ -142,13 +157,54 @@ def _before(part: Callable, rest: Callable) -> Callable:
     return both
 
 
+@dataclass(frozen=True)
+class _Chunk:
+    """A chunk of columns: device functions.
+
+    ``fetch(row, column, rows, columns, batch, p, q)`` gives what the epilogue reads for it, and
+    ``store(sums, staging, row, column, rows, columns, batch, out, p, q, words)`` stores it.
+    """
+
+    fetch: Callable
+    store: Callable
+
+
 def _by_tma(kind: str, tile_columns: int, steps: tuple, where: Rows) -> Callable:
     gated = epilogue(steps).gated
     width = chunk_columns(kind)
     result_columns = tile_columns // 2 if gated else tile_columns
     make = _wide_chunk if kind == "f32" else _packed_chunk
     count = result_columns // width
-    return _in_order([make(kind, tile_columns, steps, i, _slot(i, count), where) for i in range(count)])
+    chunks = [make(kind, tile_columns, steps, i, _slot(i, count), where) for i in range(count)]
+    fetch, chain = chunks[0].fetch, chunks[-1].store
+    for chunk, following in zip(chunks[-2::-1], chunks[:0:-1], strict=True):
+        chain = _fetching_ahead(chunk, following, chain)
+
+    @device
+    def store(sums, staging, row, column, rows, columns, batch, out, p, q):
+        words = fetch(row, column, rows, columns, batch, p, q)
+        chain(sums, staging, row, column, rows, columns, batch, out, p, q, words)
+
+    return store
+
+
+def _fetching_ahead(chunk: _Chunk, following: _Chunk, rest: Callable) -> Callable:
+    """A device function: a chunk and the rest, which ``following`` begins; what that reads is asked for before."""
+    store, fetch = chunk.store, following.fetch
+
+    @device
+    def both(sums, staging, row, column, rows, columns, batch, out, p, q, words):
+        ahead = fetch(row, column, rows, columns, batch, p, q)
+        store(sums, staging, row, column, rows, columns, batch, out, p, q, words)
+        rest(sums, staging, row, column, rows, columns, batch, out, p, q, ahead)
+
+    return both
+
+
+@device
+def _first_row(row):
+    """A warp's first row of its warpgroup's."""
+    return _u32(row + (_u32(thread_index() >> _u32(5)) & _u32(3)) * _u32(WARP_ROWS))
 
 
 def _stores_since(number: int, count: int) -> int:
@@ -160,17 +216,17 @@ def _stores_since(number: int, count: int) -> int:
 
 
 def _slot(number: int, count: int) -> Callable:
-    """A device function: the warp's slot for a chunk, free to be written, and the warp's first row."""
+    """A device function: the warp's slot for a chunk, free to be written."""
     own, wait_slot = _u32(number % SLOTS * SLOT_BYTES), barrier.tma_store_wait_read(_stores_since(number, count))
 
     @device
-    def slot(staging, row):
+    def slot(staging):
         thread = thread_index()
         warp = _u32((thread >> _u32(5)) - _u32(4))
         if thread & _u32(31) == _u32(0):
             wait_slot()
         sync_warp()
-        return _u32(staging + warp * _u32(SLOTS * SLOT_BYTES) + own), _u32(row + (warp & _u32(3)) * _u32(WARP_ROWS))
+        return _u32(staging + warp * _u32(SLOTS * SLOT_BYTES) + own)
 
     return slot
 
@@ -191,69 +247,86 @@ def _sender(where: Rows) -> Callable:
     return send
 
 
-def _packed_chunk(kind: str, tile_columns: int, steps: tuple, number: int, slot_of: Callable, where: Rows) -> Callable:
+def _packed_chunk(kind: str, tile_columns: int, steps: tuple, number: int, slot_of: Callable, where: Rows) -> _Chunk:
     """16-bit results: 32 columns, four products' widths, two stmatrix."""
     first_half, second_half = _values(tile_columns, steps, 16 * number, 16)
-    pair, pack, start, send = _pairs(steps, where), _PACK[kind], _u32(32 * number), _sender(where)
+    pairs, pack, start, send = _Pairs.of(steps, where), _PACK[kind], _u32(32 * number), _sender(where)
+    fetch_pair, finish = pairs.fetch, pairs.finish
 
     @device
-    def store_quarter(a, b, i, slot, row, column, rows, columns, batch, p, q):
+    def fetch_quarter(top, left, rows, columns, batch, p, q):
+        below, right = _u32(top + _u32(8)), _u32(left + _u32(8))
+        return (
+            fetch_pair(top, left, rows, columns, batch, p, q), fetch_pair(below, left, rows, columns, batch, p, q),
+            fetch_pair(top, right, rows, columns, batch, p, q), fetch_pair(below, right, rows, columns, batch, p, q),
+        )  # fmt: skip
+
+    @device
+    def fetch(row, column, rows, columns, batch, p, q):
+        lane = _u32(thread_index() & _u32(31))
+        top, left = _u32(_first_row(row) + (lane >> _u32(2))), _u32(column + start + ((lane & _u32(3)) << _u32(1)))
+        first = fetch_quarter(top, left, rows, columns, batch, p, q)
+        return first, fetch_quarter(top, _u32(left + _u32(16)), rows, columns, batch, p, q)
+
+    @device
+    def store_quarter(a, b, i, slot, p, words):
         """Sums of 16 columns: values i to i + 7."""
         lane = _u32(thread_index() & _u32(31))
-        top, left = _u32(row + (lane >> _u32(2))), _u32(column + ((lane & _u32(3)) << _u32(1)))
-        below, right = _u32(top + _u32(8)), _u32(left + _u32(8))
-        v0, v1 = pair(a[0], a[1], b[0], b[1], top, left, rows, columns, batch, p, q)
-        v2, v3 = pair(a[2], a[3], b[2], b[3], below, left, rows, columns, batch, p, q)
-        v4, v5 = pair(a[4], a[5], b[4], b[5], top, right, rows, columns, batch, p, q)
-        v6, v7 = pair(a[6], a[7], b[6], b[7], below, right, rows, columns, batch, p, q)
+        v0, v1 = finish(a[0], a[1], b[0], b[1], words[0], p)
+        v2, v3 = finish(a[2], a[3], b[2], b[3], words[1], p)
+        v4, v5 = finish(a[4], a[5], b[4], b[5], words[2], p)
+        v6, v7 = finish(a[6], a[7], b[6], b[7], words[3], p)
         line = _u32(lane & _u32(15))
         unit = _u32((_u32(2) * i + (lane >> _u32(4))) ^ ((line >> _u32(1)) & _u32(3)))
         place = _u32(slot + line * _u32(CHUNK_BYTES) + unit * _u32(16))
         barrier.store_matrix(place, pack(v0, v1), pack(v2, v3), pack(v4, v5), pack(v6, v7))
 
     @device
-    def chunk(sums, staging, row, column, rows, columns, batch, out, p, q):
-        slot, row = slot_of(staging, row)
-        column = _u32(column + start)
+    def store(sums, staging, row, column, rows, columns, batch, out, p, q, words):
+        slot = slot_of(staging)
         a, b = first_half(sums), second_half(sums)
-        store_quarter(a[:8], b[:8], _u32(0), slot, row, column, rows, columns, batch, p, q)
-        store_quarter(a[8:], b[8:], _u32(1), slot, row, _u32(column + _u32(16)), rows, columns, batch, p, q)
-        send(slot, row, column, rows, columns, out, q)
+        store_quarter(a[:8], b[:8], _u32(0), slot, p, words[0])
+        store_quarter(a[8:], b[8:], _u32(1), slot, p, words[1])
+        send(slot, _first_row(row), _u32(column + start), rows, columns, out, q)
 
-    return chunk
+    return _Chunk(fetch, store)
 
 
-def _wide_chunk(kind: str, tile_columns: int, steps: tuple, number: int, slot_of: Callable, where: Rows) -> Callable:
+def _wide_chunk(kind: str, tile_columns: int, steps: tuple, number: int, slot_of: Callable, where: Rows) -> _Chunk:
     """fp32 results: 16 columns, two products' widths, 8-byte stores."""
     first_half, second_half = _values(tile_columns, steps, 8 * number, 8)
-    pair, start, send = _pairs(steps, where), _u32(16 * number), _sender(where)
+    pairs, start, send = _Pairs.of(steps, where), _u32(16 * number), _sender(where)
+    fetch_pair, finish = pairs.fetch, pairs.finish
 
     @device
-    def put(slot, line, unit, half, first, second):
+    def put(slot, line, unit, half, pair):
         place = _u32(slot + line * _u32(CHUNK_BYTES) + (unit ^ ((line >> _u32(1)) & _u32(3))) * _u32(16) + half)
-        barrier.shared_store64(place, bits.f32_bits(first), bits.f32_bits(second))
+        barrier.shared_store64(place, bits.f32_bits(pair[0]), bits.f32_bits(pair[1]))
 
     @device
-    def chunk(sums, staging, row, column, rows, columns, batch, out, p, q):
-        slot, row = slot_of(staging, row)
-        column = _u32(column + start)
+    def fetch(row, column, rows, columns, batch, p, q):
+        lane = _u32(thread_index() & _u32(31))
+        top, left = _u32(_first_row(row) + (lane >> _u32(2))), _u32(column + start + ((lane & _u32(3)) << _u32(1)))
+        below, right = _u32(top + _u32(8)), _u32(left + _u32(8))
+        return (
+            fetch_pair(top, left, rows, columns, batch, p, q), fetch_pair(below, left, rows, columns, batch, p, q),
+            fetch_pair(top, right, rows, columns, batch, p, q), fetch_pair(below, right, rows, columns, batch, p, q),
+        )  # fmt: skip
+
+    @device
+    def store(sums, staging, row, column, rows, columns, batch, out, p, q, words):
+        slot = slot_of(staging)
         a, b = first_half(sums), second_half(sums)
         lane = _u32(thread_index() & _u32(31))
         line, across = _u32(lane >> _u32(2)), _u32((lane & _u32(3)) << _u32(1))
-        top, left = _u32(row + line), _u32(column + across)
-        below, right = _u32(top + _u32(8)), _u32(left + _u32(8))
         unit, half = _u32(across >> _u32(2)), _u32((across & _u32(2)) << _u32(2))
-        v0, v1 = pair(a[0], a[1], b[0], b[1], top, left, rows, columns, batch, p, q)
-        put(slot, line, unit, half, v0, v1)
-        v2, v3 = pair(a[2], a[3], b[2], b[3], below, left, rows, columns, batch, p, q)
-        put(slot, _u32(line + _u32(8)), unit, half, v2, v3)
-        v4, v5 = pair(a[4], a[5], b[4], b[5], top, right, rows, columns, batch, p, q)
-        put(slot, line, _u32(unit + _u32(2)), half, v4, v5)
-        v6, v7 = pair(a[6], a[7], b[6], b[7], below, right, rows, columns, batch, p, q)
-        put(slot, _u32(line + _u32(8)), _u32(unit + _u32(2)), half, v6, v7)
-        send(slot, row, column, rows, columns, out, q)
+        put(slot, line, unit, half, finish(a[0], a[1], b[0], b[1], words[0], p))
+        put(slot, _u32(line + _u32(8)), unit, half, finish(a[2], a[3], b[2], b[3], words[1], p))
+        put(slot, line, _u32(unit + _u32(2)), half, finish(a[4], a[5], b[4], b[5], words[2], p))
+        put(slot, _u32(line + _u32(8)), _u32(unit + _u32(2)), half, finish(a[6], a[7], b[6], b[7], words[3], p))
+        send(slot, _first_row(row), _u32(column + start), rows, columns, out, q)
 
-    return chunk
+    return _Chunk(fetch, store)
 
 
 def _direct(element, tile_columns: int, steps: tuple) -> Callable:

@@ -21,7 +21,8 @@ the fp32 bits of a factor for what the segments before have summed, and in the w
 :data:`DIAGONAL`. A segment without tiles only scales."""
 
 WAITS, DIAGONAL = 1, 2
-"""Flags of a segment: the grid before this one makes A; B has the tile's diagonal blocks only (tiles are a block's)."""
+"""Flags of a segment: its loads wait until the grid before this one has ended, where this one may have begun earlier; B
+has the tile's diagonal blocks only (tiles are a block's)."""
 
 DIAGONAL_COLUMNS = 64
 """Columns of the diagonal blocks that a tile can skip the rest of B for; ptxas makes the products of a kernel wait for

@@ -14,6 +14,7 @@ from collections.abc import Callable
 import numpy as np
 
 from kernels import memory, warp
+from kernels.barrier import early_options, entrance
 from kernels.division import divide
 from kernels.elements import ELEMENTS, all_finite, parked8
 from kernels.parameters import flat_length, table_reader
@@ -164,42 +165,47 @@ def _options(base: str | None) -> dict:
     ("bf16", "bf16", "bf16", "bf16", True, 2, True),
     (None, "bf16", "bf16", "bf16", False, 4, False),
     ("f32", "f32", "f16", "f32", True, 1, True),
+    ("bf16", "bf16", "bf16", "bf16", True, 4, False, True),
 )
-def kronecker_merge(base, out, first, second, check, slots, ragged):
+def kronecker_merge(base, out, first, second, check, slots, ragged, early=False):
     """One weight.
 
     Parameters: base, out, w1, w2, b, span, b / span, steps of a chunk, c, e / 8, the reciprocals of span * e / 8 and
-    e / 8, scale, flag; grid (tiles of w2, a, chunks of b).
+    e / 8, scale, flag; grid (chunks of b, tiles of w2, a).
     """
     parameters, body = _body(base, out, first, second, check, slots, ragged)
+    enter = entrance(early)
 
     def kernel(
         base_pointer, out_pointer, w1, w2, blocks, span, steps, chunk_steps, height, runs, by_span_runs, by_runs, scale,
         flag,
     ):  # fmt: skip
+        enter()
         shared = cuda.shared.array(0, np.uint16, alignment=128)
-        body(shared, warp.block_x(), warp.block_y(), warp.block_z(), base_pointer, out_pointer, w1, w2, blocks, span,
+        body(shared, warp.block_y(), warp.block_z(), warp.block_x(), base_pointer, out_pointer, w1, w2, blocks, span,
              steps, chunk_steps, height, runs, by_span_runs, by_runs, scale, flag)  # fmt: skip
 
-    return kernel, parameters, _options(base)
+    return kernel, parameters, _options(base) | early_options(early)
 
 
-@kernel_factory(("bf16", "bf16", "bf16", "bf16", True, 4, True))
-def kronecker_merge_grouped(base, out, first, second, check, slots, ragged):
+@kernel_factory(("bf16", "bf16", "bf16", "bf16", True, 4, True), ("bf16", "bf16", "bf16", "bf16", True, 4, True, True))
+def kronecker_merge_grouped(base, out, first, second, check, slots, ragged, early=False):
     """Many weights in one launch.
 
     Parameters: a table with a row of the single kernel's parameters for each weight, and four words a block: the
     weight's row in the table and the block's coordinates in the single kernel's grid.
     """
     parameters, body = _body(base, out, first, second, check, slots, ragged)
+    enter = entrance(early)
     parameters = types.Tuple(parameters)
     read, width = table_reader(parameters), flat_length(parameters)
 
     def kernel(table, blocks):
+        enter()
         shared = cuda.shared.array(0, np.uint16, alignment=128)
         at = 4 * warp.block_x()
         q = read(table, np.int64(blocks[at]) * np.int64(width))
-        body(shared, np.int64(blocks[at + 1]), np.int64(blocks[at + 2]), np.int64(blocks[at + 3]),
+        body(shared, np.int64(blocks[at + 2]), np.int64(blocks[at + 3]), np.int64(blocks[at + 1]),
              q[0], q[1], q[2], q[3], q[4], q[5], q[6], q[7], q[8], q[9], q[10], q[11], q[12], q[13])  # fmt: skip
 
-    return kernel, (i64p, i32p), _options(base)
+    return kernel, (i64p, i32p), _options(base) | early_options(early)

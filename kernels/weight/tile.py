@@ -14,6 +14,7 @@ from collections.abc import Callable
 import numpy as np
 
 from kernels import memory, warp
+from kernels.barrier import early_options, entrance
 from kernels.elements import ELEMENTS, all_finite
 from kernels.parameters import flat_length, table_reader
 from kernels.target import blocks_by_shared, cuda, device, f32, f32p, i32p, i64, i64p, kernel_factory, types
@@ -33,12 +34,11 @@ def _tile_body(base, out, sources, sink, check, tile) -> Callable:
 
 
 @device
-def lane_place():
-    """The thread, its lane, and its first row and column in a tile."""
-    thread = warp.thread_index()
+def lane_place(thread):
+    """A thread's lane, and its first row and column in a tile."""
     lane = np.uint32(thread & np.uint32(31))
     row = np.uint32((thread >> np.uint32(5)) * np.uint32(16) + (lane >> np.uint32(2)))
-    return thread, lane, np.int64(row), np.int64((lane & np.uint32(3)) * np.uint32(8))
+    return lane, np.int64(row), np.int64((lane & np.uint32(3)) * np.uint32(8))
 
 
 def _single_body(base, out, sources, sink, check, tile, finish) -> Callable:
@@ -53,7 +53,8 @@ def _single_body(base, out, sources, sink, check, tile, finish) -> Callable:
 
     @device
     def body(shared, tile_row, tile_column, base_pointer, out_pointer, rows, columns, walk, flag, p, sink_p):
-        thread, lane, row_in_tile, column_in_tile = lane_place()
+        thread = warp.thread_index()
+        lane, row_in_tile, column_in_tile = lane_place(thread)
         row = tile_row * np.int64(tile_rows) + row_in_tile
         column0 = tile_column * np.int64(tile_columns)
         lane_column = column0 + column_in_tile
@@ -88,7 +89,8 @@ def _walk_body(base, out, sources, sink, check, tile, finish) -> Callable:
 
     @device
     def body(shared, walk_row, tile_column, base_pointer, out_pointer, rows, columns, walk, flag, p, sink_p):
-        thread, lane, row_in_tile, column_in_tile = lane_place()
+        thread = warp.thread_index()
+        lane, row_in_tile, column_in_tile = lane_place(thread)
         first = walk_row * walk * np.int64(tile_rows)
         row = first + row_in_tile
         last = min(first + walk * np.int64(tile_rows), rows)
@@ -182,17 +184,19 @@ _EXAMPLES = (
     ("f16", "f32", (("hadamard", *["f32"] * 4, *[Product("f32", "f32", 2, 4, True)] * 2),), "dora f16", True, _SETTLED),
     ("f32", "f16", (("kronecker_product", *["f16"] * 3, _F1), ("dense", "f32")), "merge", True, _SETTLED),
     ("f32", "f16", (("kronecker", "bf16", "f32"), ("dense", "f16"), ("channel", "bf16", "in")), "merge", True, _SHARED),
+    ("bf16", "bf16", (_OI,), "merge", True, _WHOLE, True),
 )
 
 
 @kernel_factory(*_EXAMPLES)
-def weight_tile(base, out, sources, sink, check, tile):
+def weight_tile(base, out, sources, sink, check, tile, early=False):
     """One weight. Parameters: base, out, rows, columns, tiles of a walk, flag, sources, sink; grid (column tiles,
     walks).
     """
-    body = _tile_body(base, out, sources, sink, check, tile)
+    body, enter = _tile_body(base, out, sources, sink, check, tile), entrance(early)
 
     def kernel(base_pointer, out_pointer, rows, columns, walk, flag, p, sink_p):
+        enter()
         shared = cuda.shared.array(0, np.uint16, alignment=128)
         body(
             shared,
@@ -208,21 +212,22 @@ def weight_tile(base, out, sources, sink, check, tile):
             sink_p,
         )
 
-    return kernel, _parameters(base, out, sources, sink), _options(base, sources, sink, tile)
+    return kernel, _parameters(base, out, sources, sink), _options(base, sources, sink, tile) | early_options(early)
 
 
-@kernel_factory(("bf16", "bf16", (_OI,), "merge", True, _WHOLE))
-def weight_tile_grouped(base, out, sources, sink, check, tile):
+@kernel_factory(("bf16", "bf16", (_OI,), "merge", True, _WHOLE), ("bf16", "bf16", (_OI,), "merge", True, _WHOLE, True))
+def weight_tile_grouped(base, out, sources, sink, check, tile, early=False):
     """Many weights in one launch.
 
     Parameters: a table with a row of the single kernel's parameters for each weight, and four words a block: the
     weight's row in the table and the block's coordinates in the single kernel's grid.
     """
-    body = _tile_body(base, out, sources, sink, check, tile)
+    body, enter = _tile_body(base, out, sources, sink, check, tile), entrance(early)
     parameters = types.Tuple(_parameters(base, out, sources, sink))
     read, width = table_reader(parameters), flat_length(parameters)
 
     def kernel(table, blocks):
+        enter()
         shared = cuda.shared.array(0, np.uint16, alignment=128)
         at = 4 * warp.block_x()
         q = read(table, np.int64(blocks[at]) * np.int64(width))
@@ -240,4 +245,4 @@ def weight_tile_grouped(base, out, sources, sink, check, tile):
             q[7],
         )
 
-    return kernel, (i64p, i32p), _options(base, sources, sink, tile)
+    return kernel, (i64p, i32p), _options(base, sources, sink, tile) | early_options(early)

@@ -225,7 +225,9 @@ class Adapted:
         Raises RefusedInput in recorded work, which cannot leave out an adapter in one replay and not in the next.
         """
         dropping = [adapter for adapter in found if self.training and adapter.module_dropout]
-        if dropping and only_recorded() is not None:
+        if not dropping:
+            return found
+        if only_recorded() is not None:
             raise RefusedInput("module_dropout: drawn on the host, so not in recorded work; use dropout, or no graph")
         gone = [adapter for adapter in dropping if chance() < adapter.module_dropout]
         return [adapter for adapter in found if not any(adapter is other for other in gone)]
@@ -248,6 +250,8 @@ class Adapted:
 
     def live_bias(self, found: list[Adapter]) -> Tensor | None:
         """The bias with differences of these adapters, rounded once, with gradients for those that are trained."""
+        if all([a.module.bias is None for a in self._adapters.values()]):
+            return None if self.bias is None else self.bias.detach()
         moved = [(a.tensors[a.module.bias_name], a.strength) for a in found if a.module.bias is not None]
         if len(found) == len(self.active()) and not autograd.wanted([difference for difference, _ in moved]):
             moved, base = [], self.merged_bias()

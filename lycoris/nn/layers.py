@@ -35,9 +35,9 @@ class Linear(Module):
         self.weight = tensor.rand((out_features, in_features), -bound, bound, **options)
         self.bias = tensor.rand((out_features,), -bound, bound, **options) if bias else None
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Of x [..., in] gives [..., out]."""
-        return tensor.linear(x, self.weight, self.bias)
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """Of x [..., in] gives [..., out], plus a tensor of that shape."""
+        return tensor.linear(x, self.weight, self.bias, residual)
 
 
 class Embedding(Module):
@@ -138,9 +138,9 @@ class SelfAttention(Module):
         self.qkv = Linear(width, 3 * width, kind=kind, device=device, generator=generator)
         self.out = Linear(width, width, kind=kind, device=device, generator=generator)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Of x [batch, length, width] gives the same shape."""
-        return self.out(tensor.self_attention(self.qkv(x), self.heads))
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """Of x [batch, length, width] gives the same shape, plus a tensor of that."""
+        return self.out(tensor.self_attention(self.qkv(x), self.heads), residual)
 
 
 class MLP(Module):
@@ -158,9 +158,9 @@ class MLP(Module):
         self.up = Linear(width, hidden, kind=kind, device=device, generator=generator)
         self.down = Linear(hidden, width, kind=kind, device=device, generator=generator)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Of x [..., width] gives the same shape."""
-        return self.down(self.up(x).gelu())
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """Of x [..., width] gives the same shape, plus a tensor of that."""
+        return self.down(self.up(x).gelu(), residual)
 
 
 class TransformerBlock(Module):
@@ -186,5 +186,8 @@ class TransformerBlock(Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Of x [batch, length, width] gives the same shape."""
-        x = x + self.dropout(self.attention(self.norm1(x)))
-        return x + self.dropout(self.mlp(self.norm2(x)))
+        if self.dropout.training and self.dropout.p:
+            x = x + self.dropout(self.attention(self.norm1(x)))
+            return x + self.dropout(self.mlp(self.norm2(x)))
+        x = self.attention(self.norm1(x), x)
+        return self.mlp(self.norm2(x), x)

@@ -37,9 +37,9 @@ class AdaptedLinear(Adapted):
         if weight.ndim != 2:
             raise RefusedInput(f"AdaptedLinear: weight {weight.shape}, wanted [out, in]; use AdaptedConv")
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """See the class."""
-        return self.forward(x)
+        return self.forward(x, residual)
 
     def route(self, x: Tensor, choice: Sequence[str | None] | Tensor) -> Tensor:
         """Each row with the adapter that ``choice`` names for it, None for none: x [rows, in] -> [rows, out].
@@ -76,8 +76,8 @@ class AdaptedLinear(Adapted):
                 dense[number] = dense_of(adapter, self.weight)
         return Routes.of(low_rank, dense, len(self._adapters))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """See the class."""
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """See the class; with ``residual``, a tensor like y, that is added."""
         if x.kind is not self.weight.kind or x.device is not self.weight.device:
             raise RefusedInput(
                 f"AdaptedLinear: x of {x.kind.value} on {x.device.name}, wanted {self.weight.kind.value} on "
@@ -87,14 +87,14 @@ class AdaptedLinear(Adapted):
         found = self.active()
         mode = self.mode or ("separate" if self.training else "merged")
         if found and found[0].module.dora_scale is not None:
-            return self._dora(x, found[0]) if self._recorded(x, found) else self._merged(x)
+            return _sum(self._dora(x, found[0]) if self._recorded(x, found) else self._merged(x), residual)
         if self._recorded(x, found):
-            return self._differentiable(x, found)
+            return self._differentiable(x, found, residual)
         made: LinearSum = self._kept(mode, self._merged_sum if mode == "merged" or not found else self._separate_sum)
         rows = matrix_of(x, self.weight.shape[1])
         if rows.strides[1] != 1 or rows.strides[0] < rows.shape[1] or not rows.aligned:
             rows = converted(rows, rows.kind)
-        return shaped(made(rows), shape)
+        return _sum(shaped(made(rows), shape), residual)
 
     def _merged_sum(self) -> LinearSum:
         return LinearSum(self.merged_weight(), self.merged_bias(), Ways((), (), ()))
@@ -108,14 +108,14 @@ class AdaptedLinear(Adapted):
     def _merged(self, x: Tensor) -> Tensor:
         return tensor.linear(x, self.merged_weight(), self.merged_bias())
 
-    def _differentiable(self, x: Tensor, found: list[Adapter]) -> Tensor:
+    def _differentiable(self, x: Tensor, found: list[Adapter], residual: Tensor | None) -> Tensor:
         """The base frozen, each adapter's term beside it; one alone takes part in the base's own sum."""
         base, staying = self.weight.detach(), self.staying(found)
         bias = self.live_bias(staying)
         if len(staying) == 1 and self._alone(staying[0], x, bias):
             merged = self.merged_weight() if self.mode == "merged" and len(found) == 1 else None
-            return fused_linear(x, base, bias, staying[0], self.live_factors(staying[0]), merged)
-        y = tensor.linear(x, base, bias)
+            return fused_linear(x, base, bias, staying[0], self.live_factors(staying[0]), merged, residual)
+        y = tensor.linear(x, base, bias, residual)
         for adapter in staying:
             y = y + self.without_dropped(self._term(x, adapter), adapter)
         return y
@@ -148,3 +148,7 @@ class AdaptedLinear(Adapted):
 
 def _ia3(vector: Tensor, on_input: bool) -> Tensor:
     return vector.reshape(1, -1) if on_input else vector.reshape(-1, 1)
+
+
+def _sum(y: Tensor, residual: Tensor | None) -> Tensor:
+    return y if residual is None else y + residual

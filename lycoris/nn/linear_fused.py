@@ -9,8 +9,9 @@ from lycoris.formats.keys import DORA, MID, UP
 from lycoris.nn.adapted import Adapter
 from lycoris.nn.linear_sum import locon_factors
 from lycoris.tensor import Tensor, pointwise
-from lycoris.tensor.adapted import hadamard_linear, kronecker_linear
+from lycoris.tensor.adapted import hadamard_linear
 from lycoris.tensor.decomposed import decomposed_linear
+from lycoris.tensor.kronecker import kronecker_linear
 from plans.adapter_gradient import MOST_RANK
 from plans.core import ElementKind
 from plans.expression import leaf
@@ -39,28 +40,32 @@ def fused_linear(
     adapter: Adapter,
     names: Mapping[str, Tensor],
     merged: Tensor | None = None,
+    residual: Tensor | None = None,
 ) -> Tensor:
     """The sum x @ weight.T + bias + scale * x @ delta.T, [..., in] -> [..., out], with gradients for x and the factors.
 
-    ``names`` are the adapter's factors, which take part in x's kind. With ``merged``, products with LoHa's delta are
-    those of the merged weight.
+    A LoCon's takes ``residual``, a tensor like the result, into the sum; others add it afterwards. ``names`` are the
+    adapter's factors, which take part in x's kind. With ``merged``, products with LoHa's delta are those of the merged
+    weight.
     """
     kind = x.kind
     if adapter.module.algorithm == "loha":
         factors = [names[name] for name in _HADAMARD]
         if adapter.module.scalar is not None:
             factors[0] = _scaled(factors[0], names["scalar"], kind)
-        return hadamard_linear(x, weight, [factor.to(kind) for factor in factors], adapter.scale, bias, merged)
+        y = hadamard_linear(x, weight, [factor.to(kind) for factor in factors], adapter.scale, bias, merged)
+        return y if residual is None else y + residual
     if adapter.module.algorithm == "lokr":
-        scale = adapter.scale if adapter.module.scalar is None else names["scalar"] * adapter.scale
         first = names["lokr_w1"] if "lokr_w1" in names else names["lokr_w1_a"] @ names["lokr_w1_b"]
         seconds = ("lokr_w2",) if "lokr_w2" in names else ("lokr_w2_a", "lokr_w2_b")
-        w1 = _scaled(_flat(first), scale, kind)
-        return kronecker_linear(x, weight, w1, [_flat(names[name]).to(kind) for name in seconds], bias)
+        w1 = _flat(first).to(kind) if adapter.module.scalar is None else _scaled(_flat(first), names["scalar"], kind)
+        factors = [_flat(names[name]).to(kind) for name in seconds]
+        y = kronecker_linear(x, weight, w1, factors, bias, adapter.scale)
+        return y if residual is None else y + residual
     down, up = locon_factors(names, kind)
     if adapter.module.scalar is not None:
         up = _scaled(names[UP].reshape(*up.shape), names["scalar"], kind)
-    return tensor.low_rank_linear(x, weight, down, up, adapter.scale, bias)
+    return tensor.low_rank_linear(x, weight, down, up, adapter.scale, bias, residual)
 
 
 def is_decomposed(adapter: Adapter) -> bool:

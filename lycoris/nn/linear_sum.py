@@ -9,14 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-import numpy as np
-
-from lycoris.buffers import DeviceArray, scratch, stream_of
+from lycoris.buffers import scratch, stream_of
 from lycoris.formats.keys import DOWN, MID, UP
 from lycoris.nn.adapted import Adapter
-from lycoris.ops.kronecker import make_kronecker
 from lycoris.ops.weight import delta
 from lycoris.tensor import Tensor, autograd, from_array
+from lycoris.tensor.kronecker import diagonal, together_of
 from lycoris.tensor.launch import empty, shaped
 from plans.block_mix import BlockMixArgs, BlockMixDescriptor, BlockMixPlan
 from plans.core import BackendKind, DeviceBuffer, ElementKind, TensorMut, Workspace
@@ -25,10 +23,6 @@ from plans.matmul import Bias, LowRankTerm, Segment, SegmentedMatmulArgs, Segmen
 
 _UNIT = 8
 _ALIGNMENT = 256
-_BLOCK_COLUMNS = ((9, 256), (0, 128))
-"""Columns of the output that LoKr's blocks are put together to, by a block-diagonal w2, where they are narrower: those
-of the largest tile, from each generation of the hardware on."""
-
 _MOST_CALLS = 64
 """Launches kept for one shape of the input: with a pool, outputs come back to the same few addresses."""
 
@@ -202,7 +196,7 @@ def is_plain_locon(adapter: Adapter) -> bool:
 
 def locon_factors(factors: Mapping[str, Tensor], kind: ElementKind) -> tuple[Tensor, Tensor]:
     """Down [r, in] and up [out, r] in x's kind, with gradients."""
-    down, up = (factors[name].reshape(factors[name].shape[0], -1) for name in (DOWN, UP))
+    down, up = (x if x.ndim == 2 else x.reshape(x.shape[0], -1) for x in (factors[DOWN], factors[UP]))
     return down.to(kind), up.to(kind)
 
 
@@ -224,10 +218,9 @@ def _blocks_of(adapter: Adapter, kind: ElementKind) -> Blocks:
     with autograd.no_grad():
         w1, w2 = (_half(factors, i) for i in (1, 2))
         a, c = w1.shape[0], w2.shape[0]
-        least = next(columns for generation, columns in _BLOCK_COLUMNS if w2.device.arch[0] >= generation)
-        together = next(g for g in range(1, a + 1) if a % g == 0 and (g * c >= least or g == a))
+        together = together_of(a, c, w2.device)
         w1 = (w1.to(ElementKind.F32) * (scale * adapter.strength)).to(kind)
-        return Blocks(w1.contiguous(), _diagonal(w2.to(kind).contiguous(), together), together)
+        return Blocks(w1.contiguous(), diagonal(w2.to(kind).contiguous(), together), together)
 
 
 def _half(factors: dict[str, Tensor], i: int) -> Tensor:
@@ -235,11 +228,3 @@ def _half(factors: dict[str, Tensor], i: int) -> Tensor:
         return factors[f"lokr_w{i}"].reshape(factors[f"lokr_w{i}"].shape[0], -1)
     left, right = factors[f"lokr_w{i}_a"], factors[f"lokr_w{i}_b"]
     return left.to(ElementKind.F32) @ right.to(ElementKind.F32)
-
-
-def _diagonal(block: Tensor, count: int) -> Tensor:
-    """The matrix I kron block."""
-    if count == 1:
-        return block
-    identity = DeviceArray.from_numpy(np.eye(count, dtype=np.float32), device=block.device)
-    return from_array(make_kronecker(identity, block.array(), 1.0, block.kind))

@@ -22,7 +22,7 @@ the host by itself.
 """
 
 from lycoris.tensor import methods as _methods
-from lycoris.tensor.adapted import hadamard_linear, kronecker_linear
+from lycoris.tensor.adapted import hadamard_linear
 from lycoris.tensor.attention import scaled_dot_product_attention, self_attention
 from lycoris.tensor.autograd import backward, enable_grad, grad, is_grad_enabled, no_grad
 from lycoris.tensor.creation import (
@@ -42,6 +42,7 @@ from lycoris.tensor.creation import (
 from lycoris.tensor.decomposed import decomposed_linear
 from lycoris.tensor.exchange import from_cuda_array, from_dlpack
 from lycoris.tensor.indexing import embedding, gather, index_select
+from lycoris.tensor.kronecker import kronecker_linear
 from lycoris.tensor.launch import empty
 from lycoris.tensor.losses import (
     bce_with_logits_loss,

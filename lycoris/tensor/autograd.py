@@ -12,8 +12,8 @@ import itertools
 import math
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ContextDecorator
 from operator import attrgetter
 from typing import TYPE_CHECKING
 
@@ -59,24 +59,30 @@ class _Mode(threading.local):
 _mode = _Mode()
 
 
-@contextmanager
-def no_grad() -> Iterator[None]:
+class _Switch(ContextDecorator):
+    """Within, operations of this thread are recorded or not; a class, as a generator costs a microsecond more."""
+
+    def __init__(self, enabled: bool) -> None:
+        self._enabled = enabled
+
+    def _recreate_cm(self) -> _Switch:  # every call of what is decorated has its own
+        return _Switch(self._enabled)
+
+    def __enter__(self) -> None:
+        self._before, _mode.enabled = _mode.enabled, self._enabled
+
+    def __exit__(self, *_: object) -> None:
+        _mode.enabled = self._before
+
+
+def no_grad() -> ContextDecorator:
     """Within, nothing is recorded and tensors that require gradients may be changed in place."""
-    before, _mode.enabled = _mode.enabled, False
-    try:
-        yield
-    finally:
-        _mode.enabled = before
+    return _Switch(False)
 
 
-@contextmanager
-def enable_grad() -> Iterator[None]:
+def enable_grad() -> ContextDecorator:
     """Within, operations are recorded again, also inside of `no_grad`."""
-    before, _mode.enabled = _mode.enabled, True
-    try:
-        yield
-    finally:
-        _mode.enabled = before
+    return _Switch(True)
 
 
 def is_grad_enabled() -> bool:
@@ -209,18 +215,22 @@ def _seeds(operation: str, tensors: Sequence[Tensor], gradients: Sequence[Tensor
 
 
 def _walk(seeds: list[tuple[Node, Tensor]], retain_graph: bool, targets: set[Node] | None) -> dict[Node, Tensor]:
-    """Latest nodes first; gives the gradients of ``targets``, or without those adds to the leaves' ``grad``."""
+    """Latest nodes first, leaves last; gives the gradients of ``targets``, or without any adds to leaves' ``grad``."""
     sums: dict[Node, Sum] = {}
     heap: list[tuple[int, Node]] = []
+    leaves: list[Node] = []
     found: dict[Node, Tensor] = {}
     needed = None if targets is None else _leading_to(targets, [node for node, _ in seeds])
 
     def sum_of(node: Node) -> Sum:
-        found = sums.get(node)
-        if found is None:
-            found = sums[node] = Sum()
-            heapq.heappush(heap, (-node.number, node))
-        return found
+        summed = sums.get(node)
+        if summed is None:
+            summed = sums[node] = Sum()
+            if node.leaf is None:
+                heapq.heappush(heap, (-node.number, node))
+            else:
+                leaves.append(node)
+        return summed
 
     with no_grad():
         for node, gradient in seeds:
@@ -228,22 +238,33 @@ def _walk(seeds: list[tuple[Node, Tensor]], retain_graph: bool, targets: set[Nod
                 sum_of(node).add(gradient, False, node.kind)
         while heap:
             _, node = heapq.heappop(heap)
-            summed = sums.pop(node)
-            gradient = summed.total(node.kind)
+            gradient, _ = _finished(node, sums.pop(node))
             if gradient is None:
                 continue
-            own = summed.own and not node.hooks
-            for hook in list(node.hooks):
-                gradient, own = _replaced(node, gradient, hook(gradient)), False
             if targets is not None and node in targets:
                 found[node] = gradient
-            if node.leaf is None:
-                edges = node.inputs if needed is None else tuple([e if e in needed else None for e in node.inputs])
-                if any(edges):
-                    _pull(node, gradient, edges, sum_of, retain_graph)
-            elif targets is None:
+            edges = node.inputs if needed is None else tuple([e if e in needed else None for e in node.inputs])
+            if any(edges):
+                _pull(node, gradient, edges, sum_of, retain_graph)
+        for node in leaves:
+            gradient, own = _finished(node, sums.pop(node))
+            if gradient is None:
+                continue
+            if targets is None:
                 _accumulate(node.leaf(), gradient, own)
+            elif node in targets:
+                found[node] = gradient
     return found
+
+
+def _finished(node: Node, summed: Sum) -> tuple[Tensor | None, bool]:
+    """A node's gradient after its hooks, None where there is none; whether nothing else refers to it."""
+    gradient, own = summed.total(node.kind), summed.own
+    if node.hooks and gradient is not None:
+        own = False
+        for hook in list(node.hooks):
+            gradient = _replaced(node, gradient, hook(gradient))
+    return gradient, own
 
 
 def _leading_to(targets: set[Node], seeds: Sequence[Node]) -> set[Node]:

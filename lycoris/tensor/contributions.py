@@ -74,7 +74,8 @@ class Sum:
 
     def total(self, kind: ElementKind) -> Tensor | None:
         """The sum in a kind; None of nothing."""
-        self._settle(kind)
+        if self._last is not None:
+            self._settle(kind)
         if self._value is not None and self._value.kind is not kind:
             self._become(self._value.to(kind))
         return self._value

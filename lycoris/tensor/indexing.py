@@ -11,7 +11,7 @@ from lycoris.tensor.launch import F32, compact, converted, empty, run, same_devi
 from lycoris.tensor.reductions import normal_axes
 from lycoris.tensor.tensor import FLOATS, Shape, Tensor
 from plans.core import ElementKind
-from plans.movement import TakeArgs, TakeBackwardDescriptor, TakeBackwardPlan, TakeDescriptor, TakePlan
+from plans.take import TakeArgs, TakeBackwardDescriptor, TakeBackwardPlan, TakeDescriptor, TakePlan
 
 
 def index_select(x: Tensor, axis: int, index: Tensor) -> Tensor:

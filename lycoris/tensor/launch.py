@@ -231,8 +231,9 @@ def copy_bits(target: Tensor, source: Tensor) -> None:
     """Write a tensor's elements over those of another of its kind and shape, bit by bit."""
     zero, one = (0,) * source.ndim, (1,) * source.ndim
     descriptor = WindowDescriptor(
-        target.shape, source.shape, source.kind, zero, one, stride=source.strides, out_stride=target.strides
-    )
+        target.shape, source.shape, source.kind, zero, one, stride=source.strides, out_stride=target.strides,
+        aligned=target.aligned,
+    )  # fmt: skip
     run(WindowPlan.select(None, descriptor, device=target.device), WindowArgs(target.mut(), source.ref()))
 
 

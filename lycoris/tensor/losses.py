@@ -99,7 +99,7 @@ def linear_cross_entropy(
         )
     inputs = (x, weight) if bias is None else (x, weight, bias)
     same_device("linear_cross_entropy", (*inputs, target))
-    matrix, classes = products.matrix_of(x, weight.shape[1]), compact(target.detach())
+    matrix, classes = products.matrix_of(x.detach(), weight.shape[1]), compact(target.detach())
     classes = views.reshape(classes, matrix.shape[0])
     if not matrix.shape[0]:
         raise RefusedInput(

@@ -10,6 +10,7 @@ While factors are trained, t is kept from the way forward, so that x is read onc
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from lycoris.errors import RefusedInput
 from lycoris.tensor import autograd, pointwise
@@ -21,10 +22,10 @@ from lycoris.tensor.products import (
     flipped,
     like_rows,
     matrix_of,
+    prepared_sum,
     product,
     ready,
     stored,
-    sum_of_products,
 )
 from lycoris.tensor.tensor import Layout, Tensor
 from plans.core import ElementKind, TensorMut, TensorRef
@@ -67,13 +68,13 @@ def low_rank_linear(
         )
     inputs = tuple([part for part in (x, weight, down, up, bias, residual) if part is not None])
     same_device("low_rank_linear", inputs)
-    rows, matrix, low, high = matrix_of(x, weight.shape[1]), weight.detach(), down.detach(), up.detach()
+    rows, matrix, low, high = matrix_of(x, weight.shape[1]), weight, down, up
     kind = pointwise.result_kind("low_rank_linear", (x, weight))
     recorded = autograd.wanted(inputs)
     trained = recorded and (down.requires_grad or up.requires_grad)
-    own, beside = None if bias is None else bias.detach(), like_rows(residual, weight.shape[0])
+    own, beside = bias, like_rows(residual, weight.shape[0])
     if trained and rank % _UNIT == 0:
-        t, out = _both(rows, flipped(matrix), flipped(low), flipped(high), scale, kind, own, beside)
+        t, out, _ = _both(True, (rows, matrix, low, high), scale, kind, own, beside)
     else:
         t = product(rows, flipped(low), rows.kind, scale) if trained else None
         out = with_term(rows, flipped(matrix), low, high, scale, kind, own, beside)
@@ -84,9 +85,11 @@ def low_rank_linear(
 
     def pull(g: Tensor, edges: Sequence[autograd.Node | None], already: Tensor | None) -> list[Tensor | None]:
         whole, g, more = g, matrix_of(g, matrix.shape[0]), like_rows(already, matrix.shape[1])
-        u = d_x = None
+        u, d_x, overlaps = None, None, False
         if edges[0] and trained and rank % _UNIT == 0:
-            u, d_x = _both(g, matrix, high, low, scale, edges[0].kind, None, more)
+            # Held until the factors' gradients are launched, which run beside the product that reads them.
+            u, d_x, held = _both(False, (g, matrix, high, low), scale, edges[0].kind, None, more)
+            g, overlaps = held[0], edges[1] is None
         elif edges[0]:
             d_x = with_term(g, matrix, flipped(high), flipped(low), scale, edges[0].kind, None, more)
         if u is None and edges[2]:
@@ -94,26 +97,64 @@ def low_rank_linear(
         d_weight = product(flipped(g), rows, edges[1].kind) if edges[1] else None
         factors = edges[2] or edges[3]
         pairs = ((u, rows) if edges[2] else None, (g, t) if edges[3] else None)
-        d_down, d_up = low_rank_gradients(*pairs, factors.kind, 1.0) if factors else (None, None)
+        d_down, d_up = low_rank_gradients(*pairs, factors.kind, 1.0, beside=overlaps) if factors else (None, None)
         rest = added_gradients(whole, g, edges[4:], own is not None)
         return [None if d_x is None else shaped(d_x, x_shape), d_weight, d_down, d_up, *rest]
 
     return autograd.record("low_rank_linear", out, inputs, (rows, matrix, low, high), pull, adds=True)
 
 
-def _both(
-    a: Tensor, b: Tensor, narrow: Tensor, wide: Tensor, scale: float, kind: ElementKind, bias: Tensor | None,
-    residual: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The product t = scale * a @ narrow in a's kind, and the sum a @ b + t @ wide (+ bias) (+ residual).
+class _Both(NamedTuple):
+    """Two products' launches, and their results' layouts."""
 
-    Nothing is launched between the two, and what the first reads stays until the second is launched, which begins
-    before the first ends.
+    first: Prepared
+    t: Layout
+    second: Prepared
+    out: Layout
+
+
+_MOST_KEPT = 1 << 12
+_both_kept: dict[tuple, _Both] = {}
+
+
+def _both(
+    turned: bool, operands: tuple[Tensor, ...], scale: float, kind: ElementKind, bias: Tensor | None,
+    residual: Tensor | None,
+) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:  # fmt: skip
+    """Of a, b, narrow and wide: t = scale * a @ narrow in a's kind, and a @ b + t @ wide (+ bias) (+ residual).
+
+    ``turned``: b, narrow and wide are the transposes of what is given. The second product begins before the first ends:
+    nothing is launched between them, and what they read, which is given too, stays until both are launched.
     """
-    a, b, narrow, wide = (ready(x) for x in (a, b, narrow, wide))
-    bias = None if bias is None else compact(bias)
-    t = product(a, narrow, a.kind, scale, early=True)
-    return t, sum_of_products(((a, b), (t, wide)), (1.0, 1.0), kind, bias, residual, late=True)
+    device, added = operands[0].device, tuple([x for x in (bias, residual) if x is not None])
+    key = (turned, scale, kind, bias is None, device.ordinal, *[x.layout for x in operands], *[x.layout for x in added])
+    found = _both_kept.get(key)
+    if found is None or not all([x.aligned for x in operands]):
+        found, operands, added = _prepare_both(key, turned, operands, scale, kind, bias, residual)
+    a, b, narrow, wide = operands
+    t, out = of_layout(found.t, device), of_layout(found.out, device)
+    run_prepared(found.first, (t, a, narrow))
+    run_prepared(found.second, (out, a, b, t, wide, *added))
+    return t, out, operands
+
+
+def _prepare_both(
+    key: tuple, turned: bool, given: tuple[Tensor, ...], scale: float, kind: ElementKind, bias: Tensor | None,
+    residual: Tensor | None,
+) -> tuple[_Both, tuple[Tensor, ...], tuple[Tensor, ...]]:  # fmt: skip
+    """The launches, the operands as they take them, and what is added; kept where nothing had to be copied."""
+    wanted = tuple([flipped(x) if turned and number else x for number, x in enumerate(given)])
+    a, b, narrow, wide = operands = tuple([ready(x) for x in wanted])
+    terms = [None if x is None else compact(x) for x in (bias, residual)]
+    first, t = prepared_sum((a, narrow), (scale,), a.kind, early=True)
+    small = Tensor.placed(a.storage, t)  # only its layout counts
+    found = _Both(first, t, *prepared_sum((a, b, small, wide), (1.0, 1.0), kind, *terms, late=True))
+    added = tuple([x for x in terms if x is not None])
+    if all(x is y for x, y in zip((*operands, *terms), (*wanted, bias, residual), strict=True)):
+        if len(_both_kept) >= _MOST_KEPT:
+            _both_kept.clear()
+        _both_kept[key] = found
+    return found, operands, added
 
 
 def with_term(

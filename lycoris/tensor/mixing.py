@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 from lycoris.errors import RefusedInput
@@ -43,14 +44,21 @@ def _ready(x: Tensor) -> Tensor:
     return x if x.contiguous_ and x.aligned else converted(x, x.kind)
 
 
-def mixed(x: Tensor, w: Tensor, width: int, kind: ElementKind, transposed: bool) -> Tensor:
-    """What `mix_blocks` gives for a matrix of blocks of ``width``, by w or its transpose; no gradients."""
+def mixed(
+    x: Tensor, w: Tensor, width: int, kind: ElementKind, transposed: bool, scale: float = 1.0, *, early: bool = False
+) -> Tensor:
+    """What `mix_blocks` gives for a matrix of blocks of ``width``, by w or its transpose, times a number; no gradients.
+
+    After an ``early`` one a sum that takes it as ``late`` is launched.
+    """
     out_blocks, in_blocks = w.shape[::-1] if transposed else w.shape
     out = empty((x.shape[0], out_blocks * width), kind, x.device)
-    key = ("block mix", x.layout, w.layout, width, kind, transposed, x.device.ordinal)
+    key = ("block mix", x.layout, w.layout, width, kind, transposed, scale, early, x.device.ordinal)
     found = kept(key)
     if found is None:
-        descriptor = BlockMixDescriptor(x.shape[0], out_blocks, in_blocks, width, x.kind, w.kind, kind, transposed)
-        found = keep(key, BlockMixPlan.select(None, descriptor, device=x.device), [out], [x, w], BlockMixArgs)
+        kinds, rows = (x.kind, w.kind, kind), x.shape[0]
+        descriptor = BlockMixDescriptor(rows, out_blocks, in_blocks, width, *kinds, transposed, early=early)
+        plan = BlockMixPlan.select(None, descriptor, device=x.device)
+        found = keep(key, plan, [out], [x, w], functools.partial(BlockMixArgs, scale=scale))
     run_prepared(found[0], (out, x, w))
     return out

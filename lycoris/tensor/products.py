@@ -109,14 +109,28 @@ def sum_of_products(
     nothing else that is newer, and which may begin before that ends.
     """
     operands = [ready(x) for pair in pairs for x in pair]
-    device = operands[0].device
     added = [compact(x) for x in (bias, residual) if x is not None]
-    kinds = (bias is None or bias.kind, residual is None or residual.kind)
-    key = ("sum of products", kind, *kinds, *scales, early, late, device.ordinal, *[x.layout for x in operands])
-    found = kept(key) or _keep_sum(key, operands, tuple(scales), kind, bias, residual, early, late)
-    out = of_layout(found[1], device)
-    run_prepared(found[0], (out, *operands, *added))
+    prepared, layout = prepared_sum(operands, scales, kind, bias, residual, early=early, late=late)
+    out = of_layout(layout, operands[0].device)
+    run_prepared(prepared, (out, *operands, *added))
     return out
+
+
+def prepared_sum(
+    operands: Sequence[Tensor],
+    scales: Sequence[float],
+    kind: ElementKind,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    *,
+    early: bool = False,
+    late: bool = False,
+) -> tuple[Prepared, Layout]:
+    """What `sum_of_products` launches and the result's layout, for pairs one after the other, each `ready`."""
+    kinds = (bias is None or bias.kind, residual is None or residual.kind)
+    ordinal = operands[0].device.ordinal
+    key = ("sum of products", kind, *kinds, *scales, early, late, ordinal, *[x.layout for x in operands])
+    return kept(key) or _keep_sum(key, operands, tuple(scales), kind, bias, residual, early, late)
 
 
 def _keep_sum(
@@ -225,8 +239,8 @@ def _product_op(name: str, a: Tensor, b: Tensor, scale: float) -> Tensor:
 
 
 def matrix_of(x: Tensor, columns: int) -> Tensor:
-    """A tensor as a matrix of its last axis, without gradients."""
-    return x.detach() if x.ndim == 2 else shaped(compact(x.detach()), (_rows(x), columns))
+    """A tensor as a matrix of its last axis, for what records no gradients itself."""
+    return x if x.ndim == 2 else shaped(compact(x), (_rows(x), columns))
 
 
 def like_rows(x: Tensor | None, columns: int) -> Tensor | None:

@@ -252,8 +252,10 @@ class _DenseProgram:
 
     def __init__(self, second: Sku, descriptor: HadamardGradientDescriptor, device: Device) -> None:
         self.descriptor, self.device, self.empty = descriptor, device, descriptor.empty
+        self.reads_addresses = False
         if not self.empty:
             self.product = second.build(descriptor.weight_gradient, device)
+            self.reads_addresses = getattr(self.product, "reads_addresses", False)
             self.at = _dense_bytes(descriptor)
             self.product_bytes = second.workspace(descriptor.weight_gradient)
             self._build()

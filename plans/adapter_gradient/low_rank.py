@@ -11,6 +11,7 @@ them, which is as good as fp32. LoRA arXiv:2106.09685.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -33,8 +34,8 @@ _FLOATS = (ElementKind.BF16, ElementKind.F16, ElementKind.F32)
 _UNIT = 8
 _LARGEST = 1 << 31
 _MOST_PARTS = 64
-_WAVES = 2
-"""Turns of blocks that rows are split for: more of them even out, at the price of more parts."""
+_TURNS_A_PART = 0.25
+"""What it costs to write a block's part and to add it up, in turns of 256 rows: its bytes beside theirs."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,8 @@ class LowRankGradientDescriptor:
         part_stride: Elements from a row's one part to the other; 0 for the rank.
         g_stride: Elements from a row of g to the next; 0 where it is contiguous.
         x_stride: The same of x.
+        beside: The launch before this one makes nothing that is taken here, and waits itself for what came before: this
+            one may run beside it, where the device can, and ends after it.
     """
 
     rows: int
@@ -66,6 +69,7 @@ class LowRankGradientDescriptor:
     part_stride: int = 0
     g_stride: int = 0
     x_stride: int = 0
+    beside: bool = False
 
     category = OpCategory.MATMUL
 
@@ -145,13 +149,20 @@ class LowRankGradientArgs(Arguments):
         return [tensor for side in self.sides for tensor in side]
 
 
+@functools.lru_cache(maxsize=4096)
 def _row_blocks(descriptor: LowRankGradientDescriptor) -> tuple[int, int]:
-    """Blocks along the rows, and the rows of one."""
-    turns = -(-descriptor.rows // kernel.ROWS_OF_TURN)
-    columns = sum(-(-side[2] // kernel.SPAN) for side in descriptor._sides()) * _rank_blocks(descriptor)
-    wanted = max(1, min(2 if SIMULATOR else -(-_WAVES * SLOTS // max(1, columns)), _MOST_PARTS, turns))
-    turns_of_block = max(1, -(-turns // wanted))
-    return max(1, -(-turns // turns_of_block)), turns_of_block * kernel.ROWS_OF_TURN
+    """Blocks along the rows, and the rows of one: those that are done first, by a count of turns of 256 rows."""
+    turns = max(1, -(-descriptor.rows // kernel.ROWS_OF_TURN))
+    columns = max(1, sum(-(-side[2] // kernel.SPAN) for side in descriptor._sides()) * _rank_blocks(descriptor))
+
+    def time(number: int) -> float:
+        """Rounds of blocks, half of one at the end when not all multiprocessors have work, and the parts."""
+        of_block = -(-turns // number)
+        return (-(-columns * number // SLOTS) + 0.5) * of_block + _TURNS_A_PART * number * columns / SLOTS
+
+    wanted = 2 if SIMULATOR else min(range(1, min(_MOST_PARTS, turns) + 1), key=time)
+    of_block = -(-turns // min(wanted, turns))
+    return max(1, -(-turns // of_block)), of_block * kernel.ROWS_OF_TURN
 
 
 def _tiles(descriptor: LowRankGradientDescriptor) -> int:
@@ -222,11 +233,12 @@ class _MmaProgram:
         if self.empty:
             return
         number, rows_of_block = _row_blocks(descriptor)
-        made = kernel.low_rank_gradient(descriptor.element.value, _tiles(descriptor), descriptor.parts)
+        beside = descriptor.beside and device.arch >= ArchSku.SM90A.value
+        made = kernel.low_rank_gradient(descriptor.element.value, _tiles(descriptor), descriptor.parts, beside)
         columns = [-(-side[2] // kernel.SPAN) for side in descriptor._sides()]
         self.numbers = _side_numbers(descriptor)
         self.rest = (descriptor.rows, rows_of_block, descriptor.rank, columns[0])
-        self.multiply = made.launcher((sum(columns), number, _rank_blocks(descriptor)))
+        self.multiply = made.launcher((sum(columns), number, _rank_blocks(descriptor)), overlaps=beside)
         self.sums = Sums(_partials(descriptor), descriptor.out)
 
     def bind(self, args: LowRankGradientArgs, workspace: Workspace) -> Launches:

@@ -12,7 +12,7 @@ from kernels.attention.key_gradients import attention_key_gradients
 from kernels.attention.portable_gradients import key_gradients_portable, query_gradient_portable
 from kernels.attention.query_gradient import attention_query_gradient
 from kernels.attention.statistics import STATISTICS, attention_statistics
-from kernels.attention.tiles import Tile, gradient_shared_bytes
+from kernels.attention.tiles import UNIT, Tile, gradient_shared_bytes
 from kernels.attention.tiles import padded as padded_width
 from kernels.target import SIMULATOR
 from plans.attention.descriptor import AttentionBackwardArgs, AttentionBackwardDescriptor
@@ -75,15 +75,18 @@ class _Kernels:
 
 
 class _Program:
-    """Up to three launches."""
+    """Up to three launches; ``together``: neighbouring elements of a query that are loaded at once, 8 if aligned."""
 
-    def __init__(self, descriptor: AttentionBackwardDescriptor, kernels: _Kernels) -> None:
+    def __init__(self, descriptor: AttentionBackwardDescriptor, kernels: _Kernels, together: int) -> None:
         f = descriptor.forward
         self.descriptor, self.kernels = descriptor, kernels
         self.count = f.batch * f.heads * descriptor.padded
-        blocks = -(-self.count // statistics.WARPS)
         nothing = f.empty or (kernels.of_keys is None and kernels.of_queries is None)
-        self.prepare = None if nothing else attention_statistics(f.element.value).launcher((blocks, 1, 1))
+        wanted = -(-f.width // together)
+        lanes = next((lanes for lanes in statistics.LANES if lanes >= wanted), statistics.LANES[-1])
+        blocks = -(-self.count * lanes // (32 * statistics.WARPS))
+        made = attention_statistics(f.element.value, lanes, together)
+        self.prepare = None if nothing else made.launcher((blocks, 1, 1))
 
     def bind(self, args: AttentionBackwardArgs, workspace: Workspace) -> Launches:
         """The launches; none where there is nothing to write."""
@@ -130,7 +133,7 @@ def _build_mma(descriptor: AttentionBackwardDescriptor, device: Device) -> _Prog
         keys.launcher((of_keys, 1, 1), gradient_shared_bytes(rows)) if of_keys else None,
         queries.launcher((of_queries, 1, 1), gradient_shared_bytes(columns)) if of_queries else None,
     )
-    return _Program(descriptor, kernels)
+    return _Program(descriptor, kernels, UNIT)
 
 
 def _build_portable(descriptor: AttentionBackwardDescriptor, device: Device) -> _Program:
@@ -143,7 +146,7 @@ def _build_portable(descriptor: AttentionBackwardDescriptor, device: Device) -> 
         key_gradients_portable(*choices).launcher((of_keys, 1, 1), shared) if of_keys else None,
         query_gradient_portable(*choices).launcher((of_queries, 1, 1), shared) if of_queries else None,
     )
-    return _Program(descriptor, kernels)
+    return _Program(descriptor, kernels, 1)
 
 
 def _mma_refuses(descriptor: AttentionBackwardDescriptor) -> str:

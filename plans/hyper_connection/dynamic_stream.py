@@ -1,7 +1,7 @@
-"""The fast forward of dynamic hyper-connections: the projection on tensor cores, weights by thread, streamed samples.
+"""The fast forward of dynamic hyper-connections: the projection on tensor cores, mixing weights, streamed samples.
 
-See ``kernels/hyper_connection/project.py``, ``kernels/hyper_connection/weights.py`` and
-``kernels/hyper_connection/stream.py``. x is read twice: its mixing weights depend on all of a sample.
+See ``project.py``, ``lanes.py``, of more than four streams ``weights.py``, and ``stream.py`` in
+``kernels/hyper_connection/``. x is read twice: its mixing weights depend on all of a sample.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from kernels.hyper_connection import lanes as lanes_kernel
 from kernels.hyper_connection import project as project_kernel
 from kernels.hyper_connection import weights as weights_kernel
 from kernels.sinkhorn_thread import THREADS
@@ -46,7 +47,12 @@ def split_of(d: Any) -> tuple[int, int]:
 def scratch(d: Any) -> dict[str, int]:
     """The fp32 arrays that :class:`FastWeights` needs."""
     m, (splits, _) = weights_count(d.n_streams), split_of(d)
-    return {"parts": splits * d.batch * (m + 1), "logits": d.batch * m}
+    return {"parts": splits * d.batch * (m + 1), "logits": 0 if _by_lanes(d) else d.batch * m}
+
+
+def _by_lanes(d: Any) -> bool:
+    """Whether half a warp makes a sample's weights; else one thread does."""
+    return d.n_streams <= lanes_kernel.MOST_STREAMS
 
 
 def workspace(d: Any) -> int:
@@ -76,14 +82,18 @@ class FastWeights:
         self.splits, self.steps = split_of(d)
         made = project_kernel.project_tile(d.projection.value, d.n_streams)
         self.project = made.launcher((-(-d.batch // project_kernel.SAMPLES), self.splits, 1))
-        weigh = weights_kernel.sample_weights_by_thread(d.mode.value, d.n_streams)
-        self.weigh = weigh.launcher((-(-d.batch // THREADS), 1, 1))
+        if _by_lanes(d):
+            weigh, samples = lanes_kernel.sample_weights_by_lanes, lanes_kernel.samples_of(lanes_kernel.WARPS)
+        else:
+            weigh, samples = weights_kernel.sample_weights_by_thread, THREADS
+        self.weigh = weigh(d.mode.value, d.n_streams).launcher((-(-d.batch // samples), 1, 1))
 
     def bind(self, args: NamedArguments, parts: Any, logits: Any) -> list[Launch]:
         """Both launches."""
         d, flat = self.descriptor, self.descriptor.n_streams * self.descriptor.hidden_dim
         sizes = (self.splits, d.batch, flat, d.sinkhorn_iters, np.float32(d.eps))
-        weighing = (parts, args["alpha"], args["bias"], args["projected"], args["mixing"], logits, *sizes)
+        scratch = () if _by_lanes(d) else (logits,)
+        weighing = (parts, args["alpha"], args["bias"], args["projected"], args["mixing"], *scratch, *sizes)
         projecting = (args["x_expanded"], args["projection"], parts, flat, d.batch, self.steps)
         return [(self.project, projecting), (self.weigh, weighing)]
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from kernels.hyper_connection import stream as stream_kernel
 from kernels.hyper_connection import stream_backward as kernel
+from kernels.hyper_connection.lanes import kept_bytes
 from kernels.hyper_connection.sums import finish_static, sum_parts
 from kernels.simulator import WARP
 from plans.core import Device, Workspace
@@ -156,8 +157,6 @@ def _pre_scratch(d: Any, most_bytes: int) -> dict[str, int]:
     return {
         "sums": pieces_of(d) * blocks * weights_count(d.n_streams),
         "gamma_sums": blocks * d.hidden_dim if d.gamma is not None else 0,
-        "d_res": d.n_streams**2,
-        "kept": 2 * d.sinkhorn_iters * d.n_streams,
     }
 
 
@@ -177,19 +176,20 @@ class PreStreamProgram:
         made = kernel.stream_backward("pre", d.element.value, gamma, n, shape, "given")
         self.stream = made.launcher((self.blocks, 1, 1))
         of_gamma = 0 if gamma is None else -(-d.hidden_dim // WARP)
-        self.finish = finish_static(d.mode.value, n, True).launcher((1 + of_gamma, 1, 1))
+        kept = kept_bytes(1, d.sinkhorn_iters)
+        self.finish = finish_static(d.mode.value, n, True).launcher((1 + of_gamma, 1, 1), kept)
 
     def bind(self, args: NamedArguments, workspace: Workspace) -> list[Launch]:
         """The launches."""
         d, eps = self.descriptor, np.float32(self.descriptor.eps)
-        sums, gamma_sums, d_res, kept = scratch_pointers(workspace, _pre_scratch(d, self.most_bytes))
+        sums, gamma_sums = scratch_pointers(workspace, _pre_scratch(d, self.most_bytes))
         x, mixing, d_x = args["x_expanded"], args["mixing"], args["d_x"]
         logits = tuple(args[operand.name] for operand in d.parameters)
         # Without a gamma the kernels touch neither it nor its gradient; and the first writes none of an update.
         gamma, d_gamma = (args["rmsnorm_weight"], args["d_gamma"]) if d.gamma is not None else (mixing, gamma_sums)
         read = (x, gamma, args["d_streams"], args["d_aggregate"], mixing, *logits)
         gradients = (d_gamma, *(args[f"d_{operand.name}"] for operand in d.parameters))
-        rows, gradient_scratch = pieces_of(d) * self.blocks, (d_res, kept)
-        finishing = (sums, gamma_sums, args["d_mixing"], *logits, *gradients, *gradient_scratch, rows, self.blocks)
+        rows = pieces_of(d) * self.blocks
+        finishing = (sums, gamma_sums, args["d_mixing"], *logits, *gradients, rows, self.blocks)
         launches = _launches(self.stream, d, read, (d_x, d_x, sums, gamma_sums), self.blocks, self.blocks, eps)
         return [*launches, (self.finish, (*finishing, d.hidden_dim, d.sinkhorn_iters, eps))]

@@ -11,6 +11,7 @@ import numpy as np
 
 from kernels.hyper_connection import stream as stream_kernel
 from kernels.hyper_connection import stream_backward as kernel
+from kernels.hyper_connection.lanes import kept_bytes
 from kernels.hyper_connection.sums import finish_static
 from kernels.simulator import WARP
 from plans.core import Device, ElementKind, Workspace
@@ -65,13 +66,11 @@ def _scratch(d: Any, most_bytes: int) -> dict[str, int]:
     return {
         "sums": blocks * weights_count(d.n_streams),
         "gamma_sums": blocks * d.hidden_dim,
-        "d_mixing": d.n_streams**2,
-        "kept": 2 * d.sinkhorn_iters * d.n_streams,
     }
 
 
 def workspace(d: Any, most_bytes: int) -> int:
-    """Bytes of workspace: the blocks' sums, and what Sinkhorn's gradient keeps."""
+    """Bytes of workspace: the blocks' sums."""
     return scratch_bytes(_scratch(d, most_bytes))
 
 
@@ -107,12 +106,14 @@ class StreamBackwardProgram:
         self.blocks = min(usual, blocks or usual)
         made = kernel.stream_backward("full", d.element.value, d.gamma.value, n, shape, mode)
         self.stream = made.launcher((self.blocks, 1, 1))
-        self.finish = finish_static(mode, n, False).launcher((1 + -(-d.hidden_dim // WARP), 1, 1))
+        self.finish = finish_static(mode, n, False).launcher(
+            (1 + -(-d.hidden_dim // WARP), 1, 1), kept_bytes(1, d.sinkhorn_iters)
+        )
 
     def bind(self, args: Any, workspace: Workspace) -> list[Launch]:
         """Both launches."""
         d, eps = self.descriptor, np.float32(self.descriptor.eps)
-        sums, gamma_sums, d_mixing, kept = scratch_pointers(workspace, _scratch(d, self.most_bytes))
+        sums, gamma_sums = scratch_pointers(workspace, _scratch(d, self.most_bytes))
         logits = (args.h_pre.data, args.h_post.data, args.h_res.data)
         # The kernel reads no extra line and no weights here, and writes no gradient of an update.
         x, d_out, d_x = args.x_expanded.data, args.d_out.data, args.d_x.data
@@ -125,8 +126,6 @@ class StreamBackwardProgram:
             sums,
             *logits,
             *gradients,
-            d_mixing,
-            kept,
             self.blocks,
             self.blocks,
             d.hidden_dim,

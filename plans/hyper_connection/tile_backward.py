@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 
 from kernels.hyper_connection import stream_shares as shares_kernel
+from kernels.hyper_connection.lanes import kept_bytes
+from kernels.hyper_connection.spread_stage import record_words
 from kernels.hyper_connection.spread_tile import spread_tile
 from kernels.hyper_connection.static import mixing_weights
 from kernels.hyper_connection.sums import GROUPS, finish_static, sum_parts
@@ -19,7 +21,7 @@ from kernels.simulator import WARP
 from kernels.sinkhorn import extent_for
 from plans.core import Device, ElementKind, Workspace
 from plans.hyper_connection.common import scratch_bytes, scratch_pointers, weights_count
-from plans.hyper_connection.dynamic_stream_backward import crew_of, shares_units, spread_grid
+from plans.hyper_connection.dynamic_stream_backward import crew_of, records_length, shares_units, spread_grid
 from plans.hyper_connection.stream import Launch, refuses_stream
 from plans.sinkhorn import (
     SinkhornMode,
@@ -53,11 +55,9 @@ def _scratch(d: Any) -> dict[str, int]:
     return {
         "weights": m,
         "shares": d.batch * m,
-        "roots": 2 * d.batch,
+        "records": records_length(d, False),
         "sums": _lines_left(d.batch) * m,
         "gamma_sums": spread_grid(d)[1] * d.hidden_dim,
-        "d_mixing": d.n_streams**2,
-        "kept": 2 * d.sinkhorn_iters * d.n_streams,
     }
 
 
@@ -90,24 +90,25 @@ class TileBackwardProgram:
         self.shares = made.launcher((-(-d.batch // crew.samples), 1, 1))
         self.spread = spread_tile("full", None, gamma, n).launcher((*spread_grid(d)[:2], 1))
         self.sum = sum_parts().launcher((-(-self.lines * weights_count(n) // WARP), 1, 1))
-        self.finish = finish_static(mode, n, False).launcher((1 + -(-d.hidden_dim // WARP), 1, 1))
+        blocks, kept = (1 + -(-d.hidden_dim // WARP), 1, 1), kept_bytes(1, d.sinkhorn_iters)
+        self.finish = finish_static(mode, n, False).launcher(blocks, kept)
 
     def bind(self, args: Any, workspace: Workspace) -> list[Launch]:
         """All launches."""
         d, n, eps = self.descriptor, self.descriptor.n_streams, np.float32(self.descriptor.eps)
-        weights, shares, roots, sums, gamma_sums, d_mixing, kept = scratch_pointers(workspace, _scratch(d))
+        weights, shares, records, sums, gamma_sums = scratch_pointers(workspace, _scratch(d))
         x, gamma, d_out = args.x_expanded.data, args.rmsnorm_weight.data, args.d_out.data
         logits, sinkhorn = (args.h_pre.data, args.h_post.data, args.h_res.data), (d.sinkhorn_iters, eps)
         gradients = (args.d_gamma.data, args.d_h_pre.data, args.d_h_post.data, args.d_h_res.data)
         (_, spreads, steps), columns = spread_grid(d), self.lines * weights_count(n)
-        # The kernels read no more, no line of d, no rows and no lifts here, and write no gradient of rows.
-        spreading = (x, gamma, d_out, x, weights, roots, x, roots, args.d_x.data, gamma_sums, roots)
-        finishing = (sums, gamma_sums, sums, *logits, *gradients, d_mixing, kept, self.lines, spreads, d.hidden_dim)
-        pieces = (0, d.hidden_dim, d.batch, self.steps, eps)
+        # The kernels read no more, no line of d and no rows here, and write no gradient of rows.
+        spreading = (x, gamma, d_out, x, records, x, args.d_x.data, gamma_sums, records)
+        finishing = (sums, gamma_sums, sums, *logits, *gradients, self.lines, spreads, d.hidden_dim)
+        pieces = (0, record_words(n, False), d.hidden_dim, d.batch, self.steps, eps)
         return [
             (self.weigh, (*logits, weights, n, *sinkhorn)),
-            (self.shares, (x, gamma, d_out, weights, weights, shares, roots, *pieces)),
-            (self.spread, (*spreading, 0, d.hidden_dim, d.batch, steps)),
+            (self.shares, (x, gamma, d_out, weights, weights, shares, records, *pieces)),
+            (self.spread, (*spreading, d.hidden_dim, d.batch, steps)),
             (self.sum, (shares, sums, sums, columns, columns, d.batch // self.lines)),
             (self.finish, (*finishing, *sinkhorn)),
         ]

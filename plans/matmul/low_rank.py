@@ -1,7 +1,11 @@
 """Low-rank terms of a sum in two launches: t = scale A D^T, small, and then t U^T as further segments of the product.
 
 t goes to workspace in two bf16 (or fp16) parts, what it rounds to and what rounding left, so that it is as good as in
-fp32; each part is a segment of the term's rank.
+fp32. For many rows the first launch also puts all terms' U beside each other, once for each part, so that the terms of
+one A are one segment; for few rows, where U costs more than the products, each part of a term is one of its rank.
+
+On Hopper the first launch has no more blocks than the product leaves multiprocessors idle in its last round of tiles,
+where these finish in time: the product then begins beside it on all others, and ends no later for it.
 """
 
 from __future__ import annotations
@@ -9,11 +13,12 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from kernels.matmul.narrow import matmul_narrow
+from kernels.matmul.low_rank import InnerTile, low_rank_inner
+from kernels.target import SIMULATOR
 from plans.core.device import ALIGNMENT, Device
 from plans.core.plan import Launches, Sku
 from plans.core.precision import ElementKind, PrecisionGuarantee
@@ -21,13 +26,19 @@ from plans.core.sku import BackendKind
 from plans.core.tensor import TensorRef, contiguous_strides
 from plans.core.workspace import NO_WORKSPACE, Workspace
 from plans.matmul.descriptor import Segment, SegmentedMatmulArgs, SegmentedMatmulDescriptor
-from plans.matmul.narrow import ROWS
 from plans.matmul.program import MatmulProgram, element_offset
+from plans.matmul.wgmma import WgmmaProgram
 
 _UNIT = 8
 _MOST_TILES = 8
 _KINDS = (ElementKind.BF16, ElementKind.F16)
-_MOST_BATCHES = 65535
+_MOST_TILES_OF_ROWS = 1 << 31
+_FEW_ROWS = 16
+_WORDS = 96
+"""Registers of a thread for fragments and sums."""
+
+_BYTES_A_CYCLE = 40.0
+"""What a multiprocessor was measured to read from L2."""
 
 
 class Piece(NamedTuple):
@@ -77,33 +88,50 @@ def inner_products(descriptor: SegmentedMatmulDescriptor) -> tuple[Inner, ...]:
     return tuple(found)
 
 
+def inner_tile(rows: int, column_tiles: int, beside: bool) -> InnerTile:
+    """The blocks of a first launch: for few rows one that shares their depth, else such as walk, in pairs."""
+    row_tiles = 1 if rows <= _FEW_ROWS or SIMULATOR else 2
+    sums = 4 * row_tiles * column_tiles
+    unroll = max(1, min(4, (_WORDS - sums) // (8 * row_tiles + 4 * column_tiles)))
+    if SIMULATOR:
+        return InnerTile(4, 2, row_tiles, 1, 2 if beside else 1)
+    return InnerTile(4, 4, row_tiles, unroll, 2) if beside else InnerTile(16, 1, row_tiles, unroll)
+
+
 @functools.lru_cache(maxsize=4096)
-def expanded(descriptor: SegmentedMatmulDescriptor) -> SegmentedMatmulDescriptor:
-    """The second launch's problem: two segments for each piece of a term, after the others."""
+def expanded(descriptor: SegmentedMatmulDescriptor, beside: bool) -> SegmentedMatmulDescriptor:
+    """The second launch's problem, with further segments: one for each first launch, where U's columns lie ``beside``
+    each other, or two for each piece of a term.
+    """
     segments = list(descriptor.segments)
     for inner in inner_products(descriptor):
         first = descriptor.segments[inner.of]
-        for piece in inner.pieces:
-            part = Segment(
-                piece.rank, "NT", first.a, first.a, a_stride=2 * inner.width, a_shared=first.a_shared, b_shared=True,
-                b_stride=descriptor.low_rank[piece.term].rank,
-                a_batch_stride=0 if first.a_shared else descriptor.m * 2 * inner.width, late=True,
-            )  # fmt: skip
-            segments += [part, part]
+        common = Segment(
+            2 * inner.width, "NT", first.a, first.a, a_shared=first.a_shared, b_shared=True, a_stride=2 * inner.width,
+            a_batch_stride=0 if first.a_shared else descriptor.m * 2 * inner.width, late=True,
+        )  # fmt: skip
+        pieces = () if beside else inner.pieces
+        parts = [replace(common, k=p.rank, b_stride=descriptor.low_rank[p.term].rank) for p in pieces for _ in range(2)]
+        segments += parts or [common]
     return replace(descriptor, segments=tuple(segments), low_rank=())
 
 
-def _inner_bytes(descriptor: SegmentedMatmulDescriptor, inner: Inner) -> int:
-    size = 2 * 2 * inner.width * descriptor.m * _batches(descriptor, inner)
-    return -(-size // ALIGNMENT) * ALIGNMENT
+def _aligned(elements: int) -> int:
+    return -(-2 * elements // ALIGNMENT) * ALIGNMENT
 
 
 def _batches(descriptor: SegmentedMatmulDescriptor, inner: Inner) -> int:
     return 1 if descriptor.segments[inner.of].a_shared else descriptor.batch or 1
 
 
-def _own_bytes(descriptor: SegmentedMatmulDescriptor) -> int:
-    return sum(_inner_bytes(descriptor, inner) for inner in inner_products(descriptor))
+def _inner_bytes(descriptor: SegmentedMatmulDescriptor, inner: Inner, beside: bool) -> tuple[int, int]:
+    """Workspace of t, and of U's columns beside each other."""
+    t = _aligned(2 * inner.width * descriptor.m * _batches(descriptor, inner))
+    return t, _aligned(2 * inner.width * descriptor.n) if beside else 0
+
+
+def _own_bytes(descriptor: SegmentedMatmulDescriptor, beside: bool) -> int:
+    return sum(sum(_inner_bytes(descriptor, inner, beside)) for inner in inner_products(descriptor))
 
 
 def _term_refusals(descriptor: SegmentedMatmulDescriptor) -> Iterator[str]:
@@ -114,55 +142,90 @@ def _term_refusals(descriptor: SegmentedMatmulDescriptor) -> Iterator[str]:
             yield f"wants low-rank factors of A's kind, bf16 or fp16, found {term.element.value} and {segment.a.value}"
         if segment.k % _UNIT or any(stride % _UNIT for stride in a.strides[:-1]):
             yield f"wants K and the strides of A to be multiples of {_UNIT}, found K {segment.k}, strides {a.strides}"
-    if (descriptor.batch or 1) > _MOST_BATCHES:
-        yield f"wants at most {_MOST_BATCHES} results of low-rank terms"
+    if (tiles := (descriptor.batch or 1) * -(-descriptor.m // 16)) >= _MOST_TILES_OF_ROWS:
+        yield f"wants fewer than 2**31 tiles of 16 rows of low-rank terms' inner products, found {tiles}"
 
 
 class LowRankProgram:
     """The first launches, and another SKU's program for the sum with their results."""
 
     def __init__(self, descriptor: SegmentedMatmulDescriptor, device: Device, second: Sku) -> None:
-        self.descriptor, self.device = descriptor, device
-        self.whole = expanded(descriptor)
-        self.second: MatmulProgram = second.build(self.whole, device)
+        self.descriptor, self.device, self.beside = descriptor, device, _beside(second)
+        self.second: MatmulProgram = second.build(expanded(descriptor, self.beside), device)
         self.reads_addresses = getattr(self.second, "reads_addresses", False)
         self.empty = descriptor.operands()[0].count == 0
-        kind = descriptor.segments[0].a.value
-        early = second.backend is BackendKind.WGMMA
-        self.launches = []
-        for inner in () if self.empty else inner_products(descriptor):
-            kernel = matmul_narrow(kind, kind, inner.tiles, (), 2, early)
-            self.launches.append(kernel.launcher((-(-descriptor.m // ROWS), _batches(descriptor, inner), 1)))
+        self.inner = () if self.empty else inner_products(descriptor)
+        self.launches = [self._launcher(inner) for inner in self.inner]
+
+    def _launcher(self, inner: Inner) -> Any:
+        kind, overlaps = self.descriptor.segments[inner.of].a.value, self.device.arch >= (9, 0)
+        tile = inner_tile(self.descriptor.m, sum(inner.tiles), overlaps and self.beside)
+        whole = all(self.descriptor.low_rank[piece.term].rank % _UNIT == 0 for piece in inner.pieces)
+        kernel = low_rank_inner(kind, inner.tiles, tile, self.beside, whole, overlaps)
+        return kernel.launcher((self._blocks(inner, tile), 1, 1), overlaps=overlaps)
+
+    def _blocks(self, inner: Inner, tile: InnerTile) -> int:
+        """As many as the product leaves idle, if they are in time for its first tiles; else one a multiprocessor."""
+        tiles = _batches(self.descriptor, inner) * -(-self.descriptor.m // tile.rows)
+        most = -(-min(self.device.multiprocessors, tiles) // tile.cluster) * tile.cluster
+        if not isinstance(self.second, WgmmaProgram) or inner is not self.inner[-1]:
+            return most
+        idle, cycles = self.second.idle_multiprocessors()
+        blocks = min(most, idle // tile.cluster * tile.cluster)
+        a_and_d = tiles * (tile.rows + inner.width) * 2 * self.descriptor.segments[inner.of].k
+        return blocks if blocks and a_and_d <= blocks * cycles * _BYTES_A_CYCLE else most
 
     def bind(self, args: SegmentedMatmulArgs, workspace: Workspace) -> Launches:
         """All launches; none where Y is empty."""
         if self.empty:
             return []
         found, parts, at = [], [], 0
-        for inner, launch in zip(inner_products(self.descriptor), self.launches, strict=True):
-            found.append((launch, self._inner_arguments(args, inner, workspace, at)))
-            parts += self._parts(args, inner, workspace, at)
-            at += _inner_bytes(self.descriptor, inner)
-        pieces = [piece for inner in inner_products(self.descriptor) for piece in inner.pieces]
-        kept = [float(args.low_rank_scales[piece.term] != 0) for piece in pieces]
-        scales = (*args.scales, *(scale for scale in kept for _ in range(2)))
-        whole = SegmentedMatmulArgs(args.out, (*args.segments, *parts), scales)
+        for inner, launch in zip(self.inner, self.launches, strict=True):
+            t_bytes, u_bytes = _inner_bytes(self.descriptor, inner, self.beside)
+            found.append((launch, self._inner_arguments(args, inner, workspace, at, at + t_bytes)))
+            both = self._whole_parts(inner, workspace, at, at + t_bytes) if self.beside else []
+            parts += both or self._parts(args, inner, workspace, at)
+            at += t_bytes + u_bytes
+        whole = SegmentedMatmulArgs(args.out, (*args.segments, *parts), (*args.scales, *self._kept(args)))
         whole.epilogue, whole.numbers = args.epilogue, args.numbers
         rest = workspace.buffer.part(at, workspace.nbytes - at) if workspace.nbytes > at else None
         return [*found, *self.second.bind(whole, Workspace(rest) if rest is not None else NO_WORKSPACE)]
 
-    def _inner_arguments(self, args: SegmentedMatmulArgs, inner: Inner, workspace: Workspace, at: int) -> tuple:
-        """The result's parameters, A's, each term's D's."""
+    def _kept(self, args: SegmentedMatmulArgs) -> list[float]:
+        """1 for the further segments whose terms have a scale, 0 for the others; t has the scales in it."""
+        kept = [[float(args.low_rank_scales[piece.term] != 0) for piece in inner.pieces] for inner in self.inner]
+        return [max(terms) for terms in kept] if self.beside else [k for terms in kept for k in terms for _ in range(2)]
+
+    def _inner_arguments(
+        self, args: SegmentedMatmulArgs, inner: Inner, workspace: Workspace, t_at: int, u_at: int
+    ) -> tuple:
+        """The result's parameters, A's, how many of a batch, each term's, U's copy and its rows."""
         operand = self.descriptor.segment_operands[inner.of][0]
         depth, m, width = self.descriptor.segments[inner.of].k, self.descriptor.m, inner.width
         batch_stride = operand.strides[0] if len(operand.shape) > 2 else 0
-        result = (workspace.buffer.pointer(np.uint16, at), m, width, 2 * width, m * 2 * width)
+        result = (workspace.buffer.pointer(np.uint16, t_at), m, width, 2 * width, m * 2 * width)
         left = (args.segments[inner.of][0].data, operand.strides[-2], batch_stride, depth)
-        flat = [*result, *left]
+        flat = [*result, *left, _batches(self.descriptor, inner)]
         for piece in inner.pieces:
-            down, scale = args.low_rank[piece.term][0], args.low_rank_scales[piece.term]
-            flat += [element_offset(down, piece.first * depth), depth, 0, piece.rank, np.float32(scale)]
-        return tuple(flat)
+            (down, up), scale = args.low_rank[piece.term], args.low_rank_scales[piece.term]
+            factors = element_offset(down, piece.first * depth), element_offset(up, piece.first)
+            flat += [factors[0], piece.rank, np.float32(scale), factors[1], up.shape[1]]
+        return (*flat, workspace.buffer.pointer(np.uint16, u_at if self.beside else t_at), self.descriptor.n)
+
+    def _whole_parts(self, inner: Inner, workspace: Workspace, t_at: int, u_at: int) -> list[tuple]:
+        """The pair (t, U's columns) of all terms of a first launch."""
+        of = self.descriptor.segments[inner.of]
+        shared = self.descriptor.batch is None or of.a_shared
+        rows = (self.descriptor.m,) if shared else (_batches(self.descriptor, inner), self.descriptor.m)
+        both = ((*rows, 2 * inner.width), t_at), ((self.descriptor.n, 2 * inner.width), u_at)
+        return [tuple(self._tensor(workspace, of.a, at, shape, contiguous_strides(shape)) for shape, at in both)]
+
+    def _tensor(
+        self, workspace: Workspace, element: ElementKind, at: int, shape: tuple[int, ...], strides: tuple[int, ...]
+    ) -> TensorRef:
+        data = workspace.buffer.pointer(np.uint16, at)
+        available = (workspace.nbytes - at) // element.itemsize
+        return TensorRef(data, shape, strides, element, available, self.device.ordinal, workspace.buffer)
 
     def _parts(self, args: SegmentedMatmulArgs, inner: Inner, workspace: Workspace, at: int) -> list[tuple]:
         """The pairs (part of t, columns of U), two for each piece."""
@@ -177,30 +240,36 @@ class LowRankProgram:
                 up.available - piece.first, up.device, up.owner,
             )  # fmt: skip
             for part in range(2):
-                start = column + part * width
                 shape = (m, piece.rank) if shared else (batches, m, piece.rank)
                 strides = contiguous_strides((batches, m, 2 * width))[3 - len(shape) :]
-                data = workspace.buffer.pointer(np.uint16, at + 2 * start)
-                size = batches * m * 2 * width - start
-                t = TensorRef(data, shape, strides, element, size, self.device.ordinal, workspace.buffer)
+                t = self._tensor(workspace, element, at + 2 * (column + part * width), shape, strides)
                 found.append((t, columns))
             column += _UNIT * piece.tiles
         return found
 
 
+def _beside(second: Sku) -> bool:
+    return second.backend is not BackendKind.SKINNY
+
+
 def _refuses(second: Sku, descriptor: SegmentedMatmulDescriptor) -> str:
     if not descriptor.low_rank:
         return "has no low-rank terms to multiply before"
-    return next(_term_refusals(descriptor), "") or second.refuses(expanded(descriptor))
+    return next(_term_refusals(descriptor), "") or second.refuses(expanded(descriptor, _beside(second)))
 
 
 def _guarantee(second: Sku, descriptor: SegmentedMatmulDescriptor) -> PrecisionGuarantee:
     """The second product's own, and t's: its sum (2 units a term), scale, and 2**-17 left after two bf16 parts."""
-    after = second.guarantee(expanded(descriptor))
+    after = second.guarantee(expanded(descriptor, _beside(second)))
     depth = max(descriptor.segments[term.of].k for term in descriptor.low_rank)
     own = 2.0 * depth + 10.0 + 128.0
     derivation = f"t: its sum's truncation, scale and two parts, {own:g} units of its term; then {after.derivation}"
     return replace(after, rounding_units=after.rounding_units + own, derivation=derivation)
+
+
+def _workspace(second: Sku, descriptor: SegmentedMatmulDescriptor) -> int:
+    beside = _beside(second)
+    return _own_bytes(descriptor, beside) + second.workspace(expanded(descriptor, beside))
 
 
 def with_low_rank(second: Sku) -> Sku:
@@ -211,7 +280,7 @@ def with_low_rank(second: Sku) -> Sku:
         refuses=functools.partial(_refuses, second),
         guarantee=functools.partial(_guarantee, second),
         build=functools.partial(LowRankProgram, second=second),
-        workspace=lambda descriptor: _own_bytes(descriptor) + second.workspace(expanded(descriptor)),
-        suits=lambda descriptor: second.suits(expanded(descriptor)),
+        workspace=functools.partial(_workspace, second),
+        suits=lambda descriptor: second.suits(expanded(descriptor, _beside(second))),
         proof=second.proof and "tests/test_matmul_low_rank.py",
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from kernels.matmul.narrow import ROW_TILES, matmul_narrow
+from kernels.matmul.narrow import DEPTH, ROW_TILES, WARPS, matmul_narrow
 from plans.core.device import Device
 from plans.core.plan import Launches, Sku
 from plans.core.precision import ElementKind, MathPrecision, PrecisionGuarantee
@@ -42,7 +42,8 @@ def _refuses(descriptor: SegmentedMatmulDescriptor) -> str:
 
 
 def _suits(descriptor: SegmentedMatmulDescriptor) -> bool:
-    return descriptor.m > 16 and descriptor.segments[0].k > 0
+    """Whether there are rows enough for tensor cores, and a depth that all warps of a block share."""
+    return descriptor.m > 16 and descriptor.segments[0].k >= DEPTH * WARPS
 
 
 def _guarantee(descriptor: SegmentedMatmulDescriptor) -> PrecisionGuarantee:

@@ -30,6 +30,7 @@ class SegmentedMatmulPlan(Plan):
 
     name = "segmented matmul"
     skus = (
+        with_low_rank(SKINNY),
         SKINNY,
         NARROW,
         in_parts(WGMMA),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -93,19 +93,13 @@ class MatmulProgram:
         """Pointer, rows, columns, row stride and batch stride of the result."""
         return (args.out.data, *self.result)
 
-    def segment_arguments(
-        self, args: SegmentedMatmulArgs, order: Sequence[int] | None = None, shared: Container[int] = ()
-    ) -> tuple:
-        """Every segment's parameters, in ``order``: pointers, k, strides, ratio and scale.
-
-        A segment of scale 0 has k = 0, or -k where it is one of ``shared``, whose A others need.
-        """
+    def segment_arguments(self, args: SegmentedMatmulArgs, order: Sequence[int] | None = None) -> tuple:
+        """Every segment's parameters, in ``order``: pointers, k (0 where the scale is), strides, ratio and scale."""
         flat: list[Any] = []
         previous = 0.0
         for i in order if order is not None else range(len(args.segments)):
             (a, b), scale, k = args.segments[i], args.scales[i], self.descriptor.segments[i].k
-            if not scale:
-                k = -k if i in shared else 0
+            k = k if scale else 0
             current = scale if k > 0 else previous or 1.0
             ratio = previous / current if previous else 1.0
             flat += [a.data, b.data, k, *self.strides[i], np.float32(ratio), np.float32(current)]

@@ -1,10 +1,8 @@
-"""The skinny SKU of the matmul family: up to 16 rows of A, bound by reading B; low-rank terms in the same launch."""
+"""The skinny SKU of the matmul family: up to 16 rows of A, bound by reading B."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-
-import numpy as np
+from dataclasses import replace
 
 from kernels.matmul.skinny import SkinnyProblem, matmul_skinny
 from kernels.matmul.skinny_sums import GROUP, SkinnyTile
@@ -18,7 +16,7 @@ from plans.core.workspace import Workspace
 from plans.matmul.descriptor import SegmentedMatmulArgs, SegmentedMatmulDescriptor
 from plans.matmul.measure import program_seconds
 from plans.matmul.mma import UNIT, is_wide
-from plans.matmul.program import MOST_BLOCKS, MatmulProgram, element_offset, kernel_steps, matmul_guarantee
+from plans.matmul.program import MOST_BLOCKS, MatmulProgram, kernel_steps, matmul_guarantee, refuses_low_rank
 
 FEW_WARPS, MANY_WARPS = (1, 2) if SIMULATOR else (4, 8)
 """Warps of a block where there are blocks enough for every multiprocessor to run several, and where there are not."""
@@ -30,49 +28,33 @@ SHARED_BYTES = 47 << 10
 _KINDS = (ElementKind.BF16, ElementKind.F16)
 
 
-@dataclass(frozen=True)
-class _Piece:
-    """Up to 16 ranks of a low-rank term: which term, the first rank and how many."""
-
-    term: int
-    first: int
-    rank: int
-
-
-def pieces_of(descriptor: SegmentedMatmulDescriptor) -> tuple[_Piece, ...]:
-    """The low-rank terms in pieces of 16 ranks, in the order of the segments whose A they take."""
-    return tuple(
-        _Piece(number, first, min(GROUP, term.rank - first))
-        for number, term in sorted(enumerate(descriptor.low_rank), key=lambda entry: entry[1].of)
-        for first in range(0, term.rank, GROUP)
-    )
-
-
 def tile_of(descriptor: SegmentedMatmulDescriptor) -> SkinnyTile:
-    """As many rows of B in a block as leave enough blocks, so that A and D are read seldom."""
-    a_groups, pieces = (1 if descriptor.m <= 8 else 2), len(pieces_of(descriptor))
-    sides = 2 if descriptor.gated else 1
+    """As many rows of B in a block as leave enough blocks, so that A is read seldom."""
+    a_groups, sides = (1 if descriptor.m <= 8 else 2), 2 if descriptor.gated else 1
     blocks_of = descriptor.n * (descriptor.batch or 1) // GROUP
     row_groups = next((g for g in (2 * a_groups, a_groups) if g >= sides and blocks_of // g >= BLOCKS), sides)
-    slot = 8 * (row_groups + pieces) + 4 * a_groups
+    slot = 8 * row_groups + 4 * a_groups
     warps = FEW_WARPS if blocks_of // row_groups >= 3 * BLOCKS else MANY_WARPS
     return SkinnyTile(row_groups, a_groups, warps, max(1, min(4, WORDS // slot)))
 
 
 def likely_tiles(descriptor: SegmentedMatmulDescriptor) -> list[SkinnyTile]:
     """The estimate, and its neighbours: more or fewer rows of B in a block, more loads under way, other warps."""
-    estimate, pieces = tile_of(descriptor), len(pieces_of(descriptor))
-    sides = 2 if descriptor.gated else 1
+    estimate, sides = tile_of(descriptor), 2 if descriptor.gated else 1
+    rows, unroll, less = estimate.row_groups, estimate.unroll, max(1, estimate.unroll // 2)
+    other = FEW_WARPS if estimate.warps == MANY_WARPS else MANY_WARPS
     found = [
         estimate,
-        replace(estimate, row_groups=2 * estimate.row_groups, unroll=max(1, estimate.unroll // 2)),
-        replace(estimate, row_groups=estimate.row_groups // 2, unroll=2 * estimate.unroll),
-        replace(estimate, unroll=2 * estimate.unroll),
-        replace(estimate, warps=FEW_WARPS if estimate.warps == MANY_WARPS else MANY_WARPS),
+        replace(estimate, row_groups=2 * rows, unroll=less),
+        replace(estimate, row_groups=rows // 2, unroll=2 * unroll),
+        replace(estimate, row_groups=rows // 2, warps=other, unroll=2 * unroll),
+        replace(estimate, unroll=2 * unroll),
+        replace(estimate, warps=other),
+        replace(estimate, warps=2 * estimate.warps, unroll=less),
     ]
 
     def fits(tile: SkinnyTile) -> bool:
-        in_reach = tile.words(pieces) <= MOST_WORDS and tile.shared_bytes(pieces) <= SHARED_BYTES
+        in_reach = tile.words <= MOST_WORDS and tile.shared_bytes <= SHARED_BYTES
         return tile == estimate or (tile.row_groups >= sides and in_reach)
 
     return [tile for tile in dict.fromkeys(found) if fits(tile)]
@@ -80,8 +62,8 @@ def likely_tiles(descriptor: SegmentedMatmulDescriptor) -> list[SkinnyTile]:
 
 def choose_tile(descriptor: SegmentedMatmulDescriptor, device: Device) -> SkinnyTile:
     """The fastest of the likely tiles, measured once for a class of problems; see ``plans.core.tuning``."""
-    ks, ranks = (tuple(s.k for s in descriptor.segments), tuple(term.rank for term in descriptor.low_rank))
-    problem = (descriptor.m, descriptor.n, ks, ranks, descriptor.batch or 1, descriptor.gated)
+    ks = tuple(segment.k for segment in descriptor.segments)
+    problem = (descriptor.m, descriptor.n, ks, descriptor.batch or 1, descriptor.gated)
     return tuned(
         device,
         "matmul skinny",
@@ -98,6 +80,8 @@ def _blocks(descriptor: SegmentedMatmulDescriptor, tile: SkinnyTile) -> tuple[in
 
 
 def _refuses(descriptor: SegmentedMatmulDescriptor) -> str:
+    if reason := refuses_low_rank(descriptor):
+        return reason
     if descriptor.m > MOST_ROWS:
         return f"wants at most {MOST_ROWS} rows, found {descriptor.m}"
     first = descriptor.segments[0]
@@ -109,82 +93,47 @@ def _refuses(descriptor: SegmentedMatmulDescriptor) -> str:
         strides = [stride for operand in operands for stride in operand.strides[:-1]]
         if any(value % UNIT for value in (segment.k, *strides)):
             return f"wants k and strides in multiples of {UNIT} elements, found {segment.k} and {strides}"
-    for term in descriptor.low_rank:
-        if term.element is not first.a or term.rank % UNIT:
-            return f"wants low-rank terms of {first.a.value} with ranks in multiples of {UNIT}, found {term}"
-    needed = tile_of(descriptor).shared_bytes(len(pieces_of(descriptor)))
-    if needed > SHARED_BYTES:
-        return f"the low-rank terms need {needed} bytes of shared memory, wanted at most {SHARED_BYTES}"
     blocks = _blocks(descriptor, tile_of(descriptor))[1]
     return f"wants fewer than 2**31 blocks, found {blocks}" if blocks > MOST_BLOCKS else ""
 
 
 def _guarantee(descriptor: SegmentedMatmulDescriptor) -> PrecisionGuarantee:
-    terms = len(descriptor.segments) + len(descriptor.low_rank)
     derivation = (
-        "the tensor core truncates each aligned term at fp32's last place (2 units a term), low-rank terms' second "
-        "product rounds twice a rank; each segment's scale 4, the sums of eight warps 8, alignment 8; then the epilogue"
+        "the tensor core truncates each aligned term at fp32's last place (2 units a term); each segment's scale 4, "
+        "the sums of sixteen warps 16, alignment 8; then the epilogue"
     )
-    units = 2.0 * descriptor.depth + 4.0 * terms + 16.0
+    units = 2.0 * descriptor.depth + 4.0 * len(descriptor.segments) + 24.0
     return matmul_guarantee(descriptor, MathPrecision.BF16_TENSOR_CORE, units, derivation)
 
 
 class SkinnyProgram(MatmulProgram):
-    """One launch."""
+    """One launch, which may begin before the launch that makes its late operands has ended (sm_90)."""
 
     def __init__(self, descriptor: SegmentedMatmulDescriptor, device: Device, tile: SkinnyTile | None = None) -> None:
         super().__init__(descriptor, device)
-        self.pieces = pieces_of(descriptor)
         if self.empty:
             return
         tile = tile or choose_tile(descriptor, device)
         self.tiles, blocks = _blocks(descriptor, tile)
+        overlaps = device.arch >= (9, 0)
+        early = sum(not segment.late for segment in descriptor.segments) % len(descriptor.segments)
         problem = SkinnyProblem(
             descriptor.segments[0].a.value,
             len(descriptor.segments),
-            tuple(descriptor.low_rank[piece.term].of for piece in self.pieces),
             descriptor.out.value,
             kernel_steps(descriptor),
             is_wide(descriptor),
-            self._late(),
+            early if overlaps else None,
         )
-        self.launch = matmul_skinny(problem, tile).launcher((blocks, 1, 1), overlaps=problem.late > 0)
+        self.launch = matmul_skinny(problem, tile).launcher((blocks, 1, 1), overlaps=overlaps)
 
     def bind(self, args: SegmentedMatmulArgs, workspace: Workspace) -> Launches:
         """The launch; none where Y is empty."""
         if self.empty:
             return []
-        low_rank = [value for piece in self.pieces for value in self._low_rank(args, piece)]
-        # A low-rank term's A belongs to a segment by number, so segments keep their order.
-        order = None if self.pieces else sorted(self.smallest_first(args), key=self._is_late)
-        shared = {term.of for term in self.descriptor.low_rank}
-        segments = self.segment_arguments(args, order, shared)
-        head = (self.tiles, *self.result_arguments(args), *segments)
-        return [(self.launch, (*head, *low_rank, *self.epilogue_arguments(args)))]
-
-    def _is_late(self, number: int) -> bool:
-        return self.descriptor.segments[number].late
-
-    def _late(self) -> int:
-        """How many segments, the last ones, wait for the launch before; none where their order is given."""
-        if self.pieces or self.device.arch < (9, 0):
-            return 0
-        return sum(segment.late for segment in self.descriptor.segments)
-
-    def _low_rank(self, args: SegmentedMatmulArgs, piece: _Piece) -> tuple:
-        """D, U, rank, row strides, batch strides, scale."""
-        (down, up), scale = args.low_rank[piece.term], args.low_rank_scales[piece.term]
-        d_stride, u_stride = down.shape[1], up.shape[1]
-        return (
-            element_offset(down, piece.first * d_stride),
-            element_offset(up, piece.first),
-            piece.rank if scale else 0,
-            d_stride,
-            u_stride,
-            0,
-            0,
-            np.float32(scale),
-        )
+        order = sorted(self.smallest_first(args), key=lambda i: self.descriptor.segments[i].late)
+        head = (self.tiles, *self.result_arguments(args), *self.segment_arguments(args, order))
+        return [(self.launch, (*head, *self.epilogue_arguments(args)))]
 
 
 SKINNY = Sku(

@@ -190,42 +190,50 @@ class WgmmaProgram(MatmulProgram):
             return
         cluster = self.tile.cluster
         tiles = -(-descriptor.m // (ROWS * cluster)) * -(-descriptor.columns // self.tile.result_columns) * self.results
-        grid = (max(1, min(device.multiprocessors // cluster, tiles)) * cluster, 1, 1)
+        turns = -(-tiles // max(1, device.multiprocessors // cluster))
+        # No more blocks than so many turns need: what may run beside finds multiprocessors free.
+        grid = (-(-tiles // turns) * cluster, 1, 1)
         self.launch = self.kernel.launcher(grid)
-        late = any(segment.late for segment in descriptor.segments)
-        self.early_launch = self.kernel.launcher(grid, overlaps=True) if late else self.launch
+        self.early_launch = self.kernel.launcher(grid, overlaps=True)
+
+    def idle_multiprocessors(self) -> tuple[int, float]:
+        """How many have one tile less than the others, or none at all, and the cycles that a tile takes."""
+        cycles = sum(_segment_cycles(segment, self.tile) for segment in self.descriptor.segments) / self.parts
+        return self.device.multiprocessors - self.last_round * self.tile.cluster, cycles
 
     def bind(self, args: SegmentedMatmulArgs, workspace: Workspace) -> Launches:
         """The launch; none where Y is empty."""
         if self.empty:
             return []
-        segments = self.descriptor.segments
+        segments, batches = self.descriptor.segments, self.descriptor.batch or 1
         kept = [i for i in self.smallest_first(args) if args.scales[i] and segments[i].k]
         factor = args.scales[kept[-1]] if kept else 1.0
-        table = constants(self.device).pointer(self._table(args, kept))
+        shares = [self._segment_rows(args, kept, i % batches, i // batches) for i in range(self.results)]
+        table = constants(self.device).pointer(self._table(args, shares))
         _, rows, columns, row_stride, _ = self.result_arguments(args)
         numbers = (self.results, rows, columns, max(1, PANEL_ROWS // (ROWS * self.tile.cluster)))
         result = (args.out.data, row_stride, np.float32(factor))
         # A grid that waits for nothing must not begin early: it could end, and the next begin, before the one it
         # depends on.
-        launch = self.early_launch if any(segments[i].late for i in kept) else self.launch
+        launch = self.early_launch if all(shares) else self.launch
         return [(launch, (table, *numbers, *result, *self.epilogue_arguments(args)))]
 
-    def _table(self, args: SegmentedMatmulArgs, kept: list[int]) -> np.ndarray:
+    def _table(self, args: SegmentedMatmulArgs, shares: list[list[tuple[int, ...]]]) -> np.ndarray:
         """Parts, then their segments."""
-        batch, out = self.descriptor.batch or 1, self.descriptor.operands()[0]
-        parts, segments = [], []
-        for number in range(self.results):
-            rows = self._segment_rows(args, kept, number % batch, number // batch)
+        out, parts, segments = self.descriptor.operands()[0], [], []
+        for number, share in enumerate(shares):
             first = self.results * PART_WORDS + len(segments) * SEGMENT_WORDS
             start = number * (out.strides[0] if self.descriptor.batch else out.count)
-            parts.append((first, len(rows), self._result_map(args.out, out, start), start))
-            segments += rows
+            parts.append((first, len(share), self._result_map(args.out, out, start), start))
+            segments += share
         return np.concatenate([np.array(parts, np.int64).ravel(), np.array(segments, np.int64).ravel()])
 
     def _segment_rows(self, args: SegmentedMatmulArgs, kept: list[int], batch: int, part: int) -> list[tuple[int, ...]]:
-        """The segments of one of the batch, or what a part of the sum takes of them: so many stages in order."""
-        stages = [self._stages(i) for i in kept]
+        """The segments of one of the batch, or what a part of the sum takes of them: so many stages in order.
+
+        Late segments wait for the launch before; where there are none the first does.
+        """
+        stages, late = [self._stages(i) for i in kept], any(self.descriptor.segments[i].late for i in kept)
         begin, end = (sum(stages) * at // self.parts for at in (part, part + 1))
         found, previous, passed = [], 0.0, 0
         for i, count in zip(kept, stages, strict=True):
@@ -233,7 +241,8 @@ class WgmmaProgram(MatmulProgram):
             if first >= past:
                 continue
             segment, scale = self.descriptor.segments[i], args.scales[i]
-            flags = _ratio(previous, scale) | (WAITS * segment.late + DIAGONAL * self._by_blocks(i)) << 32
+            waits = segment.late if late else not found
+            flags = _ratio(previous, scale) | (WAITS * waits + DIAGONAL * self._by_blocks(i)) << 32
             whole = -(-segment.k // DEPTH)
             last = STEPS if past < count else -(-(segment.k - (whole - 1) * DEPTH) // 16)
             found.append((*self._maps(args, i, batch), past - first, last, first * DEPTH, flags))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,6 +24,9 @@ from plans.weight.resolve import resolve
 LARGEST_CLUSTER = 8
 """Blocks of a cluster that every device has room for."""
 WARPS = (1,) if SIMULATOR else (4, 2, 1)
+GROUPS = (1,) if SIMULATOR else (4, 2)
+TEAMS = (1, 2)
+"""Into how many shares of columns a block's warps may be divided."""
 SHARED_BYTES, RESERVED_BYTES = 227 * 1024, 1024
 LEAST_WARPS = 8
 _SOURCES = ("low_rank", "hadamard")
@@ -34,12 +39,20 @@ class _Split:
     tile: Tile
     cluster: int
     panels: int
+    teams: int
     shared_bytes: int
+    warps_by_registers: int
 
     @property
     def warps_resident(self) -> int:
-        """Warps that shared memory has room for on a multiprocessor."""
-        return self.tile.warps * (SHARED_BYTES // (self.shared_bytes + RESERVED_BYTES))
+        """Warps that a multiprocessor has room for."""
+        warps = self.tile.warps * self.teams
+        return warps * min(SHARED_BYTES // (self.shared_bytes + RESERVED_BYTES), self.warps_by_registers // warps)
+
+    @property
+    def warps_busy(self) -> float:
+        """Warps that have something to do while the busiest team goes through its panels."""
+        return self.warps_resident * self.panels / (self.teams * -(-self.panels // self.teams))
 
 
 def _cluster_of(panels: int) -> int:
@@ -48,21 +61,25 @@ def _cluster_of(panels: int) -> int:
     return max(size for size in sizes if 4 * size * -(-panels // size) <= 5 * panels)
 
 
-@functools.cache
-def split_of(descriptor: WeightDescriptor) -> _Split | None:
-    """The split that keeps most warps on a multiprocessor, the tallest of several; None where none fits."""
-    found = []
+def _splits(descriptor: WeightDescriptor) -> Iterator[_Split]:
+    """Every way to share a band of rows, tall and wide tiles first."""
     rows, columns = descriptor.matrix
-    for warps in WARPS:
-        tile = Tile(warps, tiles.MAX_GROUPS, True, "shared")
+    sources, settled = tiles.tile_sources(descriptor), tiles.settles(descriptor)
+    for warps, groups, teams in itertools.product(WARPS, GROUPS, TEAMS):
+        tile = Tile(warps, groups, True, "shared")
         all_panels = max(1, -(-columns // tile.columns))
         cluster = _cluster_of(all_panels)
         panels = -(-all_panels // cluster)
         ragged = rows % tile.rows != 0 or columns != cluster * panels * tile.columns
-        tile = Tile(warps, tiles.MAX_GROUPS, ragged, "shared", tiles.settles(descriptor))
-        shared = kernel.cluster_shared_bytes(descriptor.base.value, tiles.tile_sources(descriptor), tile, panels)
-        found.append(_Split(tile, cluster, panels, shared))
-    best = max(found, key=lambda split: split.warps_resident)
+        tile = Tile(warps, groups, ragged, "shared", settled)
+        shared = kernel.cluster_shared_bytes(descriptor.base.value, sources, tile, panels, teams)
+        yield _Split(tile, cluster, panels, teams, shared, kernel.warps_on_multiprocessor(sources, tile))
+
+
+@functools.cache
+def split_of(descriptor: WeightDescriptor) -> _Split | None:
+    """The split that keeps most warps of a multiprocessor busy, the first of several; None where none fits."""
+    best = max(_splits(descriptor), key=lambda split: split.warps_busy)
     return best if best.warps_resident else None
 
 
@@ -103,6 +120,7 @@ class ClusterProgram(WeightProgram):
             descriptor.check_finite,
             split.tile,
             split.cluster,
+            split.teams,
         )
         bands = -(-descriptor.matrix[0] // split.tile.rows)
         self.launch = dora.launcher((bands * split.cluster, 1, 1), split.shared_bytes)

@@ -40,6 +40,8 @@ def refuses(descriptor: WeightDescriptor) -> str:
         return f"wants rows of w2 in multiples of 8 elements (16-byte accesses), found {row}"
     if source.b * source.c * row // 8 >= 1 << 31 or source.a >= 1 << 16:
         return f"wants a block row of fewer than 2**34 elements and w1 of fewer than 2**16 rows, found {source}"
+    if _share(source, row // 8)[2] >= 1 << 16:
+        return f"wants w2 in fewer than 2**16 tiles, found {source}"
     return ""
 
 
@@ -77,17 +79,25 @@ def _rows_of_thread(height: int, runs: int) -> int:
     return max((4, 2, 1), key=lambda rows: (used(rows) + 0.025 * rows, rows))
 
 
-def _walk(source: Kronecker, runs: int, device: Device) -> _Walk:
+def _share(source: Kronecker, runs: int) -> tuple[int, int, int]:
+    """Neighbouring blocks and rows of w2 that a thread is given, and thread blocks for all of w2."""
     span = _span(source, runs)
     slots = _rows_of_thread(source.c, runs * span)
-    threads = -(-source.c // slots) * runs * span
-    tiles = -(-threads // kernel.THREADS)
+    return span, slots, -(-_threads(source, runs, span, slots) // kernel.THREADS)
+
+
+def _threads(source: Kronecker, runs: int, span: int, slots: int) -> int:
+    return -(-source.c // slots) * runs * span
+
+
+def _walk(source: Kronecker, runs: int, device: Device) -> _Walk:
+    span, slots, tiles = _share(source, runs)
     batch, steps = kernel.RUNS_IN_BATCH // slots, source.b // span
     chunk = 2 * batch
     wanted = BLOCKS_PER_MULTIPROCESSOR * device.multiprocessors
     while 2 * chunk <= steps and tiles * source.a * -(-steps // (2 * chunk)) >= wanted:
         chunk *= 2
-    ragged = source.c % slots != 0 or threads % kernel.THREADS != 0 or steps % batch != 0
+    ragged = source.c % slots != 0 or _threads(source, runs, span, slots) % kernel.THREADS != 0 or steps % batch != 0
     return _Walk(slots, span, tiles, chunk, -(-steps // chunk), ragged)
 
 
@@ -101,8 +111,8 @@ class KroneckerProgram(WeightProgram):
         self.walk = walk = _walk(source, self.runs, device)
         base = None if descriptor.base is None else descriptor.base.value
         kinds = (base, descriptor.out.value, *self.resolved[0].kernel[1:])
-        choices = (*kinds, descriptor.check_finite, walk.slots, walk.ragged)
-        self.grid = (walk.tiles, source.a, walk.chunks)
+        choices = (*kinds, descriptor.check_finite, walk.slots, walk.ragged, self.early)
+        self.grid = (walk.chunks, walk.tiles, source.a)
         self.kernel = kernel.kronecker_merge(*choices)
         if not self.contractions:
             self.group_kernel = kernel.kronecker_merge_grouped(*choices)

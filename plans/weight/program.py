@@ -10,6 +10,7 @@ import numpy as np
 
 from kernels.target import Kernel, Launcher
 from plans.core.device import Device
+from plans.core.sku import ArchSku
 from plans.core.workspace import Workspace
 from plans.weight.descriptor import Sink, WeightArgs, WeightDescriptor
 from plans.weight.resolve import ALIGN, Resolved, contraction_arguments, factor_data, prepare, resolve
@@ -38,6 +39,8 @@ class WeightProgram:
     fused_second_half = False
     group_kernel: Kernel | None = None
     """The grouped kernel that computes this weight as a member of a group; None where it cannot be a member."""
+    early = False
+    """Whether the device starts a kernel before the one before it has ended."""
     grid: tuple[int, int, int] = (0, 0, 0)
     """The grid of the member's own launch."""
     kernel: Kernel | None = None
@@ -50,6 +53,7 @@ class WeightProgram:
 
     def __init__(self, descriptor: WeightDescriptor, device: Device) -> None:
         self.descriptor, self.device = descriptor, device
+        self.early = device.arch >= ArchSku.SM90A.value
         self.resolved = resolve(descriptor, self.fused_second_half)
         self.prepared = self.resolved[-1].workspace
         self.contractions = [(i, item, *prepare(item)) for i, r in enumerate(self.resolved) for item in r.contractions]

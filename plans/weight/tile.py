@@ -172,12 +172,13 @@ class TileProgram(WeightProgram):
         base = None if descriptor.base is None else descriptor.base.value
         out, check = descriptor.out.value, descriptor.check_finite
         if descriptor.is_dora:
-            dora = weight_tile.weight_tile(base, out, sources, f"dora {descriptor.magnitude.value}", check, tile)
+            sink = f"dora {descriptor.magnitude.value}"
+            dora = weight_tile.weight_tile(base, out, sources, sink, check, tile, self.early)
             unsettled = dataclasses.replace(tile, settled=False)
-            norm = weight_tile.weight_tile(base, out, sources, "norm", False, unsettled)
+            norm = weight_tile.weight_tile(base, out, sources, "norm", False, unsettled, self.early)
             self.norm, self.merge = norm.launcher(self.grid), dora.launcher(self.grid)
             return
-        choices = (base, out, sources, "delta" if base is None else "merge", check, tile)
+        choices = (base, out, sources, "delta" if base is None else "merge", check, tile, self.early)
         self.kernel = weight_tile.weight_tile(*choices)
         if not self.contractions:
             self.group_kernel = weight_tile.weight_tile_grouped(*choices)

@@ -1,0 +1,195 @@
+"""A linear layer with one LoKr: base and adapter in one sum, forwards and for the gradient of x.
+
+    y = x W^T + b + s x kron(w1, w2)^T        y_l = x W_l^T + b_l + sum_m s w1[l, m] (x_m w2^T)
+    d_x = g W + s g kron(w1, w2)              d_x_m = g W_.m + sum_l s w1[l, m] (g_l w2)
+
+The blocks of x, or of g, are mixed by w1, and what came of it is multiplied by w2 in the sum of the base's product: its
+columns are a batch of groups, in which a few narrow blocks go together by a block-diagonal w2. The base is frozen. LoKr
+arXiv:2212.10650.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import numpy as np
+
+from lycoris.errors import RefusedInput
+from lycoris.tensor import autograd
+from lycoris.tensor.adapted import refuse_mixed
+from lycoris.tensor.adapter_gradients import low_rank_gradients, mixing_gradient
+from lycoris.tensor.creation import from_numpy
+from lycoris.tensor.launch import compact, compute, converted, empty, keep, kept, of_layout, run_prepared, shaped
+from lycoris.tensor.mixing import mixed
+from lycoris.tensor.products import check_linear, flipped, matrix_of, product, stored
+from lycoris.tensor.tensor import Layout, Tensor
+from plans.core import Device, ElementKind, TensorMut, TensorRef
+from plans.core.prepared import Prepared
+from plans.expression import leaf
+from plans.matmul import Bias, Segment, SegmentedMatmulArgs, SegmentedMatmulDescriptor, SegmentedMatmulPlan
+
+_COLUMNS = ((9, 256), (0, 128))
+"""Columns of a result that narrow blocks are put together to: those of the largest tile, from each generation of the
+hardware on.
+"""
+
+
+def kronecker_linear(
+    x: Tensor, weight: Tensor, w1: Tensor, seconds: Sequence[Tensor], bias: Tensor | None = None, scale: float = 1.0
+) -> Tensor:
+    """The sum x @ weight.T + scale * x @ kron(w1, w2).T + bias: a frozen base layer with LoKr beside it.
+
+    x [..., b * d], weight [a * c, b * d], w1 [a, b], ``seconds`` w2 [c, d], or w2's factors [c, rank] and [rank, d],
+    all of one kind. The mixed blocks, and a w2 of factors, are rounded to that kind; no delta is built. Gradients for
+    x, w1 and w2 or its factors. Raises RefusedInput where shapes do not fit.
+    """
+    shape = check_linear("kronecker_linear", x, weight, bias)
+    (a, b), c, d = w1.shape, seconds[0].shape[0], seconds[-1].shape[1]
+    shapes = [factor.shape for factor in seconds]
+    if (a * c, b * d) != weight.shape or len(seconds) > 2 or (len(seconds) == 2 and shapes[0][1] != shapes[1][0]):
+        raise RefusedInput(
+            f"kronecker_linear: w1 {w1.shape} and w2 {' @ '.join(map(str, shapes))} for a weight {weight.shape}, "
+            "wanted extents whose products are the weight's; give the factors of this weight"
+        )
+    refuse_mixed("kronecker_linear", (x, weight, w1, *seconds))
+    kind, own = x.kind, None if bias is None else compact(bias.detach())
+    rows, matrix, mixing = _ready(matrix_of(x, weight.shape[1])), _ready(weight), _ready(w1)
+    chain = [_ready(factor) for factor in seconds]
+    second = chain[0] if len(chain) == 1 else product(*chain, kind)
+    wide = diagonal(second, together_of(a, c, x.device))
+    inner = mixed(rows, mixing, d, kind, False, scale, early=True)
+    out = shaped(sum_with_blocks(rows, flipped(matrix), inner, flipped(wide), wide.shape[0] // c, kind, own), shape)
+    inputs = (x, w1, *seconds)
+    if not autograd.wanted(inputs):
+        return out
+    x_shape, count = x.shape, rows.shape[0]
+
+    def pull(g: Tensor, edges: Sequence[autograd.Node | None]) -> list[Tensor | None]:
+        g = _ready(matrix_of(g, matrix.shape[0]))
+        grown, d_x, d_w1 = [shaped(g, (count * a, c))], None, None
+        for factor in chain if edges[1] else chain[:-1]:
+            grown.append(product(grown[-1], factor, kind))
+        pairs = shaped(g, (count * a, c)), shaped(inner, (count * a, d))
+        if edges[0]:
+            tall = diagonal(second, together_of(b, d, x.device))
+            outer = mixed(g, mixing, c, kind, True, scale, early=True)
+            d_x = sum_with_blocks(g, matrix, outer, tall, tall.shape[1] // d, edges[0].kind)
+            d_x = shaped(d_x, x_shape)
+            if b < a:  # the same sum over fewer blocks
+                pairs = shaped(outer, (count * b, c)), shaped(rows, (count * b, d))
+        if edges[1]:
+            d_w1 = mixing_gradient(shaped(grown[-1], (count, a * d)), rows, (a, b), d, edges[1].kind, scale)
+        if len(chain) == 1:
+            d_seconds = [product(flipped(pairs[0]), pairs[1], edges[2].kind) if edges[2] else None]
+        else:
+            d_seconds = _factor_gradients(grown, shaped(inner, (count * a, d)), chain, edges[2:])
+        return [d_x, d_w1, *d_seconds]
+
+    return autograd.record("kronecker_linear", out, inputs, (rows, matrix, mixing, *chain), pull)
+
+
+def _factor_gradients(
+    grown: Sequence[Tensor], inner: Tensor, chain: Sequence[Tensor], edges: Sequence[autograd.Node | None]
+) -> list[Tensor | None]:
+    """Those of w2's factors [c, rank] and [rank, d], of g and its product with the first, and of the mixed x."""
+    asked = next((edge for edge in edges if edge), None)
+    if asked is None:
+        return [None, None]
+    left = (grown[0], product(inner, flipped(chain[1]), inner.kind)) if edges[0] else None
+    d_right, d_left = low_rank_gradients((grown[1], inner) if edges[1] else None, left, asked.kind, 1.0)
+    return [d_left, d_right]
+
+
+def together_of(blocks: int, columns: int, device: Device) -> int:
+    """How many of so many blocks of columns are put together for one tile: a divisor of their number."""
+    least = next(wanted for generation, wanted in _COLUMNS if device.arch[0] >= generation)
+    return next(g for g in range(1, blocks + 1) if blocks % g == 0 and (g * columns >= least or g == blocks))
+
+
+def diagonal(block: Tensor, count: int) -> Tensor:
+    """The matrix I kron block, for a contiguous block, without gradients."""
+    if count == 1:
+        return block
+    rows, columns = block.shape
+    out = empty((count, rows, count, columns), block.kind, block.device)
+    ones, whole = _identity(count, block.kind, block.device), shaped(block, (1, rows, 1, columns))
+    compute((leaf(0) * leaf(1),), (ones, whole), (), out)
+    return shaped(out, (count * rows, count * columns))
+
+
+@functools.cache
+def _identity(count: int, kind: ElementKind, device: Device) -> Tensor:
+    return shaped(from_numpy(np.eye(count), device, kind), (count, 1, count, 1))
+
+
+def sum_with_blocks(
+    a: Tensor, b: Tensor, blocks: Tensor, second: Tensor, together: int, kind: ElementKind, bias: Tensor | None = None
+) -> Tensor:
+    """The product a @ b (+ bias), to each group of whose columns a group of ``blocks``' columns times second is added.
+
+    a [m, k], b [k, n], blocks [m, groups * depth], second [depth, n / groups], block-diagonal of so many blocks
+    ``together``; all lie as products take them, and ``blocks`` was made by an ``early`` launch just before. No
+    gradients.
+    """
+    operands = [a, b, blocks, second] if bias is None else [a, b, blocks, second, bias]
+    key = ("sum with blocks", kind, together, a.device.ordinal, *[x.layout for x in operands])
+    found = kept(key) or _keep_blocks(key, operands, together, kind)
+    out = of_layout(found[1], a.device)
+    run_prepared(found[0], (out, *operands))
+    return out
+
+
+def _keep_blocks(key: tuple, operands: list[Tensor], together: int, kind: ElementKind) -> tuple[Prepared, Layout]:
+    """The plan, and the result's layout."""
+    a, b, blocks, second, *added = operands
+    (m, k), n, (depth, columns) = a.shape, b.shape[1], second.shape
+    descriptor = block_problem(a, b, blocks, second, together, kind, added[0].kind if added else None)
+    plan = SegmentedMatmulPlan.select(None, descriptor, device=a.device)
+    out, groups = empty((m, n), kind, a.device), n // columns
+    right, lead = stored(b.layout), _lead(b)
+    shape, steps = ((columns, k), columns * lead) if right.transposed else ((k, columns), columns)
+    sources = [
+        a,
+        Tensor(b.storage, (groups, *shape), b.kind, (steps, lead, 1), b.offset),
+        Tensor(blocks.storage, (groups, m, depth), blocks.kind, (depth, groups * depth, 1), blocks.offset),
+        stored(second.layout).view(second),
+        *(shaped(x, (groups, columns)) for x in added),
+    ]
+    target = Tensor(out.storage, (groups, m, columns), kind, (columns, n, 1), out.offset)
+
+    def make(result: TensorMut, *refs: TensorRef) -> SegmentedMatmulArgs:
+        return SegmentedMatmulArgs(result, (refs[:2], refs[2:4]), epilogue=refs[4:])
+
+    return keep(key, plan, [target], sources, make, out.layout)
+
+
+def block_problem(
+    a: Tensor, b: Tensor, blocks: Tensor, second: Tensor, together: int, kind: ElementKind, bias: ElementKind | None
+) -> SegmentedMatmulDescriptor:
+    """`sum_with_blocks` as a batch of the groups of columns."""
+    (m, k), n, (depth, columns) = a.shape, b.shape[1], second.shape
+    left, right, groups = stored(a.layout), stored(b.layout), n // columns
+    lead = _lead(b)
+    base = Segment(
+        k, left.letter + right.letter, a.kind, b.kind, left.stride, lead, a_shared=True,
+        b_batch_stride=columns * lead if right.transposed else columns,
+    )  # fmt: skip
+    late = Segment(
+        depth, "N" + stored(second.layout).letter, blocks.kind, second.kind, groups * depth, a_batch_stride=depth,
+        b_shared=True, diagonal=together, late=True,
+    )  # fmt: skip
+    steps = () if bias is None else (Bias(bias, per_batch=True),)
+    return SegmentedMatmulDescriptor(
+        m, columns, (base, late), kind, groups, steps, out_stride=n, out_batch_stride=columns
+    )
+
+
+def _lead(x: Tensor) -> int:
+    """Elements from a line of a matrix, as it is stored, to the next."""
+    return max(*x.strides, stored(x.layout).shape[-1])
+
+
+def _ready(x: Tensor) -> Tensor:
+    x = x.detach()
+    return x if x.contiguous_ and x.aligned else converted(x, x.kind)

@@ -1,0 +1,52 @@
+"""The sums of a product and of blocks times a second factor, in groups of columns, against float64."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from lycoris import tensor
+from lycoris.tensor.kronecker import diagonal, sum_with_blocks, together_of
+from lycoris.tensor.products import flipped
+from plans.core import ElementKind
+
+BF16, F32 = ElementKind.BF16, ElementKind.F32
+
+
+def packed(values, kind):
+    return tensor.from_numpy(np.asarray(values, np.float64), kind=kind)
+
+
+@pytest.mark.parametrize("kind", [BF16, F32], ids=lambda kind: kind.value)
+@pytest.mark.parametrize("stored", ["rows of columns", "rows of k"])
+@pytest.mark.parametrize(("groups", "together", "depth", "columns"), [(1, 1, 3, 5), (3, 1, 8, 16), (2, 4, 8, 8)])
+def test_blocks_beside_a_product(groups, together, depth, columns, stored, kind, rng):
+    m, k = 7, 24
+    a = rng.integers(-3, 4, (m, k))
+    b = rng.integers(-3, 4, (k, groups * together * columns))
+    blocks = rng.integers(-3, 4, (m, groups * together * depth))
+    second = rng.integers(-3, 4, (depth, columns))
+    bias = rng.integers(-3, 4, groups * together * columns)
+    if stored == "rows of columns":
+        base, wide = packed(b, kind), diagonal(packed(second, kind), together)
+    else:
+        base, wide = flipped(packed(b.T, kind)), flipped(diagonal(packed(second.T, kind), together))
+    given = packed(a, kind), base, packed(blocks, kind), wide
+    wanted = a @ b + (blocks.reshape(m, groups * together, depth) @ second).reshape(m, -1)
+    # Whole numbers this small are exact in every kind's sum and in fp32.
+    assert (sum_with_blocks(*given, together, F32).numpy() == wanted).all()
+    assert (sum_with_blocks(*given, together, F32, packed(bias, kind)).numpy() == wanted + bias).all()
+
+
+def test_narrow_blocks_go_together_by_a_divisor(device):
+    least = 256 if device.arch[0] >= 9 else 128
+    assert together_of(48, 64, device) == least // 64
+    assert together_of(7, 64, device) == 7
+    assert together_of(8, least, device) == 1
+    assert together_of(1, 3, device) == 1
+
+
+def test_a_diagonal_of_blocks(rng):
+    block = rng.standard_normal((3, 5))
+    found = diagonal(packed(block, F32), 4).numpy()
+    assert (found == np.kron(np.eye(4), block.astype(np.float32))).all()
