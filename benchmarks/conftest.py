@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("LYCORIS_QUIET", "1")
-os.environ.setdefault("LYCORIS_UNPROVEN", "on")  # every row compares its results itself
 sys.path.append(str(Path(__file__).parents[1] / "tests"))  # the golden set's rule of comparison
 
 import numpy as np

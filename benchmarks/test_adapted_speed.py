@@ -5,6 +5,7 @@ Device time by graph replay over rotated inputs, and the CPU time of a forward c
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,7 @@ import pytest
 from cases import Limit
 from cuda.core import EventOptions
 from measure import Result, record, side_by_side
+from problem import fill_random
 from right import assert_layer
 from timing import rotations
 from torch_limit import TorchReplay
@@ -94,8 +96,9 @@ def random_layer(device: Device, rng: np.random.Generator, row: Row) -> AdaptedL
 
 def random_tensor(device: Device, rng: np.random.Generator, shape: tuple[int, ...]) -> tensor.Tensor:
     """Small random values in bf16."""
-    block = 0.05 * rng.standard_normal(1 << 20)
-    return tensor.from_numpy(np.resize(block, shape), device, BF16)
+    made = DeviceArray.empty(shape, BF16, device)
+    fill_random(device, rng, made.buffer, math.prod(shape) * BF16.itemsize, BF16, stream_of(device))
+    return tensor.from_array(made)
 
 
 class LayerReplay:

@@ -23,6 +23,7 @@ from torch_limit import TorchReplay
 
 from lycoris.buffers import stream_of
 from lycoris.graph import capture
+from lycoris.tensor import Tensor
 from lycoris.tensor.autograd import enable_grad, grad
 from plans.adapter_gradient import (
     BlockMixGradientArgs,
@@ -47,6 +48,12 @@ LAYERS = [
 ]
 
 
+def activation(x: Tensor) -> Tensor:
+    """As another layer would have made it: its gradient has its own kind, where a leaf's adds up in fp32."""
+    with enable_grad():
+        return x.requires_grad_() * 1.0
+
+
 class TrainingReplay:
     """A captured forward and backward of a layer for each of several inputs, launched again and again."""
 
@@ -55,7 +62,7 @@ class TrainingReplay:
         count = rotations(nbytes, 2)
         self._stream, self._count = stream_of(device), count
         layers = [random_layer(device, rng, row) for _ in range(min(count, 4))]
-        inputs = [random_tensor(device, rng, (row.tokens, row.channels)).requires_grad_() for _ in range(count)]
+        inputs = [activation(random_tensor(device, rng, (row.tokens, row.channels))) for _ in range(count)]
         gradients = [random_tensor(device, rng, (row.tokens, row.out)) for _ in range(count)]
         for layer in layers:
             layer.train()

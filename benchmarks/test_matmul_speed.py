@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 from dataclasses import dataclass
 from typing import Any
@@ -15,16 +14,14 @@ import pytest
 from cases import Limit
 from measure import Result, record, side_by_side
 from operand_buffers import Rotated
-from problem import Call, random_values
 from right import assert_convolution, assert_product, assert_written
 from timing import Replay
 from torch_limit import TorchReplay
 
 from plans.convolution import Conv2dArgs, Conv2dDescriptor, Conv2dPlan, Convolution
-from plans.core import BackendKind, Device, ElementKind, PlanPreference, TensorMut, Workspace
+from plans.core import BackendKind, Device, PlanPreference, TensorMut
 from plans.matmul import (
     LowRankTerm,
-    MatmulArgs,
     MatmulDescriptor,
     MatmulPlan,
     Segment,
@@ -34,9 +31,8 @@ from plans.matmul import (
 )
 
 FORCED = os.environ.get("LYCORIS_BENCH_BACKEND", "")
-BF16 = ElementKind.BF16
 PREFERENCE = PlanPreference(prefer_backend=BackendKind(FORCED) if FORCED else None)
-TOKENS, RANK, MOST_SKINNY = 4096, 16, 16
+TOKENS, RANK = 4096, 16
 
 
 @dataclass(frozen=True)
@@ -58,14 +54,11 @@ class Row:
         return f"{self.tokens} x {self.out}x{self.channels}"
 
     def descriptor(self) -> MatmulDescriptor | SegmentedMatmulDescriptor:
-        """The bare product, few rows with low-rank terms, or many with segments whose A is (x down^T)."""
+        """The bare product, or one with low-rank terms."""
         if not self.adapters:
             return MatmulDescriptor(self.tokens, self.out, self.channels)
-        base = Segment(self.channels)
-        if self.tokens <= MOST_SKINNY:
-            terms = (LowRankTerm(RANK),) * self.adapters
-            return SegmentedMatmulDescriptor(self.tokens, self.out, (base,), low_rank=terms)
-        return SegmentedMatmulDescriptor(self.tokens, self.out, (base, *(Segment(RANK),) * self.adapters))
+        terms = (LowRankTerm(RANK),) * self.adapters
+        return SegmentedMatmulDescriptor(self.tokens, self.out, (Segment(self.channels),), low_rank=terms)
 
 
 ROWS = [
@@ -101,29 +94,6 @@ def arguments_of(descriptor: MatmulDescriptor | SegmentedMatmulDescriptor) -> An
     return make
 
 
-def with_down_products(device: Device, rng: np.random.Generator, runs: Rotated, row: Row) -> list[Call]:
-    """Every run with what it needs before: the adapters' x down^T, which become its segments' A."""
-    if row.tokens <= MOST_SKINNY or not row.adapters:
-        return runs.calls
-    plan = MatmulPlan.select(None, MatmulDescriptor(row.tokens, RANK, row.channels), device=device)
-    size = plan.workspace_size()
-    workspace = Workspace(device.allocate(size)) if size else None
-    shape = (RANK, row.channels)
-    downs = [device.upload(random_values(rng, shape, BF16)).tensor(BF16, shape) for _ in range(row.adapters)]
-    inner = []
-    for args in runs.arguments:
-        (x, _), *low_rank = args.segments
-        inner.append([MatmulArgs(t, x, down) for (t, _), down in zip(low_rank, downs, strict=True)])
-
-    def call(stream: Any, own: Call, products: list[MatmulArgs]) -> None:
-        for product in products:
-            plan.run(stream, workspace, product)
-        own(stream)
-
-    calls = zip(runs.calls, inner * (len(runs.calls) // len(inner)), strict=True)
-    return [functools.partial(call, own=own, products=products) for own, products in calls]
-
-
 @pytest.mark.benchmark(group="products")
 @pytest.mark.parametrize("row", ROWS, ids=str)
 def test_product_speed(row: Row, device: Device, rng: np.random.Generator, benchmark: Any):
@@ -133,8 +103,7 @@ def test_product_speed(row: Row, device: Device, rng: np.random.Generator, bench
     shapes = [(row.tokens, row.out), (row.tokens, row.channels), (row.out, row.channels)]
     limit = TorchReplay(lambda out, x, w: torch.matmul(x, w.t(), out=out), shapes)
     with Rotated(device, family, descriptor, arguments_of(descriptor), rng, preference=PREFERENCE) as runs:
-        ours = Replay(device, with_down_products(device, rng, runs, row))
-        seconds, limit_seconds = side_by_side(benchmark, ours, limit)
+        seconds, limit_seconds = side_by_side(benchmark, Replay(device, runs.calls), limit)
         assert_written(runs)
         assert_product(runs, rng)
         kernel = runs.plan.chosen.name

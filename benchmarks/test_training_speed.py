@@ -17,6 +17,7 @@ from timing import Replay
 from plans.catalogue_training import EXAMPLES
 from plans.core import Device, ElementKind
 from plans.movement import WindowArgs, WindowPlan
+from plans.norm_backward import NormBackwardArgs, NormBackwardPlan
 from plans.optimizer import Member, Numbers, Rule, UpdateArgs, UpdateDescriptor, UpdatePlan, block_table
 from plans.pointwise import PointwiseArgs, PointwisePlan
 from plans.random import DropoutArgs, DropoutPlan, RandomArgs, RandomPlan
@@ -43,6 +44,7 @@ def row_arguments(descriptor: Any) -> Callable:
 MAKE: dict[type, Callable[[Any], Callable]] = {
     PointwisePlan: pointwise_arguments,
     RowsPlan: row_arguments,
+    NormBackwardPlan: lambda d: lambda t: NormBackwardArgs(t[: 2 + d.bias], t[2 + d.bias :]),
     ReductionPlan: lambda d: lambda t: ReductionArgs(t[0], t[1:]),
     TakePlan: lambda d: lambda t: TakeArgs(*t),
     TakeBackwardPlan: lambda d: lambda t: TakeArgs(*t),

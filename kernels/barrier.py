@@ -48,18 +48,36 @@ wait_for_previous_grid = instruction("griddepcontrol.wait;", "", twin=twins.noth
 
 
 @functools.cache
-def entrance(early: bool) -> Callable:
-    """``enter()``, the first statement of a kernel that may be ``early``: after it, what came before is done.
+def early_launch(early: bool) -> tuple[Callable, Callable]:
+    """``wait_for_previous()`` and ``let_next_begin()`` of a kernel that may be ``early``.
 
-    The next grid's blocks may then take the places that this one's leave. Sooner, grids of few blocks would queue on
-    some multiprocessors and leave others idle.
+    The first is its first statement: after it, what came before is done. The second belongs where the block's first
+    loads are under way: the next grid's blocks may then take the places that this one's leave. Before the wait it would
+    queue grids of few blocks on some multiprocessors and leave others idle.
     """
 
     @device
-    def enter():
+    def wait_for_previous():
         if early:
             wait_for_previous_grid()
+
+    @device
+    def let_next_begin():
+        if early:
             next_grid_may_begin()
+
+    return wait_for_previous, let_next_begin
+
+
+@functools.cache
+def entrance(early: bool) -> Callable:
+    """``enter()``: both of `early_launch`'s at once, the first statement of a kernel that may be ``early``."""
+    wait_for_previous, let_next_begin = early_launch(early)
+
+    @device
+    def enter():
+        wait_for_previous()
+        let_next_begin()
 
     return enter
 
@@ -83,14 +101,6 @@ shared_load_remote = instruction(
     "rr",
     "r",
     twin=twins.shared_load_remote,
-)
-# (shared address, barrier, rank, word): the word to the same address in another block of the cluster, which counts as
-# 4 bytes at that barrier there; who waits for them sees it, and no fence is needed.
-shared_store_counted = instruction(
-    "{ .reg .b32 there, counted; mapa.shared::cluster.u32 there, $0, $2; mapa.shared::cluster.u32 counted, $1, $2; "
-    "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.b32 [there], $3, [counted]; }",
-    "rrrr",
-    twin=twins.shared_store_counted,
 )
 
 

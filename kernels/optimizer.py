@@ -13,9 +13,11 @@ from collections.abc import Callable
 import numpy as np
 
 from kernels import bits, memory, warp
+from kernels.barrier import early_options, entrance
 from kernels.elements import ELEMENTS
-from kernels.expression import evaluator
+from kernels.expression import column, evaluator, gather, scatter, written
 from kernels.functions import absolute, maximum
+from kernels.pointwise import alike, fetch_groups, keep, store_groups
 from kernels.random import draw8, normal4, philox
 from kernels.rows import WARP, reduce_team
 from kernels.target import SIMULATOR, cuda, device, f32, f32p, i32p, i64, i64p, kernel_factory, u16p
@@ -24,6 +26,8 @@ THREADS = 32 if SIMULATOR else 256
 RUN = 8
 PIECE = THREADS * RUN * (1 if SIMULATOR else 4)
 """Elements of a block."""
+MIN_BLOCKS = 1 if SIMULATOR else 4
+"""Blocks of a step that a multiprocessor holds at once: enough for every access to be under way."""
 COLUMNS = 6
 """Words of a row: parameter, gradient, fp32 copy, first and second moment, and count * 2**16 + group."""
 GROUP_BITS = 16
@@ -89,69 +93,103 @@ def _round_eight(values, index, stream, seed):
 
 
 @device
-def _not_rounded(values, index, stream, seed):
+def _round_one(value, index, stream, seed):
+    """As `_round_eight` rounds the element."""
+    words = cuda.local.array(4, np.uint32)
+    words[0], words[1], words[2], words[3] = philox(index >> np.int64(2), stream, seed)
+    for k in range(4):
+        if index & np.int64(3) == np.int64(k):
+            value = _stochastic(value, words[k])
+    return value
+
+
+@device
+def _eight_as_they_are(values, index, stream, seed):
     pass
 
 
-_ADAM = (12, (("mul", 2, 5), ("sub", 1, 2), ("add", 12, 13), ("sqrt", 3), ("div", 14, 15), ("sub", 0, 16)), (17, 14, 3))
-_SGD = (12, (("mul", 2, 5), ("add", 1, 12), ("mul", 13, 4), ("sub", 0, 14)), (15, 13, 3))
+@device
+def _one_as_it_is(value, index, stream, seed):
+    return value
+
+
+_ADAM = (
+    13,
+    (("mul", 1, 12), ("mul", 2, 5), ("sub", 13, 14), ("root", 3), ("div", 15, 16), ("sub", 0, 17)),
+    (18, 15, 3),
+)
+_SGD = (12, (("mul", 1, 11), ("mul", 2, 4), ("add", 12, 13), ("mul", 14, 3), ("sub", 0, 15)), (16, 14))
+
+
+def _movers(ins: tuple[str, ...], outs: tuple[str, ...]) -> tuple[Callable, ...]:
+    """Loads and stores of eight elements, of one, and each operand's offset of an element."""
+    eight = fetch_groups(ins, (False,) * len(ins)), store_groups(outs)
+    load, store = gather(tuple(ELEMENTS[k].load for k in ins)), scatter(tuple(ELEMENTS[k].store for k in outs))
+    return *eight, load, store, alike(len(ins)), alike(len(outs))
 
 
 @kernel_factory(
     (_ADAM, 2, "bf16", True, False), (_ADAM, 2, "f32", False, False), (_SGD, 1, "bf16", False, True),
 )  # fmt: skip
-def update(program, moments, kind, master, stochastic):
-    """One step of every tensor: the program takes p, g, both moments and a group's numbers, and gives p and moments.
+def update(program, moments, kind, master, stochastic, early=False):
+    """One step of every tensor: the program takes p, g, the moments, a group's numbers and the scale; gives p, moments.
 
     Parameters: table, blocks, groups [groups, 8], scale (of gradients; nothing happens unless it is finite), origin
     (seed and step). With ``master`` the fp32 copy is what is stepped, and the parameter is its rounding.
     """
-    step_of, second = evaluator(program), moments == 2
-    read, write = _piece_io(kind)
-    read32, write32 = _piece_io("f32")
-    parameter_at = _pointer_at(kind)
-    round_eight = _round_eight if stochastic else _not_rounded
+    stepped = "f32" if master else kind
+    ins, outs = (stepped, "f32", *("f32",) * moments), (stepped, *("f32",) * moments, *(kind,) * master)
+    count, steps, results_of = program
+    evaluate = evaluator((count, steps, (*results_of, *results_of[:1] * master)))
+    fetch, store, load_one, store_one, at_in, at_out = _movers(ins, outs)
+    element_of, put, enter = column(len(ins), RUN), keep(len(outs)), entrance(early)
+    parameter_at, round_eight = _pointer_at(kind), _round_eight if stochastic else _eight_as_they_are
+    round_one = _round_one if stochastic else _one_as_it_is
+    words_count, in_count, out_count = sum(ELEMENTS[k].words for k in ins), RUN * len(ins), RUN * len(outs)
+    known = {"parameter_at": parameter_at, "f32_at": memory.f32_at, "int64": np.int64}
+    pointers_of = written("pointers_of", "table, row", _pointer_lines(moments, master), known)
 
     def kernel(table, blocks, groups, scale, origin):
-        p, g, m, v = (cuda.local.array(RUN, np.float32), cuda.local.array(RUN, np.float32),
-                      cuda.local.array(RUN, np.float32), cuda.local.array(RUN, np.float32))  # fmt: skip
-        factor = scale[0]
+        enter()
+        words, values = cuda.local.array(words_count, np.uint32), cuda.local.array(in_count, np.float32)
+        results = cuda.local.array(out_count, np.float32)
+        factor, block = scale[0], warp.block_x()
         if bits.not_finite(factor):
             return
-        block = warp.block_x()
         tensor, piece = np.int64(blocks[np.int64(2) * block]), np.int64(blocks[np.int64(2) * block + np.int64(1)])
-        row = tensor * np.int64(COLUMNS)
-        parameter, gradient = parameter_at(table[row]), memory.f32_at(table[row + np.int64(1)])
-        copy, first = memory.f32_at(table[row + np.int64(2)]), memory.f32_at(table[row + np.int64(3)])
-        other, packed = memory.f32_at(table[row + np.int64(4)]), table[row + np.int64(5)]
-        count, at = packed >> np.int64(GROUP_BITS), (packed & np.int64((1 << GROUP_BITS) - 1)) * np.int64(NUMBERS)
-        group = (groups[at], groups[at + 1], groups[at + 2], groups[at + 3], groups[at + 4], groups[at + 5],
-                 groups[at + 6], groups[at + 7])  # fmt: skip
+        row, seed, stream = tensor * np.int64(COLUMNS), origin[0], origin[1] * np.int64(1 << 20) + tensor
+        sources, targets = pointers_of(table, row)
+        packed = table[row + np.int64(5)]
+        size, at = packed >> np.int64(GROUP_BITS), (packed & np.int64((1 << GROUP_BITS) - 1)) * np.int64(NUMBERS)
+        numbers = (groups[at], groups[at + 1], groups[at + 2], groups[at + 3], groups[at + 4], groups[at + 5],
+                   groups[at + 6], groups[at + 7], factor)  # fmt: skip
         start = piece * np.int64(PIECE) + np.int64(warp.thread_index()) * np.int64(RUN)
-        for index in range(start, min(count, (piece + np.int64(1)) * np.int64(PIECE)), THREADS * RUN):
-            left = count - index
-            if master:
-                read32(copy, index, left, p)
+        for index in range(start, min(size, (piece + np.int64(1)) * np.int64(PIECE)), THREADS * RUN):
+            if index + np.int64(RUN) <= size:
+                fetch(sources, at_in(index), words, values)
+                for j in range(RUN):
+                    put(results, j, evaluate(element_of(values, j, numbers)))
+                round_eight(results, index, stream, seed)
+                store(targets, at_out(index), results)
             else:
-                read(parameter, index, left, p)
-            read32(gradient, index, left, g)
-            read32(first, index, left, m)
-            if second:
-                read32(other, index, left, v)
-            else:
-                for k in range(RUN):
-                    v[k] = np.float32(0)
-            for k in range(RUN):
-                p[k], m[k], v[k] = step_of((p[k], g[k] * factor, m[k], v[k], *group))
-            write32(first, index, left, m)
-            if second:
-                write32(other, index, left, v)
-            if master:
-                write32(copy, index, left, p)
-            round_eight(p, index, origin[1] * np.int64(1 << 20) + tensor, origin[0])
-            write(parameter, index, left, p)
+                for one in range(index, size):
+                    found = evaluate((*load_one(sources, at_in(one)), *numbers))
+                    store_one(targets, at_out(one), (round_one(found[0], one, stream, seed), *found[1:]))
 
-    return kernel, (i64p, i32p, f32p, f32p, i64p), {"threads": THREADS}
+    options = {"threads": THREADS, "min_blocks": MIN_BLOCKS}
+    return kernel, (i64p, i32p, f32p, f32p, i64p), options | early_options(early)
+
+
+def _pointer_lines(moments: int, master: bool) -> list[str]:
+    """Sources and targets of a row: parameter or copy, gradient, moments; parameter or copy, moments, parameter."""
+    lines = ["parameter, gradient = parameter_at(table[row]), f32_at(table[row + int64(1)])"]
+    if master:
+        lines.append("copy = f32_at(table[row + int64(2)])")
+    kept = [f"f32_at(table[row + int64({3 + k})])" for k in range(moments)]
+    stepped = "copy" if master else "parameter"
+    lines += [f"m{k} = {pointer}" for k, pointer in enumerate(kept)]
+    moment = "".join(f"m{k}, " for k in range(moments))
+    return [*lines, f"return ({stepped}, gradient, {moment}), ({stepped}, {moment}{'parameter, ' * master})"]
 
 
 @kernel_factory(("f32",), ("bf16",))

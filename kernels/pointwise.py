@@ -103,7 +103,7 @@ def _one(program: Program, ins: tuple[str, ...], outs: tuple[str, ...]) -> Calla
 
 
 @functools.cache
-def _alike(count: int) -> Callable:
+def alike(count: int) -> Callable:
     """A device function: ``count`` times the same offset."""
     return written("alike", "at", [f"return ({'at, ' * count})"], {})
 
@@ -115,7 +115,7 @@ def _alike(count: int) -> Callable:
 def flat(program, ins, outs, early=False):
     """targets[i] = program(sources[i], scalars). Parameters: sources, targets, scalars, count; aligned to 16 bytes."""
     eight, one = _eight(program, ins, outs, (False,) * len(ins)), _one(program, ins, outs)
-    at_in, at_out, enter = _alike(len(ins)), _alike(len(outs)), entrance(early)
+    at_in, at_out, enter = alike(len(ins)), alike(len(outs)), entrance(early)
 
     def kernel(sources, targets, scalars, count):
         enter()

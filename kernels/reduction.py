@@ -19,8 +19,8 @@ from kernels.target import SIMULATOR, cuda, device, f32, i64, kernel_factory, ty
 
 THREADS = 32 if SIMULATOR else 256
 """Threads of a block of the form *across*."""
-BLOCKS = 6 if SIMULATOR else 1056
-"""Blocks below which an axis is split."""
+BLOCKS_ALONG, BLOCKS_ACROSS = (6, 6) if SIMULATOR else (1056, 528)
+"""Blocks below which an axis is split: as many as an H200 has room for at once, so that none comes late."""
 _UNROLL = 4
 """Rows whose loads are issued together."""
 

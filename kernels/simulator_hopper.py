@@ -123,15 +123,6 @@ def shared_load_remote(address, rank):
     return _dynamic(block)[_bytes_at(block, address, 4)].view(np.uint32)[0]
 
 
-def shared_store_counted(address, barrier, rank, word) -> None:
-    """A word to the same shared address in another block of the cluster, counted at its barrier."""
-    block = current_thread().block.cluster[int(rank)]
-    _dynamic(block)[_bytes_at(block, address, 4)] = np.array([word], np.uint32).view(np.uint8)
-    signalled = _barrier(block, barrier)
-    signalled.transactions -= 4
-    signalled.settle()
-
-
 def _swizzled(addresses: np.ndarray, span: int) -> np.ndarray:
     """Addresses with the 16-byte unit exchanged within ``span`` bytes, as TMA and wgmma do; 0 for not at all."""
     if span == 0:
@@ -365,3 +356,28 @@ def added_sums(sums: Sums, others: Sums, first: int) -> Sums:
     matrix = sums.matrix.copy()
     matrix[:, first : first + others.matrix.shape[1]] += others.matrix
     return Sums(matrix)
+
+
+def multiply_held(held, at, results, b, columns, pairs, to_f32) -> None:
+    """Products of fragments in registers with shared memory, for the whole warpgroup."""
+    own = [[held[int(at) + a + i] for i in range(4)] for a, _ in pairs]
+
+    def combine(lanes):
+        block, _, first = lanes[0]
+        sums = np.zeros((64, columns), np.float32)
+        for number, (_, offset) in enumerate(pairs):
+            words = np.array([lane[1][number] for lane in lanes], np.uint32)
+            halves = to_f32(np.stack([words & 0xFFFF, words >> 16], -1))
+            a = np.zeros((64, 16), np.float32)
+            thread = np.arange(128)
+            row, column = 16 * (thread // 32) + thread % 32 // 4, 2 * (thread % 4)
+            for r in range(4):
+                for half in range(2):
+                    a[row + 8 * (r & 1), column + 8 * (r >> 1) + half] = halves[:, r, half]
+            sums = sums + a @ _operand(block, first + offset, False, columns, to_f32).T
+        return [sums] * len(lanes)
+
+    found = warpgroup_collective(combine, (current_thread().block, own, b))
+    values = part_of_sums(Sums(found), 0, columns // 2)
+    for i, value in enumerate(values):
+        results[2 * (i // 4) + (i & 1) + columns // 4 * (i >> 1 & 1)] = value

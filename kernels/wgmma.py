@@ -237,3 +237,64 @@ def added_sums(columns: int, first: int, count: int) -> Callable:
         return tuple_type(tuple_type, _accumulators(count)), generate
 
     return intrinsic(added_sums)
+
+
+@functools.cache
+def multiply_held(columns: int, pairs: tuple[tuple[int, int], ...], kind: str) -> Callable:
+    """A primitive ``f(held, at, results, b)``: results = the sum of products of 16, waited for.
+
+    A's fragments are words of the local array ``held``, four from ``at`` + the first number of a pair on, as mma.sync
+    takes them; B is MN-major, at the descriptor ``b`` + the second. Results are ordered by rows: first all of row
+    g of the warp's 16, then those of row g + 8.
+    """
+    if SIMULATOR:
+        to_f32 = HALVES_TO_F32[kind]
+        return lambda held, at, results, b: twins.multiply_held(held, at, results, int(b), columns, pairs, to_f32)
+    from numba.cuda.extending import intrinsic
+
+    text = _held_products(columns, len(pairs), [b for _, b in pairs], kind)
+
+    def multiply_held(_context, held, at, results, _b):
+        return types.void(held, types.int64, results, types.uint64), _held_code(columns, [a for a, _ in pairs], text)
+
+    return intrinsic(multiply_held)
+
+
+def _held_products(columns: int, count: int, b_offsets: list[int], kind: str) -> str:
+    sums = columns // 2
+    registers, descriptor = "{" + ",".join(f"${i}" for i in range(sums)) + "}", f"${sums + 4 * count}"
+    lines = ["{ .reg .b64 b; wgmma.fence.sync.aligned;"]
+    for number, offset in enumerate(b_offsets):
+        words = ",".join(f"${sums + 4 * number + i}" for i in range(4))
+        lines.append(
+            f"add.u64 b, {descriptor}, {offset}; wgmma.mma_async.sync.aligned.m64n{columns}k16.f32.{kind}.{kind} "
+            f"{registers}, {{{words}}}, b, {int(number > 0)}, 1, 1, 1;"
+        )
+    return " ".join([*lines, "wgmma.commit_group.sync.aligned; wgmma.wait_group.sync.aligned 0; }"])
+
+
+def _held_code(columns: int, a_offsets: list[int], text: str) -> Callable:
+    from llvmlite import ir
+
+    count, word, wide = columns // 2, ir.IntType(32), ir.IntType(64)
+
+    def generate(context, builder, signature, arguments):
+        def element(number: int, index: ir.Value) -> ir.Value:
+            data = context.make_array(signature.args[number])(context, builder, arguments[number]).data
+            return builder.gep(data, [index])
+
+        held = [
+            builder.load(element(0, builder.add(arguments[1], ir.Constant(wide, offset + i))))
+            for offset in a_offsets
+            for i in range(4)
+        ]
+        function = ir.FunctionType(ir.LiteralStructType([ir.FloatType()] * count), [word] * len(held) + [wide])
+        constraints = ",".join(["=f"] * count + ["r"] * len(held) + ["l", "~{memory}"])
+        assembly = ir.InlineAsm(function, text, constraints, side_effect=True)
+        found = builder.call(assembly, [*held, arguments[3]], attrs=("convergent",))
+        for i in range(count):
+            place = 2 * (i // 4) + (i & 1) + (count // 2) * (i >> 1 & 1)
+            builder.store(builder.extract_value(found, i), element(2, ir.Constant(wide, place)))
+        return context.get_dummy_value()
+
+    return generate

@@ -23,6 +23,7 @@ from plans.gradients import AdjustDescriptor, AdjustPlan, StatisticsDescriptor, 
 from plans.loss import CROSS_ENTROPY, CROSS_ENTROPY_BACKWARD
 from plans.matmul import MatmulDescriptor, MatmulPlan
 from plans.movement import WindowDescriptor, WindowPlan
+from plans.norm_backward import NormBackwardDescriptor, NormBackwardPlan
 from plans.normalization import LAYER_NORM, LAYER_NORM_BACKWARD, RMS_NORM, RMS_NORM_BACKWARD
 from plans.optimizer import Rule, UpdateDescriptor, UpdatePlan
 from plans.pointwise import PointwiseDescriptor, PointwisePlan, View
@@ -81,8 +82,18 @@ EXAMPLES: tuple[tuple[type[Plan], str, object], ...] = (
     (RowsPlan, "gradient of softmax, 8192x4096, bf16", _rows(SOFTMAX_BACKWARD)),
     (RowsPlan, "layer norm, 8192x4096, bf16", _rows(LAYER_NORM)),
     (RowsPlan, "gradient of layer norm, 8192x4096, bf16", _rows(LAYER_NORM_BACKWARD, _F32, _F32)),
+    (
+        NormBackwardPlan,
+        "layer norm's gradients, weights' too, 8192x4096",
+        NormBackwardDescriptor(True, 8192, 4096, (_BF16,) * 4, _F32, bias=True),
+    ),
     (RowsPlan, "RMS norm, 8192x4096, bf16", _rows(RMS_NORM)),
     (RowsPlan, "gradient of RMS norm, 8192x4096, bf16", _rows(RMS_NORM_BACKWARD, _F32)),
+    (
+        NormBackwardPlan,
+        "RMS norm's gradients, weight's too, 8192x4096",
+        NormBackwardDescriptor(False, 8192, 4096, (_BF16,) * 4, _F32),
+    ),
     (RowsPlan, "cross-entropy, 8192x4096, bf16", _rows(CROSS_ENTROPY, _I32, outs=())),
     (RowsPlan, "gradient of cross-entropy, 8192x4096", _rows(CROSS_ENTROPY_BACKWARD, _I32, _F32, _F32)),
     (

@@ -76,7 +76,8 @@ def _adam(decoupled: bool) -> tuple[Expr, Expr, Expr]:
     g = _G if decoupled else _G + _N.decay * _P
     m = _N.beta1 * _M + (1.0 - _N.beta1) * g
     v = _N.beta2 * _V + (1.0 - _N.beta2) * g**2
-    step = m * _N.correction1 / (v.sqrt() * _N.correction2 + _N.eps)
+    # Dividing exactly takes more instructions than all else together.
+    step = m * _N.correction1 * (v.root() * _N.correction2 + _N.eps).reciprocal()
     p = _P - _N.rate * _N.decay * _P if decoupled else _P
     return p - _N.rate * step, m, v
 
@@ -103,9 +104,14 @@ class Rule(enum.Enum):
         return self.value[1]
 
 
-_PROGRAMS = {
-    rule: expression.lower(rule.expressions, [leaf(i) for i in range(4 + len(Numbers._fields))]) for rule in Rule
-}
+_SCALE = leaf(4 + len(Numbers._fields))
+
+
+def program(rule: Rule) -> tuple:
+    """A step in plain data: of the parameter, the scaled gradient, the moments that are kept, a group's numbers."""
+    given = [_P, _G, *(_M, _V)[: rule.moments], *_N, _SCALE]
+    made = [expression.substitute(expr, {_G: _G * _SCALE}) for expr in rule.expressions[: 1 + rule.moments]]
+    return expression.lower(made, given)
 
 
 @functools.lru_cache(256)
@@ -246,7 +252,8 @@ class _UpdateProgram:
     def __init__(self, d: UpdateDescriptor, device: Device) -> None:
         blocks, self.launch = block_count(d.counts), None
         if blocks:
-            made = kernel.update(_PROGRAMS[d.rule], d.rule.moments, d.kind.value, d.master, d.stochastic)
+            early = device.arch >= ArchSku.SM90A.value
+            made = kernel.update(program(d.rule), d.rule.moments, d.kind.value, d.master, d.stochastic, early)
             self.launch = made.launcher((blocks, 1, 1))
 
     def bind(self, args: UpdateArgs, workspace: Workspace) -> list[tuple[Callable, tuple]]:

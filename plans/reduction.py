@@ -133,11 +133,12 @@ class ReductionDescriptor:
         """Elements, or rows, of a part of the axis: so many that there are enough blocks, but not of nothing."""
         if self.inner == 1:
             blocks = -(-self.outer // block_of(self.team)[1])
-            least = _LEAST_PART
+            least, room = _LEAST_PART, kernel.BLOCKS_ALONG
         else:
             blocks = self.outer * -(-self.inner // (WARP * self.width))
             least = max(1, _LEAST_PART // (WARP * self.width)) * (kernel.THREADS // WARP)
-        wanted = max(1, kernel.BLOCKS // max(1, blocks))
+            room = kernel.BLOCKS_ACROSS
+        wanted = max(1, room // max(1, blocks))
         part = max(least, -(-self.n // wanted), -(-self.n // _PARTS))
         return -(-part // 8) * 8
 

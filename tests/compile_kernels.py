@@ -55,9 +55,6 @@ EXCEPTIONS: dict[str, dict[str, str]] = {
     "kernels.pointwise.strided": {"fp64 arithmetic": _WAVES},
     "kernels.weight.portable.merge": {"64-bit division": _ANY_SHAPE},
     "kernels.weight.portable.dora_gain": {"64-bit division": _ANY_SHAPE},
-    "kernels.hyper_connection.cluster.connect_in_clusters": {
-        "local memory": "rows of the projection that 17 warps have no registers for: read once for 16 samples"
-    },
 }
 
 # Factory -> (which kernels, by a pattern found in their keys; what must be among their instructions) ...
@@ -132,12 +129,13 @@ EXPECTED: dict[str, tuple[tuple[str, str], ...]] = {
         ("", r"STG\.E\..*128"),
         ("", r"UCGABAR_ARV"),
     ),
-    "kernels.hyper_connection.cluster.connect_in_clusters": (
-        ("", r"HMMA\.16816\.F32\.BF16"),
+    "kernels.hyper_connection.spread_tile.spread_tile": (
+        (r"\('\w+', '(bf16|f32)'", r"HMMA\.16816\.F32\.BF16"),
+        (r"\('\w+', '(bf16|f32)'", r"LDSM\.16\.MT88\.4"),
         ("", r"LDGSTS\.E\..*128"),
         ("", r"STG\.E\..*128"),
-        ("", r"STAS"),
     ),
+    "kernels.hyper_connection.stream_shares.stream_shares": (("", r"LDGSTS\.E\..*128"),),
     "kernels.weight.kronecker.kronecker_merge": (("", r"LDG\.E\..*128"), ("", r"STG\.E\..*128")),
     "kernels.weight.kronecker.kronecker_merge_grouped": (("", r"LDG\.E\..*128"), ("", r"STG\.E\..*128")),
 }

@@ -10,15 +10,10 @@ from collections.abc import Callable, Iterator
 os.environ.setdefault("LYCORIS_QUIET", "1")
 
 import numpy as np
-import proofs
 import pytest
 
 from kernels.target import Kernel, f32p, i32p, i64, i64p, u16p, u32p
 from plans.core.device import Device, DeviceBuffer
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    proofs.register(config)
 
 
 @pytest.fixture(scope="session", autouse=True)

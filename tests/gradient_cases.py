@@ -192,6 +192,8 @@ OTHERS = [
     _case("layer_norm", tensor.layer_norm, _layer_norm, (3, 7), (7,), (7,)),
     _case("layer_norm, plain", tensor.layer_norm, _layer_norm, (3, 7)),
     _case("rms_norm", tensor.rms_norm, _rms_norm, (3, 7), (7,)),
+    _case("layer_norm, gradients in one pass", tensor.layer_norm, _layer_norm, (2, 256), (256,), (256,)),
+    _case("rms_norm, gradients in one pass", tensor.rms_norm, _rms_norm, (2, 256), (256,)),
     _case("rms_norm, plain", tensor.rms_norm, _rms_norm, (2, 3, 7)),
     _case("group_norm", lambda x, w, b: tensor.group_norm(x, 2, w, b), _group_norm, (2, 4, 3), (4,), (4,)),
     _case("dropout", lambda x: x.dropout(0.4, seed=5), _dropped, (5, 7)),

@@ -12,6 +12,7 @@ from lycoris.graph import capture
 from lycoris.nn import conv
 from lycoris.tensor import Generator
 from plans.core import DeviceError, ElementKind
+from plans.core.capture import keeping, kept
 
 BF16, F32 = ElementKind.BF16, ElementKind.F32
 REPLAYS = 3
@@ -261,3 +262,32 @@ def test_noise_of_one_step_is_refused():
     p.grad = tensor.ones((3,))
     with pytest.raises(RefusedInput, match="add_noise: step 4 would be that of each replay; call it between replays"):
         capture(lambda: optim.add_noise([p], 0.1, seed=1, step=4))
+
+
+def test_dropped_results_share_memory(device):
+    x = tensor.randn((64, 48), seed=3)
+
+    def work():
+        first = held = x * 2
+        for _ in range(12):
+            held = held.tanh() + x
+        return held - first
+
+    wanted = work().numpy()
+    graph = capture(work)
+    for _ in range(REPLAYS):
+        graph.replay()
+        np.testing.assert_array_equal(graph.result.numpy(), wanted)
+    # `first`, and at most three beside it at a time; the simulator has no memory of graphs.
+    assert device.is_simulator or len(graph._captured.kept.memory) <= 5
+
+
+def test_memory_that_is_given_back_is_taken_once():
+    captured, memory = object(), object()
+    with keeping(None, captured) as own:
+        assert kept() is own
+        own.give_back(16, memory)
+        assert own.again(8) is None
+        assert own.again(16) is memory
+        assert own.again(16) is None
+    assert kept() is None

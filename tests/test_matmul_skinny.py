@@ -1,4 +1,4 @@
-"""Products of a few rows: the skinny SKU, low-rank terms in its launch, and what it refuses."""
+"""Products of a few rows: the skinny SKU, low-rank terms in a launch before, and what it refuses."""
 
 from __future__ import annotations
 
@@ -120,12 +120,12 @@ def test_a_term_of_scale_zero_is_left_out_whatever_it_holds(device, poisoned, rn
 
 def test_every_tile_that_may_be_chosen(device, rng):
     for m, n, epilogue in ((5, 40, ()), (11, 96, (Gate("silu"),))):
-        terms = (LowRankTerm(16), LowRankTerm(8))
-        descriptor = SegmentedMatmulDescriptor(m, n, (Segment(136),), F32, None, epilogue, low_rank=terms)
+        segments = (Segment(136), Segment(16, late=True), Segment(8))
+        descriptor = SegmentedMatmulDescriptor(m, n, segments, F32, None, epilogue)
         tiles = likely_tiles(descriptor)
         assert len(tiles) > 2
         for tile in tiles:
-            problem = make(device, descriptor, gaussian(rng), low_rank_scales=(1.0, -0.5))
+            problem = make(device, descriptor, gaussian(rng), (1.0, -0.5, 2.0))
             ((launch, arguments),) = SkinnyProgram(descriptor, device, tile).bind(problem.args, NO_WORKSPACE)
             stream = device.stream()
             launch(stream, arguments)
@@ -144,8 +144,8 @@ def test_a_measured_program_runs_over_operands_of_its_own(device, monkeypatch):
         return 0.5
 
     monkeypatch.setattr(measure, "device_seconds", seconds)
-    terms, steps = (LowRankTerm(8),), (Bias(), Residual(F32))
-    few = SegmentedMatmulDescriptor(3, 16, (Segment(8), Segment(16)), epilogue=steps, low_rank=terms)
+    steps = (Bias(), Residual(F32))
+    few = SegmentedMatmulDescriptor(3, 16, (Segment(8), Segment(16)), epilogue=steps)
     many = MatmulDescriptor(20, 16, 8, "TN", epilogue=steps).segmented
     for descriptor, program, tile in ((few, SkinnyProgram, likely_tiles(few)[0]), (many, MmaProgram, TILES[0])):
         assert measure.program_seconds(descriptor, device, program(descriptor, device, tile)) == 0.5
@@ -161,11 +161,7 @@ def test_a_measured_program_runs_over_operands_of_its_own(device, monkeypatch):
         (MatmulDescriptor(1, 8, 8, a=F32), "wants A and B of all segments bf16 or all fp16, found f32 and bf16"),
         (
             SegmentedMatmulDescriptor(1, 8, (Segment(8),), low_rank=(LowRankTerm(4),)),
-            "wants low-rank terms of bf16 with ranks in multiples of 8",
-        ),
-        (
-            SegmentedMatmulDescriptor(1, 8, (Segment(8),), low_rank=(LowRankTerm(1024),)),
-            "the low-rank terms need .* bytes of shared memory",
+            "wants k and strides in multiples of 8 elements, found 4",
         ),
     ],
 )

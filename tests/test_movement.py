@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 
+from kernels.take import RANGE
 from plans.core import ElementKind, InvalidProblem, NoSku, TensorMut, TensorRef, Workspace
 from plans.core.precision import round_to
 from plans.core.tensor import contiguous_strides
@@ -129,7 +130,7 @@ def check_added(device, descriptor, d_out, index, before):
 @pytest.mark.parametrize(
     ("extents", "aligned"),
     [((1, 3, 200, 8), True), ((2, 40, 150, 16), True), ((1, 2, 130, 5), True), ((1, 4, 64, 8), False),
-     ((3, 5, 65, 400), True)],
+     ((3, 5, 65, 400), True), ((1, 9, RANGE + 37, 8), True)],
     ids=str,
 )  # fmt: skip
 @pytest.mark.parametrize("kind", [BF16, F32], ids=lambda k: k.value)

@@ -72,8 +72,7 @@ def test_what_is_not_finite_raises_the_flag(device, rng):
     assert run(descriptor, CLUSTER, inputs, device).not_finite == 1
 
 
-def test_it_is_what_a_plan_takes_and_one_launch(device, rng, monkeypatch):
-    monkeypatch.setenv("LYCORIS_UNPROVEN", "on")
+def test_it_is_what_a_plan_takes_and_one_launch(device, rng):
     descriptor = dora(40, 4 * PANEL)
     plan = WeightPlan.select(None, descriptor, device=device)
     assert plan.chosen is CLUSTER and plan.workspace_size() == 0

@@ -1,10 +1,9 @@
 """Gradients of a low-rank adapter's factors: sums over rows of products with few ranks, sum_t narrow[t, r] wide[t, n].
 
 For y = x W^T + s (x D^T) U^T these are d_up^T = s (x D^T)^T g and d_down = s (g U)^T x, both in one launch: reading g
-and x once each is all the work. A warp takes 16 rows and 64 columns at once: lane (g, t) loads eight neighbours at
-column 8 g of rows 2 t and 2 t + 1, whose pairs are the instruction's operand for eight groups of columns, and holds in
-the end 16 neighbours of each of its ranks; only the narrow operand passes through shared memory. The warps of a block
-share the rows and add up in order; so do blocks, through workspace (``partial_sums``).
+and x once each is all the work. A warp takes 16 rows and 64 columns at once, which come to a ring of shared memory of
+its own, several steps ahead. The warps of a block share the rows and add up in order; so do blocks, through workspace
+(``partial_sums``).
 """
 
 from __future__ import annotations
@@ -24,8 +23,7 @@ SPAN = 64
 """Columns that a block takes."""
 
 STEP = 16
-UNROLL = 2
-ROWS_OF_TURN = WARPS * STEP * UNROLL
+ROWS_OF_TURN = WARPS * STEP
 """Rows that a block takes at once."""
 
 MOST_TILES = 4
@@ -33,23 +31,46 @@ MOST_TILES = 4
 
 SUMS, WIDE, NARROW, COLUMNS, WIDE_STRIDE, NARROW_STRIDE, PART_STRIDE = range(7)
 """Positions of a side's parameters: its parts, both operands, columns, strides, and from one part of a rank on."""
-_PARKED_PITCH = SPAN + 4
-_WORDS = 16 * UNROLL
+_PITCH = SPAN + 8
+"""Elements from a row of the wide operand in shared memory to the next, which then begins at other banks."""
+
+_PARKED_PITCH = SPAN + 8
+_RING_BYTES = {1: 96 << 10, 2: 96 << 10, 4: 150 << 10}
+"""Of shared memory by groups of ranks: two blocks on a multiprocessor, or one that reads more at once."""
 _MMA = {"bf16": tensor_core.mma_bf16, "f16": tensor_core.mma_f16}
 _u32 = np.uint32
 
 
-def _stager(tiles: int, parts: int) -> tuple[Callable, int]:
-    """``stage(shared, at, side, row0, end, rank0, rank, lane)``: a warp's rows of the narrow operand; and their pitch.
+def _narrow_pitch(tiles: int, parts: int) -> int:
+    return STEP * tiles * parts + 8
 
-    Zeros beyond the last row and rank.
+
+def _stages(tiles: int, parts: int) -> tuple[int, int]:
+    """Steps under way, and elements of shared memory of one of a warp's."""
+    elements = STEP * (_PITCH + _narrow_pitch(tiles, parts))
+    return max(2, min(4, _RING_BYTES[tiles] // (2 * WARPS * elements))), elements
+
+
+def _stager(tiles: int, parts: int) -> Callable:
+    """``stage(shared, at, side, row0, end, column0, rank0, rank, lane)``: a warp's step of both operands.
+
+    Zeros beyond the last row, column and rank.
     """
-    units, pitch = 2 * tiles * parts, STEP * tiles * parts + 8
-    copy_some = memory.copy_async_fill(16)
+    units, pitch, copy_some = 2 * tiles * parts, _narrow_pitch(tiles, parts), memory.copy_async_fill(16)
 
     @device
-    def stage(shared, at, side, row0, end, rank0, rank, lane):
-        for turn in range(UNROLL * STEP * units // 32):
+    def stage_wide(shared, at, side, row0, end, column0, lane):
+        for turn in range(STEP * SPAN // 8 // 32):
+            place = _u32(lane + _u32(32 * turn))
+            line, own = _u32(place >> _u32(3)), _u32(_u32(place & _u32(7)) << _u32(3))
+            row, column = row0 + np.int64(line), column0 + np.int64(own)
+            nbytes = _u32(16) if row < end and column < side[COLUMNS] else _u32(0)
+            to = _u32(at + _u32(line * _u32(_PITCH)) + own)
+            copy_some(shared, np.int64(to), side[WIDE], row * side[WIDE_STRIDE] + column, nbytes)
+
+    @device
+    def stage_narrow(shared, at, side, row0, end, rank0, rank, lane):
+        for turn in range(STEP * units // 32):
             place = _u32(lane + _u32(32 * turn))
             line, unit = _u32(place // _u32(units)), _u32(place % _u32(units))
             part, own = _u32(unit // _u32(2 * tiles)), _u32(unit % _u32(2 * tiles))
@@ -58,47 +79,48 @@ def _stager(tiles: int, parts: int) -> tuple[Callable, int]:
             count = min(max(rank - first, np.int64(0)), np.int64(8))
             count = count if row < end else np.int64(0)
             source = row * side[NARROW_STRIDE] + np.int64(part) * side[PART_STRIDE] + first
-            to = _u32(at + _u32(_u32(line * _u32(pitch)) + _u32(unit << _u32(3))))
-            copy_some(shared, np.int64(to), side[NARROW], source, _u32(_u32(count) << _u32(1)))
-
-    return stage, pitch
-
-
-@device
-def _fetch(words, side, row0, end, column, t):
-    """The lane's pairs of rows: word 16 i + 8 h + j is group j of rows 16 i + 8 h + 2 t, + 1; zeros past the last."""
-    last, place = end - np.int64(1), min(column, side[COLUMNS] - np.int64(8))
-    for step in range(2 * UNROLL):
-        row = row0 + np.int64(_u32(_u32(8 * step) + _u32(t << _u32(1))))
-        a = memory.load128(side[WIDE], min(row, last) * side[WIDE_STRIDE] + place)
-        b = memory.load128(side[WIDE], min(row + np.int64(1), last) * side[WIDE_STRIDE] + place)
-        for i in range(4):
-            top = a[i] if row < end else _u32(0)
-            below = b[i] if row < last else _u32(0)
-            words[8 * step + 2 * i] = bits.low_halves(top, below)
-            words[8 * step + 2 * i + 1] = bits.high_halves(top, below)
-
-
-def _multiplier(kind: str, tiles: int, parts: int, pitch: int) -> Callable:
-    """``multiply(sums, shared, at, words, lane)``: the products of all steps, each part of a rank to the same sum."""
-    mma = _MMA[kind]
+            to = np.int64(_u32(at + _u32(line * _u32(pitch)) + _u32(unit << _u32(3))))
+            if count == np.int64(0) or count == np.int64(8):
+                copy_some(shared, to, side[NARROW], source, _u32(_u32(count) << _u32(1)))
+            else:  # such a copy takes no end between 16-byte units that memcheck would accept
+                for i in range(8):
+                    inside = np.int64(i) < count
+                    shared[to + np.int64(i)] = side[NARROW][source + np.int64(i)] if inside else np.uint16(0)
 
     @device
-    def multiply(sums, shared, at, words, lane):
-        line = _u32((lane & _u32(7)) + _u32((lane >> _u32(4)) << _u32(3)))
-        column = _u32(_u32(_u32(lane >> _u32(3)) & _u32(1)) << _u32(3))
-        own = _u32(at + _u32(_u32(line * _u32(pitch)) + column))
-        for step in range(UNROLL):
-            for part in range(parts):
-                for tile in range(tiles):
-                    place = _u32(own + _u32(step * STEP * pitch + STEP * (part * tiles + tile)))
-                    a = tensor_core.ldmatrix_transposed(shared, np.int64(place))
-                    for j in range(8):
-                        s = 32 * tile + 4 * j
-                        sums[s], sums[s + 1], sums[s + 2], sums[s + 3] = mma(
-                            a[0], a[1], a[2], a[3], words[16 * step + j], words[16 * step + 8 + j],
-                            sums[s], sums[s + 1], sums[s + 2], sums[s + 3],
-                        )  # fmt: skip
+    def stage(shared, at, side, row0, end, column0, rank0, rank, lane):
+        if row0 < end:
+            stage_wide(shared, at, side, row0, end, column0, lane)
+            stage_narrow(shared, _u32(at + _u32(STEP * _PITCH)), side, row0, end, rank0, rank, lane)
+
+    return stage
+
+
+def _multiplier(kind: str, tiles: int, parts: int) -> Callable:
+    """``multiply(sums, shared, at, lane)``: the products of a step, each part of a rank to the same sum."""
+    mma, pitch = _MMA[kind], _narrow_pitch(tiles, parts)
+
+    @device
+    def multiply(sums, shared, at, lane):
+        low, odd, high = _u32(lane & _u32(7)), _u32((lane >> _u32(3)) & _u32(1)), _u32(lane >> _u32(4))
+        b = cuda.local.array(16, np.uint32)
+        wide = _u32(at + _u32(_u32(low + _u32(odd << _u32(3))) * _u32(_PITCH)) + _u32(high << _u32(3)))
+        for pair in range(4):
+            words = tensor_core.ldmatrix_transposed(shared, np.int64(_u32(wide + _u32(16 * pair))))
+            for i in range(4):
+                b[4 * pair + i] = words[i]
+        narrow = _u32(_u32(low + _u32(high << _u32(3))) * _u32(pitch) + _u32(odd << _u32(3)))
+        narrow = _u32(at + _u32(STEP * _PITCH) + narrow)
+        for part in range(parts):
+            for tile in range(tiles):
+                place = _u32(narrow + _u32(STEP * (part * tiles + tile)))
+                a = tensor_core.ldmatrix_transposed(shared, np.int64(place))
+                for j in range(8):
+                    s = 32 * tile + 4 * j
+                    sums[s], sums[s + 1], sums[s + 2], sums[s + 3] = mma(
+                        a[0], a[1], a[2], a[3], b[2 * j], b[2 * j + 1],
+                        sums[s], sums[s + 1], sums[s + 2], sums[s + 3],
+                    )  # fmt: skip
 
     return multiply
 
@@ -107,19 +129,12 @@ def _multiplier(kind: str, tiles: int, parts: int, pitch: int) -> Callable:
 def _park(shared, sums, first, lane, number):
     """A warp's sums of 16 ranks as [rank, column] in its place of shared memory, fp32."""
     g, t = _u32(lane >> _u32(2)), _u32(lane & _u32(3))
-    at = _u32(_u32(number * _u32(STEP * _PARKED_PITCH)) + _u32(_u32(g * _u32(_PARKED_PITCH)) + _u32(t << _u32(4))))
-    for half in range(2):
-        for side in range(2):
-            for quarter in range(2):
-                s = first + 2 * half + side + 16 * quarter
-                memory.shared_store128(
-                    shared,
-                    np.int64(_u32(_u32(at + _u32(8 * half * _PARKED_PITCH + 8 * side + 4 * quarter)) << _u32(1))),
-                    bits.f32_bits(sums[s]),
-                    bits.f32_bits(sums[s + 4]),
-                    bits.f32_bits(sums[s + 8]),
-                    bits.f32_bits(sums[s + 12]),
-                )  # fmt: skip
+    at = _u32(_u32(number * _u32(STEP * _PARKED_PITCH)) + _u32(_u32(g * _u32(_PARKED_PITCH)) + _u32(t << _u32(1))))
+    for j in range(8):
+        for half in range(2):
+            s = first + 4 * j + 2 * half
+            place = np.int64(_u32(_u32(at + _u32(8 * half * _PARKED_PITCH + 8 * j)) << _u32(1)))
+            memory.shared_store64(shared, place, bits.f32_bits(sums[s]), bits.f32_bits(sums[s + 1]))
 
 
 @device
@@ -153,27 +168,32 @@ def low_rank_gradient(kind: str, tiles: int, parts: int, beside: bool = False):
     column] in fp32. Columns and strides are multiples of eight elements. ``beside``: the grid may run beside the one
     before it, none of whose results it takes, and ends after that one (sm_90).
     """
-    stage, pitch = _stager(tiles, parts)
-    multiply = _multiplier(kind, tiles, parts, pitch)
-    staged, sum_count = UNROLL * STEP * pitch, 32 * tiles
+    (stages, staged), sum_count = _stages(tiles, parts), 32 * tiles
+    stage, multiply = _stager(tiles, parts), _multiplier(kind, tiles, parts)
+    arrived = memory.copy_async_wait(stages - 2)
 
     @device
     def accumulate(sums, shared, side, column0, row0, end, rank0, rank, lane, number):
-        words = cuda.local.array(_WORDS, np.uint32)
-        g, t = _u32(lane >> _u32(2)), _u32(lane & _u32(3))
-        at = _u32(number * _u32(staged))
-        column = column0 + np.int64(_u32(g << _u32(3)))
         for i in range(sum_count):
             sums[i] = np.float32(0)
-        first = row0 + np.int64(_u32(number * _u32(STEP * UNROLL)))
-        while first < end:
+        ring = _u32(number * _u32(stages * staged))
+        row = row0 + np.int64(_u32(number * _u32(STEP)))
+        for i in range(stages - 1):
+            ahead = row + np.int64(i * ROWS_OF_TURN)
+            stage(shared, _u32(ring + _u32(i * staged)), side, ahead, end, column0, rank0, rank, lane)
+            memory.copy_async_commit()
+        now, last = _u32(0), _u32((stages - 1) * staged)
+        free = last
+        while row < end:
+            arrived()
             sync_warp()
-            stage(shared, at, side, first, end, rank0, rank, lane)
-            _fetch(words, side, first, end, column, t)
-            memory.copy_async_wait_all()
-            sync_warp()
-            multiply(sums, shared, at, words, lane)
-            first += np.int64(ROWS_OF_TURN)
+            ahead = row + np.int64((stages - 1) * ROWS_OF_TURN)
+            stage(shared, _u32(ring + free), side, ahead, end, column0, rank0, rank, lane)
+            memory.copy_async_commit()
+            multiply(sums, shared, _u32(ring + now), lane)
+            free = now
+            now = _u32(now + _u32(staged)) if now != last else _u32(0)
+            row += np.int64(ROWS_OF_TURN)
 
     @device
     def work(side, block, rows, rows_of_block, rank):
@@ -184,6 +204,7 @@ def low_rank_gradient(kind: str, tiles: int, parts: int, beside: bool = False):
         row0, rank0 = block_y() * rows_of_block, block_z() * np.int64(STEP * tiles)
         end, column0 = min(row0 + rows_of_block, rows), block * np.int64(SPAN)
         accumulate(sums, shared, side, column0, row0, end, rank0, rank, lane, number)
+        memory.copy_async_wait_all()
         start = block_y() * rank * side[COLUMNS]
         for tile in range(tiles):
             block_barrier()
@@ -209,7 +230,7 @@ def low_rank_gradient(kind: str, tiles: int, parts: int, beside: bool = False):
 
     pointer = ELEMENTS[kind].pointer
     side = types.Tuple((f32p, pointer, pointer, i64, i64, i64, i64))
-    shared_bytes = max(2 * WARPS * staged, 4 * WARPS * STEP * _PARKED_PITCH)
+    shared_bytes = max(2 * WARPS * stages * staged, 4 * WARPS * STEP * _PARKED_PITCH)
     options = {"threads": THREADS, "shared_bytes": shared_bytes, "min_blocks": 2 if tiles == 1 else 1}
     options |= {"architectures": (9, 0, "a")} if beside else {}
     return kernel, (side, side, i64, i64, i64, i64), options

@@ -29,6 +29,7 @@ from kernels.attention.tiles import (
     row_of,
     storer,
 )
+from kernels.barrier import early_options, entrance
 from kernels.target import cuda, device, f32, f32p, i64, kernel_factory
 
 _u32 = np.uint32
@@ -217,22 +218,25 @@ def _launch_bounds(tile: Tile) -> dict:
 
 
 @kernel_factory(
-    ("bf16", Tile(128, 64, 4, 64), True),
+    ("bf16", Tile(128, 64, 4, 64), True, True),
     ("bf16", Tile(128, 32, 4, 128), False),
     ("f16", Tile(128, 48, 4, 112), True),
 )
-def attention_forward(kind: str, tile: Tile, causal: bool):
+def attention_forward(kind: str, tile: Tile, causal: bool, early: bool = False):
     """Parameters: out, log-sum-exps, q, k, v, queries, keys, width, heads, q's heads of one of k's, diagonal, factor.
 
     A block for a tile of one head's queries, those with most keys first. ``factor`` is scale log2(e), positive. Log-
-    sum-exps are [batch, head, query]; of a query that sees no key minus infinity, beside a result of zeros.
+    sum-exps are [batch, head, query]; of a query that sees no key minus infinity, beside a result of zeros. ``early``:
+    see `kernels.barrier.early_launch`.
     """
+    enter = entrance(early)
     out_count, row_count, rows = tile.row_blocks * tile.width // 2, 2 * tile.row_blocks, tile.rows
     fetch, walk, edge_at = loader(tile.rows, tile.width, tile.threads), _walker(kind, tile, causal), edge_of(tile)
     clear_out, clear_totals, clear_most = clearer(out_count), clearer(row_count), clearer(row_count, -math.inf)
     finish, store, where = _finisher(tile), storer(kind, tile), lane_of(tile)
 
     def kernel(out, lse, q, k, v, queries, keys, width, heads, group, diagonal, factor):
+        enter()
         shared = cuda.shared.array(0, np.uint16, alignment=128)
         sums = cuda.local.array(out_count, np.float32)
         most = cuda.local.array(row_count, np.float32)
@@ -262,7 +266,7 @@ def attention_forward(kind: str, tile: Tile, causal: bool):
         store(shared, np.int64(0), sums, totals, out[POINTER], first, out[TOKEN], left, width, line0, lane)
 
     numbers = (i64,) * 6
-    return kernel, (MATRIX, f32p, MATRIX, MATRIX, MATRIX, *numbers, f32), _launch_bounds(tile)
+    return kernel, (MATRIX, f32p, MATRIX, MATRIX, MATRIX, *numbers, f32), _launch_bounds(tile) | early_options(early)
 
 
 @device

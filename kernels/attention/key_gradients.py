@@ -36,6 +36,7 @@ from kernels.attention.tiles import (
     stage_elements,
     storer,
 )
+from kernels.barrier import early_options, entrance
 from kernels.target import cuda, device, f32, f32p, i64, kernel_factory
 
 _u32 = np.uint32
@@ -182,13 +183,15 @@ def _key_walker(kind: str, tile: Tile, causal: bool) -> Callable:
     return walk
 
 
-@kernel_factory(("bf16", Tile(128, 32, 4, 64), True), ("f16", Tile(64, 32, 4, 128), True))
-def attention_key_gradients(kind: str, tile: Tile, causal: bool):
+@kernel_factory(("bf16", Tile(128, 32, 4, 64), True, True), ("f16", Tile(64, 32, 4, 128), True))
+def attention_key_gradients(kind: str, tile: Tile, causal: bool, early: bool = False):
     """Parameters: d_k, d_v, q, k, v, d_out, statistics and how many queries they have room for, queries, keys, width.
 
     Then k's heads, q's heads of one of k's, diagonal, scale log2(e), scale. A block for a tile of one head's keys.
-    Statistics are [batch, head, 2, query], those of queries that are not there plus infinity and zero.
+    Statistics are [batch, head, 2, query], those of queries that are not there plus infinity and zero. ``early``: see
+    `kernels.barrier.early_launch`.
     """
+    enter = entrance(early)
     sum_count, row_count = tile.row_blocks * tile.width // 2, 2 * tile.row_blocks
     rows, columns, row_elements = tile.rows, tile.columns, tile.row_elements
     fetch = loader(tile.rows, tile.width, tile.threads)
@@ -197,6 +200,7 @@ def attention_key_gradients(kind: str, tile: Tile, causal: bool):
     def kernel(
         d_k, d_v, q, k, v, d_out, statistics, padded, queries, keys, width, heads, group, diagonal, factor, scale
     ):
+        enter()
         shared = cuda.shared.array(0, np.uint16, alignment=128)
         d_k_sums = cuda.local.array(sum_count, np.float32)
         d_v_sums = cuda.local.array(sum_count, np.float32)
@@ -229,4 +233,4 @@ def attention_key_gradients(kind: str, tile: Tile, causal: bool):
         store(shared, np.int64(0), d_v_sums, factors, d_v[POINTER], at, d_v[TOKEN], left, width, line0, lane)
 
     parameters = ((MATRIX,) * 6, (f32p,), (i64,) * 7, (f32, f32))
-    return kernel, sum(parameters, ()), gradient_bounds(tile)
+    return kernel, sum(parameters, ()), gradient_bounds(tile) | early_options(early)

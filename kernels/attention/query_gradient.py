@@ -31,6 +31,7 @@ from kernels.attention.tiles import (
     stage_elements,
     storer,
 )
+from kernels.barrier import early_options, entrance
 from kernels.target import cuda, device, f32, f32p, i64, kernel_factory
 
 _u32 = np.uint32
@@ -112,18 +113,21 @@ def _query_walker(kind: str, tile: Tile, causal: bool) -> Callable:
     return walk
 
 
-@kernel_factory(("bf16", Tile(128, 32, 4, 64), True), ("f16", Tile(64, 32, 4, 128), False))
-def attention_query_gradient(kind: str, tile: Tile, causal: bool):
+@kernel_factory(("bf16", Tile(128, 32, 4, 64), True, True), ("f16", Tile(64, 32, 4, 128), False))
+def attention_query_gradient(kind: str, tile: Tile, causal: bool, early: bool = False):
     """Parameters: d_q, q, k, v, d_out, statistics and how many queries they have room for, queries, keys, width.
 
     Then q's heads, those of one of k's, diagonal, scale log2(e), scale. A block for a tile of one head's queries.
+    ``early``: see `kernels.barrier.early_launch`.
     """
+    enter = entrance(early)
     sum_count, row_count = tile.row_blocks * tile.width // 2, 2 * tile.row_blocks
     rows, row_elements = tile.rows, tile.row_elements
     fetch, walk, edge_at = loader(tile.rows, tile.width, tile.threads), _query_walker(kind, tile, causal), edge_of(tile)
     clear, store, where = clearer(sum_count), storer(kind, tile), lane_of(tile)
 
     def kernel(d_q, q, k, v, d_out, statistics, padded, queries, keys, width, heads, group, diagonal, factor, scale):
+        enter()
         shared = cuda.shared.array(0, np.uint16, alignment=128)
         d_q_sums = cuda.local.array(sum_count, np.float32)
         sums = cuda.local.array(row_count, np.float32)
@@ -156,4 +160,4 @@ def attention_query_gradient(kind: str, tile: Tile, causal: bool):
         store(shared, np.int64(0), d_q_sums, sums, d_q[POINTER], at, d_q[TOKEN], left, width, line0, lane)
 
     parameters = ((MATRIX,) * 5, (f32p,), (i64,) * 7, (f32, f32))
-    return kernel, sum(parameters, ()), gradient_bounds(tile)
+    return kernel, sum(parameters, ()), gradient_bounds(tile) | early_options(early)

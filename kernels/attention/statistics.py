@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from kernels.barrier import early_options, entrance
 from kernels.elements import ELEMENTS
 from kernels.target import SIMULATOR, cuda, device, f32p, i64, kernel_factory, types
 from kernels.warp import block_x, shuffle_xor, thread_index
@@ -71,19 +72,22 @@ def _dot_by_eight(kind: str, lanes: int) -> Callable:
     return dot
 
 
-@kernel_factory(("bf16", 8, 8), ("f32", 32, 1))
-def attention_statistics(kind: str, lanes: int, together: int):
+@kernel_factory(("bf16", 8, 8, True), ("f32", 32, 1))
+def attention_statistics(kind: str, lanes: int, together: int, early: bool = False):
     """Parameters: statistics, out, d_out, log-sum-exps, queries, how many there is room for, width, heads, all queries.
 
     Statistics are [batch, head, 2, query]; those of queries that are not there are plus infinity and zero, so that
     nothing comes of them. ``all queries`` counts them with those, over batches and heads. ``lanes`` of a warp share a
-    query and load ``together`` neighbours at once: eight where all are aligned to 16 bytes.
+    query and load ``together`` neighbours at once: eight where all are aligned to 16 bytes. ``early``: see
+    `kernels.barrier.early_launch`.
     """
+    enter = entrance(early)
     dot = _dot_by_eight(kind, lanes) if together == 8 else _dot_by_one(kind, lanes)
     shift, rounds = int(math.log2(lanes)), int(math.log2(lanes))
     shared_by, in_block = _u32(shift), _u32(32 * WARPS // lanes)
 
     def kernel(statistics, out, d_out, lse, queries, padded, width, heads, count):
+        enter()
         thread = thread_index()
         lane = _u32(thread & _u32(lanes - 1))
         index = _u32(_u32(_u32(block_x()) * in_block) + _u32(thread >> shared_by))
@@ -108,4 +112,4 @@ def attention_statistics(kind: str, lanes: int, together: int):
             statistics[at] = power
             statistics[at + padded] = delta
 
-    return kernel, (f32p, matrix(kind), matrix(kind), f32p, *(i64,) * 5), {"threads": 32 * WARPS}
+    return kernel, (f32p, matrix(kind), matrix(kind), f32p, *(i64,) * 5), {"threads": 32 * WARPS} | early_options(early)

@@ -12,8 +12,8 @@ from types import SimpleNamespace
 import numpy as np
 
 from kernels import memory, tensor_core, warp
-from kernels.barrier import shared_address
-from kernels.hyper_connection.cluster_stage import words_at
+from kernels.barrier import cluster_rank, shared_address, shared_load_remote
+from kernels.ptx import instruction
 from kernels.simulator import WARP
 from kernels.target import SIMULATOR, cuda, device
 
@@ -29,6 +29,26 @@ PARTS = 3
 """bf16 parts of an fp32 number."""
 OF_ROOT, OF_PULL, OF_X, OF_WEIGHTS = 0, 1, 2, 4
 """Where things are in a record: 1 / r, the pull, the lift of x, the weights."""
+
+
+def _word(address, offset):
+    return shared_load_remote(np.uint32(address + offset), cluster_rank())
+
+
+def _words(address, offset):
+    return tuple(_word(address, offset + np.uint32(4 * i)) for i in range(4))
+
+
+def _number(address, offset):
+    return np.uint32(_word(address, offset)).view(np.float32)
+
+
+# Of the block's own shared memory, ``offset`` bytes behind an address: a constant offset becomes a part of the
+# instruction, where an index would be computed anew.
+words_at = instruction(
+    "{ .reg .b32 at; add.u32 at, $4, $5; ld.shared.v4.u32 {$0,$1,$2,$3}, [at]; }", "rr", "rrrr", twin=_words
+)
+number_at = instruction("{ .reg .b32 at; add.u32 at, $1, $2; ld.shared.f32 $0, [at]; }", "rr", "f", twin=_number)
 
 
 def of_lifts(n: int) -> int:

@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import numpy as np
 
 from kernels import memory, tensor_core, warp
 from kernels.elements import ELEMENTS
-from kernels.hyper_connection.cluster_stage import number_at
 from kernels.hyper_connection.project import exact_parts
 from kernels.hyper_connection.spread_stage import (
     CHANNELS,
@@ -29,6 +29,7 @@ from kernels.hyper_connection.spread_stage import (
     STEP,
     WARPS,
     Layout,
+    number_at,
     pitch_of,
     rows_gradient,
     rows_of,
@@ -92,23 +93,13 @@ def _fill(projection: str, n: int) -> Callable:
 
 
 @functools.cache
-def _products(projection: str, n: int, j: int) -> Callable:
-    """A device function: acc = the lifts' fragments times the projection's columns of the streams from j on.
-
-    Each stream has code of its own, so that the sums stay in registers.
-    """
-    if j == n:
-        return _no_products
-    rest, pitch, rows, of_rows = (
-        _products(projection, n, j + 1),
-        pitch_of(n),
-        rows_of(n),
-        1 if projection == "bf16" else PARTS,
-    )
+def _product(projection: str, n: int, j: int) -> Callable:
+    """A device function: acc = the lifts' fragments times the projection's columns of stream j, four tiles of eight."""
+    pitch, rows, of_rows = pitch_of(n), rows_of(n), 1 if projection == "bf16" else PARTS
     words, pairs, odd = rows // 4, rows // 16, rows % 16 != 0
 
     @device
-    def multiply(acc, c, f, i, b0, b1, b2, b3):
+    def multiply(acc, c, f, i, b0, b1, b2):
         """The product of one part of the lifts with eight columns."""
         if pairs > 0:
             r0, r1, r2, r3 = tensor_core.mma_bf16(
@@ -123,54 +114,39 @@ def _products(projection: str, n: int, j: int) -> Callable:
             acc[c], acc[c + 1], acc[c + 2], acc[c + 3] = r0, r1, r2, r3
 
     @device
-    def products(acc, f, shared, at):
+    def product(acc, f, shared, at):
+        for i in range(16):
+            acc[i] = np.float32(0)
         for tile in range(4):
-            c = 16 * j + 4 * tile
-            for i in range(4):
-                acc[c + i] = np.float32(0)
             for copy in range(of_rows):
                 offset = np.uint32(2 * (copy * rows * pitch + j * CHANNELS + 8 * tile))
-                b0, b1, b2, b3 = tensor_core.ldmatrix_transposed_ahead(shared, at, offset)
+                b0, b1, b2, _ = tensor_core.ldmatrix_transposed_ahead(shared, at, offset)
                 for part in range(PARTS - copy):
-                    multiply(acc, c, f, words * part, b0, b1, b2, b3)
-        rest(acc, f, shared, at)
+                    multiply(acc, 4 * tile, f, words * part, b0, b1, b2)
 
-    return products
-
-
-@device
-def _no_products(acc, f, shared, at):
-    """Behind the last stream."""
+    return product
 
 
 @functools.cache
-def _through(role: str, projection: str, n: int) -> Callable:
-    """A device function: acc = the lifts of 16 samples times the projection's columns of all streams."""
-    pitch, rows, of_lifts, products = (
-        pitch_of(n),
-        rows_of(n),
-        staged_lifts(role, projection, n),
-        _products(projection, n, 0),
-    )
+def _lifts(role: str, projection: str, n: int) -> SimpleNamespace:
+    """Device functions: ``fetch`` a stage's lifts as fragments, ``rows`` is where the lane's row of a matrix lies."""
+    pitch, rows, of_lifts = pitch_of(n), rows_of(n), staged_lifts(role, projection, n)
     place, by_sample, words = of_lifts.place, of_lifts.by_sample, of_lifts.words
-    held = PARTS * words
 
     @device
-    def through(acc, shared, stage):
-        f = cuda.local.array(held, np.uint32)
-        thread, at, last = warp.thread_index(), place(stage, False), place(stage, True)
+    def fetch(shared, stage, f):
+        at, last = place(stage, False), place(stage, True)
         for part in range(PARTS):
             by_sample(shared, at, last, part, f, words * part)
+
+    @device
+    def rows_at():
+        thread = warp.thread_index()
         lane, own = np.uint32(thread % np.uint32(WARP)), np.uint32(thread // np.uint32(WARP))
         row = np.uint32(np.uint32(lane % np.uint32(rows)) * np.uint32(pitch))
-        products(acc, f, shared, np.int64(np.uint32(row + np.uint32(own * np.uint32(n * CHANNELS)))))
+        return np.int64(np.uint32(row + np.uint32(own * np.uint32(n * CHANNELS))))
 
-    return through
-
-
-@device
-def _no_streams(at, half, record, acc, da, g, d_x, to, channels, there):
-    """Behind the last stream."""
+    return SimpleNamespace(fetch=fetch, rows_at=rows_at, held=PARTS * words)
 
 
 @functools.cache
@@ -186,8 +162,62 @@ def _number(role: str, projection: str | None, n: int) -> Callable:
 
 
 @functools.cache
+def _aggregate_back(role: str, projection: str | None, gamma_element: str | None, n: int) -> Callable:
+    """A device function: the eight channels' da of the ``half``-th sample, and its part of gamma's gradient."""
+    unpack8, full, normalised = ELEMENTS["bf16"].unpack8, role == "full", gamma_element is not None
+    _, unpack_gamma, _ = gamma_runs(gamma_element, 1)
+    words_of, number = staged(role, projection, n).words, _number(role, projection, n)
+
+    @device
+    def back(at, record, half, gamma, da, of_gamma, there):
+        words = cuda.local.array(4, np.uint32)
+        v = cuda.local.array(RUN, np.float32)
+        u = cuda.local.array(RUN, np.float32)
+        dy = cuda.local.array(RUN, np.float32)
+        for e in range(RUN):
+            u[e] = np.float32(0)
+            dy[e] = np.float32(0)
+        for i in range(n):
+            if normalised:
+                words_of(at, half, i, words, 0)
+                unpack8(words, 0, v, 0)
+                weight = number(record, half, OF_WEIGHTS + i)
+                for e in range(RUN):
+                    u[e] += weight * v[e]
+            if full:
+                words_of(at, half, n + i, words, 0)
+                unpack8(words, 0, v, 0)
+                weight = number(record, half, OF_WEIGHTS + n + i)
+                for e in range(RUN):
+                    dy[e] += weight * v[e]
+        if not full:
+            words_of(at, half, 2 * n, words, 0)
+            unpack8(words, 0, dy, 0)
+        unpack_gamma(gamma, 0, v)
+        scale, pull = number(record, half, OF_ROOT), number(record, half, OF_PULL)
+        for e in range(RUN):
+            if normalised:
+                u[e] = u[e] * scale
+                if there:
+                    of_gamma[e] += dy[e] * u[e]
+                dy[e] = (v[e] * dy[e] - u[e] * pull) * scale
+            da[RUN * half + e] = dy[e]
+
+    return back
+
+
+@device
+def _no_streams(shared, at, record, f, rows_at, da, d_x, to, channels, upper, lower):
+    """Behind the last stream."""
+
+
+@functools.cache
 def _streams(role: str, projection: str | None, n: int, j: int) -> Callable:
-    """A device function: d_x of a sample's eight channels from stream j on; each has code of its own."""
+    """A device function: d_x of the lane's eight channels of both samples, from stream j on.
+
+    Each stream has code of its own, so that its sums stay in registers. ``upper`` and ``lower`` say whether the samples
+    are to be written.
+    """
     if j == n:
         return _no_streams
     unpack8, store8, full, projected = (
@@ -197,90 +227,41 @@ def _streams(role: str, projection: str | None, n: int, j: int) -> Callable:
         projection is not None,
     )
     words_of, rest = staged(role, projection, n).words, _streams(role, projection, n, j + 1)
-    number = _number(role, projection, n)
+    number, product = _number(role, projection, n), _product(projection or "bf16", n, j)
 
     @device
-    def streams(at, half, record, acc, da, g, d_x, to, channels, there):
+    def sample(at, record, half, acc, da, d_x, to, there):
         words = cuda.local.array(4, np.uint32)
         v = cuda.local.array(RUN, np.float32)
         result = cuda.local.array(RUN, np.float32)
         weight = number(record, half, OF_WEIGHTS + j)
         for e in range(RUN):
-            result[e] = weight * da[e]
+            result[e] = weight * da[RUN * half + e]
         if projected:
             words_of(at, half, j, words, 0)
             unpack8(words, 0, v, 0)
             weight = number(record, half, OF_X)
             for e in range(RUN):
-                result[e] += acc[16 * j + 4 * (e // 2) + 2 * half + e % 2]
-                result[e] += weight * v[e]
-        if full:
-            for i in range(n):
-                weight = number(record, half, OF_WEIGHTS + (2 + i) * n + j)
-                for e in range(RUN):
-                    result[e] += weight * g[RUN * i + e]
-        else:
-            words_of(at, half, n + j, words, 0)
+                result[e] += acc[4 * (e // 2) + 2 * half + e % 2] + weight * v[e]
+        for i in range(n if full else 1):
+            words_of(at, half, n + (i if full else j), words, 0)
             unpack8(words, 0, v, 0)
+            weight = number(record, half, OF_WEIGHTS + (2 + i) * n + j) if full else np.float32(1)
             for e in range(RUN):
-                result[e] += v[e]
+                result[e] += weight * v[e]
         if there:
             store8(d_x, to, result, 0, np.uint32(0))
-        rest(at, half, record, acc, da, g, d_x, to + channels, channels, there)
+
+    @device
+    def streams(shared, at, record, f, rows_at, da, d_x, to, channels, upper, lower):
+        acc = cuda.local.array(16, np.float32)
+        if projected:
+            product(acc, f, shared, rows_at)
+        sample(at, record, 0, acc, da, d_x, to, upper)
+        sample(at, record, 1, acc, da, d_x, to + np.int64(8 * n) * channels, lower)
+        rest(shared, at, record, f, rows_at, da, d_x, to + channels, channels, upper, lower)
 
     return streams
-
-
-@functools.cache
-def _sample(role: str, projection: str | None, gamma_element: str | None, n: int, half: int) -> Callable:
-    """A device function: d_x of the lane's channels of one of its two samples, and what it adds to gamma's gradient."""
-    unpack8, full, normalised = ELEMENTS["bf16"].unpack8, role == "full", gamma_element is not None
-    (_, unpack_gamma, _), of_samples = gamma_runs(gamma_element, 1), staged(role, projection, n)
-    words_of, streams, number = of_samples.words, _streams(role, projection, n, 0), _number(role, projection, n)
-    held = RUN * n if full else 1
-
-    @device
-    def aggregate_back(at, record, gamma, g, da, of_gamma, there):
-        words = cuda.local.array(4, np.uint32)
-        v = cuda.local.array(RUN, np.float32)
-        u = cuda.local.array(RUN, np.float32)
-        for e in range(RUN):
-            u[e] = np.float32(0)
-            da[e] = np.float32(0)
-        if normalised:
-            for i in range(n):
-                words_of(at, half, i, words, 0)
-                unpack8(words, 0, v, 0)
-                weight = number(record, half, OF_WEIGHTS + i)
-                for e in range(RUN):
-                    u[e] += weight * v[e]
-        if full:
-            for i in range(n):
-                words_of(at, half, n + i, words, 0)
-                unpack8(words, 0, g, RUN * i)
-                weight = number(record, half, OF_WEIGHTS + n + i)
-                for e in range(RUN):
-                    da[e] += weight * g[RUN * i + e]
-        else:
-            words_of(at, half, 2 * n, words, 0)
-            unpack8(words, 0, da, 0)
-        if normalised:
-            unpack_gamma(gamma, 0, v)
-            scale, pull = number(record, half, OF_ROOT), number(record, half, OF_PULL)
-            for e in range(RUN):
-                u[e] = u[e] * scale
-                if there:
-                    of_gamma[e] += da[e] * u[e]
-                da[e] = (v[e] * da[e] - u[e] * pull) * scale
-
-    @device
-    def sample(at, record, gamma, acc, of_gamma, d_x, to, channels, there):
-        g = cuda.local.array(held, np.float32)
-        da = cuda.local.array(RUN, np.float32)
-        aggregate_back(at, record, gamma, g, da, of_gamma, there)
-        streams(at, half, record, acc, da, g, d_x, to, channels, there)
-
-    return sample
 
 
 _EXAMPLES = (
@@ -301,21 +282,14 @@ def spread_tile(role, projection, gamma_element, n):
     channels, splits), a split ``steps`` of STEP samples.
     """
     projected, rows_kind, layout = projection is not None, projection or "bf16", Layout(role, projection, n)
-    fill, through, of_samples = _fill(rows_kind, n), _through(role, rows_kind, n), staged(role, projection, n)
-    park, park_records, address, record = (
-        of_samples.park,
-        of_samples.park_records,
-        of_samples.address,
-        of_samples.record,
-    )
-    upper_sample, lower_sample = (_sample(role, projection, gamma_element, n, half) for half in range(2))
+    fill, of_samples, of_lifts = _fill(rows_kind, n), staged(role, projection, n), _lifts(role, rows_kind, n)
+    park, park_records, address = of_samples.park, of_samples.park_records, of_samples.address
+    record, fetch_lifts, rows_at, held = of_samples.record, of_lifts.fetch, of_lifts.rows_at, of_lifts.held
+    aggregate_back = _aggregate_back(role, projection, gamma_element, n)
+    streams, both = _streams(role, projection, n, 0), 2 * RUN
     fetch_gamma, _, gamma_pointer = gamma_runs(gamma_element, 1)
     gamma_words, normalised = ELEMENTS[gamma_element or "f32"].words, gamma_element is not None
-    of_projection, arrived, held = (
-        rows_gradient(role, rows_kind, n),
-        memory.copy_async_wait_all,
-        16 * n if projected else 1,
-    )
+    of_projection, arrived = rows_gradient(role, rows_kind, n), memory.copy_async_wait_all
     add_rows, store_rows, sums = of_projection.add, of_projection.store, of_projection.sums if projected else 1
 
     @device
@@ -328,13 +302,15 @@ def spread_tile(role, projection, gamma_element, n):
     @device
     def spread(shared, stage, gamma, of_gamma, d_x, b, c, inside, channels, batch):
         """The gradient of x of the lane's samples, b and the one eight further."""
-        acc = cuda.local.array(held, np.float32)
-        if projected:
-            through(acc, shared, stage)
+        f = cuda.local.array(held, np.uint32)
+        da = cuda.local.array(both, np.float32)
         at, line, to = address(shared, stage), record(shared, stage), b * np.int64(n) * channels + c
-        upper_sample(at, line, gamma, acc, of_gamma, d_x, to, channels, inside and b < batch)
-        to += np.int64(8 * n) * channels
-        lower_sample(at, line, gamma, acc, of_gamma, d_x, to, channels, inside and b + np.int64(8) < batch)
+        upper, lower = inside and b < batch, inside and b + np.int64(8) < batch
+        if projected:
+            fetch_lifts(shared, stage, f)
+        aggregate_back(at, line, 0, gamma, da, of_gamma, upper)
+        aggregate_back(at, line, 1, gamma, da, of_gamma, lower)
+        streams(shared, at, line, f, rows_at(), da, d_x, to, channels, upper, lower)
 
     def kernel(x, gamma, d, d_line, records, rows, d_x, gamma_sums, parts, channels, batch, steps):
         shared = cuda.shared.array(0, np.uint16, alignment=1024)

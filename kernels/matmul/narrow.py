@@ -12,7 +12,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from kernels import barrier, memory, tensor_core
+from kernels import memory, tensor_core
+from kernels.barrier import early_options, entrance
 from kernels.elements import ELEMENTS
 from kernels.matmul.epilogue import epilogue
 from kernels.matmul.problem import COLUMNS, OUT, OUT_BATCH, OUT_STRIDE, ROWS, result_parameters
@@ -35,8 +36,8 @@ _u32 = np.uint32
 
 
 def _unroll(column_tiles: int) -> int:
-    """Chunks of depth that a warp has on the way at once: as many as registers have room for."""
-    return 4 if column_tiles <= 2 else 2
+    """Chunks of depth that a warp loads at once; it has two such loads under way."""
+    return 2 if column_tiles <= 2 else 1
 
 
 def row_fetcher(tiles: int, rows_of_tile: int, load: Callable = memory.load128) -> Callable:
@@ -184,38 +185,50 @@ def matmul_narrow(
 ):
     """``tiles`` are groups of eight columns of each B, ``parts`` the values that a result is stored as.
 
-    Two parts: the rounded value, and 8 sum(tiles) columns further what rounding left; together as good as fp32. With
-    ``early`` the next grid may begin at once (sm_90). ``by_lines``: B's lines are values of K, not columns, of which
-    there is then a multiple of eight. Parameters: the result's, A's, a tuple of each B's, the epilogue's; blocks along
-    y are results of a batch. A and B begin at, and their lines are apart by, multiples of eight elements; so is K.
+    Two parts: the rounded value, and 8 sum(tiles) columns further what rounding left; together as good as fp32.
+    ``early``: see `kernels.barrier.early_launch`. ``by_lines``: B's lines are values of K, not columns, of which there
+    is then a multiple of eight. Parameters: the result's, A's, a tuple of each B's, the epilogue's; blocks along y are
+    results of a batch. A and B begin at, and their lines are apart by, multiples of eight elements; so is K.
     """
     column_tiles = sum(tiles)
     fetch_b, scale_of = _terms(tiles, by_lines)
     a_words, b_words, sum_count = 8 * ROW_TILES, 4 * column_tiles, 4 * ROW_TILES * column_tiles
     unroll = _unroll(column_tiles)
+    of_turn = DEPTH * WARPS * unroll
     all_a, all_b = unroll * a_words, unroll * b_words
     fetch_a, multiply = row_fetcher(2 * ROW_TILES, 8), row_multiplier(kind, ROW_TILES, column_tiles)
     width, height = 8 * column_tiles, 16 * ROW_TILES
     threads, partial = 32 * WARPS, 16 * ROW_TILES * 8 * column_tiles
-    store = _storer(out, steps, parts, width)
+    store, enter = _storer(out, steps, parts, width), entrance(early)
+
+    @device
+    def fetch(a, b, left, terms, rows, row0, batch, turn, lane, number):
+        g, own = np.int64(lane >> _u32(2)), np.int64((lane & _u32(3)) << _u32(3))
+        depth, start = left[DEPTH_OF_A], batch * left[A_BATCH]
+        for i in range(unroll):
+            chunk = np.int64(_u32(_u32(turn * _u32(unroll)) + _u32(i)) * _u32(WARPS) + number)
+            k = chunk * np.int64(DEPTH) + own
+            fetch_a(a, i * a_words, left[A], start, left[A_STRIDE], row0, rows, g, k, depth)
+            fetch_b(b, i * b_words, terms, batch, g, k, depth)
 
     @device
     def accumulate(sums, left, terms, rows, row0, batch, lane, number):
-        a = cuda.local.array(all_a, np.uint32)
-        b = cuda.local.array(all_b, np.uint32)
+        """While one turn's values are multiplied, the next one's are on their way."""
+        a, b = cuda.local.array(all_a, np.uint32), cuda.local.array(all_b, np.uint32)
+        a_next, b_next = cuda.local.array(all_a, np.uint32), cuda.local.array(all_b, np.uint32)
         for i in range(sum_count):
             sums[i] = np.float32(0)
-        g, own = np.int64(lane >> _u32(2)), np.int64((lane & _u32(3)) << _u32(3))
-        depth, start = left[DEPTH_OF_A], batch * left[A_BATCH]
-        turns = _u32(_u32(depth + np.int64(DEPTH * WARPS * unroll - 1)) // _u32(DEPTH * WARPS * unroll))
-        for turn in range(turns):
-            for i in range(unroll):
-                chunk = np.int64(_u32(_u32(turn) * _u32(unroll) + _u32(i)) * _u32(WARPS) + number)
-                k = chunk * np.int64(DEPTH) + own
-                fetch_a(a, i * a_words, left[A], start, left[A_STRIDE], row0, rows, g, k, depth)
-                fetch_b(b, i * b_words, terms, batch, g, k, depth)
+        turns = _u32(_u32(left[DEPTH_OF_A] + np.int64(of_turn - 1)) // _u32(of_turn))
+        if turns > _u32(0):
+            fetch(a, b, left, terms, rows, row0, batch, _u32(0), lane, number)
+        for pair in range(_u32(_u32(turns + _u32(1)) >> _u32(1))):
+            turn = _u32(_u32(pair) << _u32(1))
+            fetch(a_next, b_next, left, terms, rows, row0, batch, _u32(turn + _u32(1)), lane, number)
             for i in range(unroll):
                 multiply(sums, a, i * a_words, b, i * b_words)
+            fetch(a, b, left, terms, rows, row0, batch, _u32(turn + _u32(2)), lane, number)
+            for i in range(unroll):
+                multiply(sums, a_next, i * a_words, b_next, i * b_words)
 
     @device
     def park(shared, sums, lane, number):
@@ -229,8 +242,7 @@ def matmul_narrow(
                     shared[at + _u32(row * width + column)] = value
 
     def kernel(result, left, terms, e):
-        if early:
-            barrier.next_grid_may_begin()
+        enter()
         shared = cuda.shared.array(0, np.float32, alignment=16)
         sums = cuda.local.array(sum_count, np.float32)
         thread = thread_index()
@@ -255,4 +267,4 @@ def matmul_narrow(
     parameters = (result_parameters(out), left, types.Tuple((term,) * len(tiles)), epilogue(steps).parameters)
     blocks = 2 if column_tiles in (3, 4) else 1
     options = {"threads": threads, "shared_bytes": 4 * WARPS * partial, "min_blocks": blocks}
-    return kernel, parameters, options | ({"architectures": (9, 0, "a")} if early else {})
+    return kernel, parameters, options | early_options(early)

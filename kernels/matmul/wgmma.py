@@ -141,11 +141,12 @@ def _accumulator(tile: WgmmaTile, kind: str) -> Callable:
                     if held != _u32(0):
                         release_before(barriers, stage)
                 else:
-                    if held != _u32(0):
-                        sums = settle_all(sums)
-                        release_before(barriers, stage)
                     for _ in range(last):
                         sums = single(sums, a, b)
+                        sums = settle_older(sums)
+                        if held != _u32(0):
+                            release_before(barriers, stage)
+                            held = _u32(0)
                         a, b = np.uint64(a + step_a), np.uint64(b + step_b)
                 held = _u32(1)
                 stage, phase = following(stage, phase)
@@ -227,7 +228,6 @@ def persistent(
         thread = thread_index()
         parts, rows, columns, panel = _u32(parts), _u32(rows), _u32(columns), _u32(panel)
         if thread == _u32(0):
-            barrier.next_grid_may_begin()  # which waits itself, and gets a multiprocessor when a block here ends
             make_barriers(_u32(base + barriers_at))
         if several:
             barrier.cluster_barrier()

@@ -7,6 +7,7 @@ rows TMA cannot address.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -176,29 +177,48 @@ def _by_tma(kind: str, tile_columns: int, steps: tuple, where: Rows) -> Callable
     make = _wide_chunk if kind == "f32" else _packed_chunk
     count = result_columns // width
     chunks = [make(kind, tile_columns, steps, i, _slot(i, count), where) for i in range(count)]
-    fetch, chain = chunks[0].fetch, chunks[-1].store
-    for chunk, following in zip(chunks[-2::-1], chunks[:0:-1], strict=True):
-        chain = _fetching_ahead(chunk, following, chain)
+    together = max(1, _WORDS // max(1, sum(_WORDS_OF[step[0]] for step in steps if step[0] in _WORDS_OF)))
+    return _in_order([_fetched_first(chunks[i : i + together]) for i in range(0, count, together)])
+
+
+_WORDS_OF = {"bias": 4, "scale_column": 4, "scale_row": 2, "residual": 8}
+"""Registers a thread that the operands of a chunk of 32 columns take."""
+_WORDS = 48
+"""Registers for operands that are on their way."""
+
+
+def _fetched_first(chunks: list[_Chunk]) -> Callable:
+    """A device function that stores several chunks, after asking for all that their epilogues read.
+
+    What makes shared memory visible to TMA waits for loads that are under way, so that asking one chunk ahead would
+    wait for memory at every chunk.
+    """
+    every = functools.reduce(lambda rest, chunk: _joined(chunk, rest), reversed(chunks))
+    fetch, store = every.fetch, every.store
 
     @device
-    def store(sums, staging, row, column, rows, columns, batch, out, p, q):
+    def part(sums, staging, row, column, rows, columns, batch, out, p, q):
         words = fetch(row, column, rows, columns, batch, p, q)
-        chain(sums, staging, row, column, rows, columns, batch, out, p, q, words)
+        store(sums, staging, row, column, rows, columns, batch, out, p, q, words)
 
-    return store
+    return part
 
 
-def _fetching_ahead(chunk: _Chunk, following: _Chunk, rest: Callable) -> Callable:
-    """A device function: a chunk and the rest, which ``following`` begins; what that reads is asked for before."""
-    store, fetch = chunk.store, following.fetch
+def _joined(chunk: _Chunk, rest: _Chunk) -> _Chunk:
+    """Two as one."""
+    fetch_one, fetch_rest, store_one, store_rest = chunk.fetch, rest.fetch, chunk.store, rest.store
 
     @device
-    def both(sums, staging, row, column, rows, columns, batch, out, p, q, words):
-        ahead = fetch(row, column, rows, columns, batch, p, q)
-        store(sums, staging, row, column, rows, columns, batch, out, p, q, words)
-        rest(sums, staging, row, column, rows, columns, batch, out, p, q, ahead)
+    def fetch(row, column, rows, columns, batch, p, q):
+        words = fetch_one(row, column, rows, columns, batch, p, q)
+        return words, fetch_rest(row, column, rows, columns, batch, p, q)
 
-    return both
+    @device
+    def store(sums, staging, row, column, rows, columns, batch, out, p, q, words):
+        store_one(sums, staging, row, column, rows, columns, batch, out, p, q, words[0])
+        store_rest(sums, staging, row, column, rows, columns, batch, out, p, q, words[1])
+
+    return _Chunk(fetch, store)
 
 
 @device

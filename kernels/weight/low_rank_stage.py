@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from kernels import bits, memory
+from kernels.barrier import shared_visible_to_tma
 from kernels.division import remainder
 from kernels.elements import ELEMENTS
 from kernels.target import cuda, device
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     from kernels.weight.low_rank_tile import Product, Tile
 
 MAX_FETCHED_WORDS = 32
+HALF_TILE = 64
+"""Columns that a warpgroup's product finds side by side: 128 bytes, the swizzle's width."""
 
 
 def stage_of(spec: Product, tile: Tile, shared_at: int, at: int, periods: tuple[int, int] | None) -> Callable:
@@ -32,7 +35,9 @@ def stage_of(spec: Product, tile: Tile, shared_at: int, at: int, periods: tuple[
     fetch8, unpack8, words_of_8 = element.fetch8_cached, element.unpack8, element.words
     columns_of_tile, threads = tile.columns, 32 * tile.warps
     chunks_in_row = columns_of_tile // 8
-    swizzle = np.uint32(min(chunks_in_row, 8) - 1)
+    side_by_side = HALF_TILE if tile.wgmma else columns_of_tile
+    units, half_tile = side_by_side // 8, spec.ranks * side_by_side
+    swizzle, wgmma = np.uint32(min(units, 8) - 1), tile.wgmma
     chunks = spec.ranks * chunks_in_row
     rounds = -(-chunks // threads)
     at_once = min(rounds, MAX_FETCHED_WORDS // words_of_8)
@@ -81,8 +86,11 @@ def stage_of(spec: Product, tile: Tile, shared_at: int, at: int, periods: tuple[
         k = place_of_rank(rank)
         if not as_stored:
             unpack8(words, source, values, 0)
-        base = np.uint32(k * np.uint32(columns_of_tile) + (place & np.uint32(3)) * np.uint32(2))
         first_unit = np.uint32((place >> np.uint32(2)) * np.uint32(4))
+        base = np.uint32(k * np.uint32(side_by_side) + (place & np.uint32(3)) * np.uint32(2))
+        if wgmma:
+            base = np.uint32(base + np.uint32(first_unit // np.uint32(units)) * np.uint32(half_tile))
+            first_unit = np.uint32(first_unit % np.uint32(units))
         for part in range(parts):
             for j in range(4):
                 unit = np.uint32((first_unit + np.uint32(j)) ^ (k & swizzle))
@@ -108,5 +116,7 @@ def stage_of(spec: Product, tile: Tile, shared_at: int, at: int, periods: tuple[
                 chunk = np.uint32(thread + np.uint32((first + turn) * threads))
                 if even or chunk < np.uint32(chunks):
                     put(shared, chunk, words, turn * words_of_8, values)
+        if wgmma:
+            shared_visible_to_tma()
 
     return stage

@@ -19,11 +19,13 @@ from types import SimpleNamespace
 import numpy as np
 
 from kernels import bits, memory, tensor_core
+from kernels.barrier import shared_address
 from kernels.bits import magnitude
 from kernels.division import remainder
 from kernels.elements import ELEMENTS
 from kernels.target import cuda, device
-from kernels.weight.low_rank_stage import stage_of
+from kernels.weight.low_rank_stage import HALF_TILE, stage_of
+from kernels.wgmma import multiply_held, operand_descriptor
 
 _PARTS = {"bf16": 1, "f16": 2, "f32": 3}
 STEP = 16
@@ -108,7 +110,7 @@ class Tile:
 
     ``base``: where a tile's base waits: "registers", "shared" memory, or in shared memory for two tiles at a time of a
     "walk" over several below each other. ``settled``: results that the tensor core's sum leaves in doubt are made again
-    (`weight/settle.py`).
+    (`weight/settle.py`). ``wgmma``: four warps multiply together (sm_90a).
     """
 
     warps: int
@@ -116,6 +118,7 @@ class Tile:
     ragged: bool
     base: str
     settled: bool = False
+    wgmma: bool = False
 
     @property
     def rows(self) -> int:
@@ -171,7 +174,9 @@ def product(
     return SimpleNamespace(
         stage=stage_of(spec, tile, shared_at, at, periods),
         hold=hold,
-        multiply=_over_steps(parts, fragment, spec, tile, held_at),
+        multiply=_together(spec, tile, shared_at, held_at)
+        if tile.wgmma
+        else _over_steps(parts, fragment, spec, tile, held_at),
         measure=measure,
     )
 
@@ -202,6 +207,27 @@ def _over_steps(parts: Callable, fragment: Callable, spec: Product, tile: Tile, 
                     parts(shared, index, step_bytes, words, words_at + step_words * sub, result, pair)
 
     return all_steps
+
+
+def _together(spec: Product, tile: Tile, shared_at: int, held_at: int) -> Callable:
+    """The same by a warpgroup: 64 rows are multiplied with a group's columns, which are read once for four warps."""
+    plane, half_tile = 2 * spec.ranks * tile.columns, 2 * spec.ranks * HALF_TILE
+    step_words, step_bytes = 4 * spec.parts[0], 2 * STEP * HALF_TILE
+    pairs = tuple(
+        (step_words * step + 4 * left_part, (plane * right_part + step_bytes * step) // 16)
+        for step in range(spec.steps)
+        for right_part in reversed(range(spec.parts[1]))
+        for left_part in reversed(range(spec.smallest_left_part(right_part) + 1))
+    )
+    multiply, describe = multiply_held(32, pairs, "f16" if spec.native_f16 else "bf16"), operand_descriptor(False)
+
+    @device
+    def together(p, shared, held, result, group, row, rows, lane):
+        columns_at = np.uint32(half_tile * (group // 2) + 64 * (group % 2))
+        address = np.uint32(shared_address(shared, np.int64(shared_at)) + columns_at)
+        multiply(held, np.int64(held_at), result, describe(address))
+
+    return together
 
 
 @device

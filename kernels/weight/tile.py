@@ -14,7 +14,7 @@ from collections.abc import Callable
 import numpy as np
 
 from kernels import memory, warp
-from kernels.barrier import early_options, entrance
+from kernels.barrier import early_launch, early_options
 from kernels.elements import ELEMENTS, all_finite
 from kernels.parameters import flat_length, table_reader
 from kernels.target import blocks_by_shared, cuda, device, f32, f32p, i32p, i64, i64p, kernel_factory, types
@@ -26,11 +26,12 @@ from kernels.weight.tile_sources import Source, factor_elements, held_words, poi
 
 
 @functools.cache
-def _tile_body(base, out, sources, sink, check, tile) -> Callable:
+def _tile_body(base, out, sources, sink, check, tile, early) -> Callable:
     """The block's device function; ``sink_p`` is (partials, magnitude, tiles in a row, strength) for DoRA."""
     make = _walk_body if tile.base == "walk" else _single_body
     finish = SINKS[sink](ELEMENTS[out])
-    return make(base, out, sources, sink, check and finish.stores, tile, finish)
+    _, let_next_begin = early_launch(early)
+    return make(base, out, sources, sink, check and finish.stores, tile, finish, let_next_begin)
 
 
 @device
@@ -41,7 +42,7 @@ def lane_place(thread):
     return lane, np.int64(row), np.int64((lane & np.uint32(3)) * np.uint32(8))
 
 
-def _single_body(base, out, sources, sink, check, tile, finish) -> Callable:
+def _single_body(base, out, sources, sink, check, tile, finish, let_next_begin) -> Callable:
     tile_rows, tile_columns = tile.rows, tile.columns
     every = summed(sources, tile)
     stage, hold, words_held = every.stage, every.hold, max(1, held_words(sources, tile))
@@ -65,6 +66,7 @@ def _single_body(base, out, sources, sink, check, tile, finish) -> Callable:
         stage(p, shared, column0, columns, thread)
         hold(p, held, row, rows, lane_column, columns, lane)
         begin(state, row, rows, lane, sink_p)
+        let_next_begin()
         if parked:
             memory.copy_async_wait_all()
         if staged:
@@ -78,7 +80,7 @@ def _single_body(base, out, sources, sink, check, tile, finish) -> Callable:
     return body
 
 
-def _walk_body(base, out, sources, sink, check, tile, finish) -> Callable:
+def _walk_body(base, out, sources, sink, check, tile, finish, let_next_begin) -> Callable:
     tile_rows, tile_columns, slots = tile.rows, tile.columns, ROWS_OF_LANE * tile.groups
     every = summed(sources, tile)
     stage, hold, words_held = every.stage, every.hold, max(1, held_words(sources, tile))
@@ -108,6 +110,7 @@ def _walk_body(base, out, sources, sink, check, tile, finish) -> Callable:
         stage(p, shared, column0, columns, thread)
         hold(p, held, row, rows, lane_column, columns, lane)
         begin(state, row, rows, lane, sink_p)
+        let_next_begin()
         warp.block_barrier()
         while first < last:
             next_row = row + np.int64(tile_rows)
@@ -193,11 +196,12 @@ def weight_tile(base, out, sources, sink, check, tile, early=False):
     """One weight. Parameters: base, out, rows, columns, tiles of a walk, flag, sources, sink; grid (column tiles,
     walks).
     """
-    body, enter = _tile_body(base, out, sources, sink, check, tile), entrance(early)
+    body = _tile_body(base, out, sources, sink, check, tile, early)
+    wait_for_previous, _ = early_launch(early)
 
     def kernel(base_pointer, out_pointer, rows, columns, walk, flag, p, sink_p):
-        enter()
-        shared = cuda.shared.array(0, np.uint16, alignment=128)
+        wait_for_previous()
+        shared = cuda.shared.array(0, np.uint16, alignment=1024)
         body(
             shared,
             warp.block_y(),
@@ -222,13 +226,14 @@ def weight_tile_grouped(base, out, sources, sink, check, tile, early=False):
     Parameters: a table with a row of the single kernel's parameters for each weight, and four words a block: the
     weight's row in the table and the block's coordinates in the single kernel's grid.
     """
-    body, enter = _tile_body(base, out, sources, sink, check, tile), entrance(early)
+    body = _tile_body(base, out, sources, sink, check, tile, early)
+    wait_for_previous, _ = early_launch(early)
     parameters = types.Tuple(_parameters(base, out, sources, sink))
     read, width = table_reader(parameters), flat_length(parameters)
 
     def kernel(table, blocks):
-        enter()
-        shared = cuda.shared.array(0, np.uint16, alignment=128)
+        wait_for_previous()
+        shared = cuda.shared.array(0, np.uint16, alignment=1024)
         at = 4 * warp.block_x()
         q = read(table, np.int64(blocks[at]) * np.int64(width))
         body(

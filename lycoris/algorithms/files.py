@@ -75,7 +75,7 @@ def write_safetensors(
             staged.sync()
         finally:
             staged.close()
-        publish(temporary, target, overwrite)
+        publish(temporary, target, overwrite, True)
     except OSError as error:
         raise MergeFailed(f"{path}: cannot be written ({os_reason(error)}); mend that and save again") from error
     finally:

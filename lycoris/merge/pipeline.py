@@ -48,7 +48,7 @@ class Sizes:
 
 # Eight threads read 27 GB/s out of the page cache, one 4.9. One thread writes 5.5 GB/s into it; more share the file's
 # lock, and gain only what hides the copies from the device. Larger blocks leave the processor's caches between the
-# two: 2.2 s for 8 GB by 8 writers with 16 MiB, 1.6 s by these. Page-locking costs 0.4 s a GiB (H200).
+# two: 2.2 s for 8 GB by 8 writers with 16 MiB, 1.6 s by these. Page-locking costs 0.5 s a GiB (H200).
 GPU_SIZES = Sizes(readers=8, writers=4, block_bytes=4 << 20, batch_bytes=128 << 20)
 SIMULATOR_SIZES = Sizes(readers=1, writers=1, block_bytes=1 << 20, batch_bytes=4 << 20)
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 
-from lycoris.tensor.launch import empty, keep, kept, run_prepared, shaped
+from lycoris.tensor.launch import empty, keep, kept, of_layout, run_prepared, shaped
 from lycoris.tensor.products import flipped, product, ready
-from lycoris.tensor.tensor import Tensor
+from lycoris.tensor.tensor import Layout, Tensor, layout_of
 from plans.adapter_gradient import (
     BlockMixGradientArgs,
     BlockMixGradientDescriptor,
@@ -36,46 +36,52 @@ def low_rank_gradients(
     that read x and g once each. With ``beside`` they may begin while the launch before runs, a ``late`` sum: the caller
     holds what that one reads.
     """
-    given = [pair for pair in (up, down) if pair is not None]
+    given = [pair for pair in (up, None if down is None else down[::-1]) if pair is not None]
     if not given:
         return None, None
-    rank = (up[1] if up is not None else down[0]).shape[1]
-    if rank % _UNIT or len({x.kind for pair in given for x in pair}) > 1:
+    first, narrow = given[0]
+    rank, device = narrow.shape[1], first.device
+    if rank % _UNIT or any([wide.kind is not first.kind or t.kind is not first.kind for wide, t in given]):
         return (
             None if down is None else product(flipped(down[0]), down[1], kind, scale),
             None if up is None else product(flipped(up[0]), up[1], kind, scale),
         )
-    g, t = (None, None) if up is None else (ready(up[0], transposed=False), up[1])
-    x, u = (None, None) if down is None else (ready(down[1], transposed=False), down[0])
-    any_of = given[0][0]
-    beside = beside and (g is None or g is up[0]) and (x is None or x is down[1])  # copies are launches in between
-    d_up = None if g is None else empty((g.shape[1], rank), kind, any_of.device)
-    d_down = None if x is None else empty((rank, x.shape[1]), kind, any_of.device)
-    sides = [side for side in ((d_up, g, t), (d_down, x, u)) if side[1] is not None and side[1].shape[1]]
-    wide = [None if side is None else side.layout for side in (g, x)]
-    key = ("low-rank gradient", *wide, rank, kind, scale, beside, any_of.device.ordinal)
-    found = kept(key) or _keep_low_rank(key, g, x, sides, any_of, rank, kind, scale, beside)
-    run_prepared(found[0], [*(side[0] for side in sides), *(tensor for side in sides for tensor in side[1:])])
-    return d_down, d_up
+    sides = [(ready(wide, transposed=False), t) for wide, t in given]
+    beside = beside and all(
+        [side[0] is pair[0] for side, pair in zip(sides, given, strict=True)]
+    )  # copies are launches
+    layouts = [x.layout for side in sides for x in side]
+    key = ("low-rank gradient", up is None, *layouts, kind, scale, beside, device.ordinal)
+    prepared, made = kept(key) or _keep_low_rank(key, sides, up is not None, kind, scale, beside)
+    results = [of_layout(layout, device) for layout in made]
+    launched = [(result, *side) for result, side in zip(results, sides, strict=True) if side[0].shape[1]]
+    run_prepared(prepared, [*[entry[0] for entry in launched], *[x for entry in launched for x in entry[1:]]])
+    return results[-1] if down is not None else None, results[0] if up is not None else None
 
 
 def _keep_low_rank(
-    key: tuple, g: Tensor | None, x: Tensor | None, sides: Sequence[tuple[Tensor, Tensor, Tensor]], any_of: Tensor,
-    rank: int, kind: ElementKind, scale: float, beside: bool,
-) -> tuple[Prepared, None]:  # fmt: skip
-    count = len(sides)
+    key: tuple, sides: Sequence[tuple[Tensor, Tensor]], has_up: bool, kind: ElementKind, scale: float, beside: bool
+) -> tuple[Prepared, list[Layout]]:
+    """The plan, and the results' layouts."""
+    first, narrow = sides[0]
+    rank = narrow.shape[1]
+    g, x = sides[0][0] if has_up else None, sides[-1][0] if len(sides) > has_up else None
+    shapes = [(wide.shape[1], rank) if has_up and wide is g else (rank, wide.shape[1]) for wide, _ in sides]
+    layouts = [layout_of(shape, kind) for shape in shapes]
     descriptor = LowRankGradientDescriptor(
-        any_of.shape[0], _columns(g), _columns(x), rank, any_of.kind, kind, g_stride=_stride(g), x_stride=_stride(x),
+        first.shape[0], _columns(g), _columns(x), rank, first.kind, kind, g_stride=_stride(g), x_stride=_stride(x),
         beside=beside,
     )  # fmt: skip
-    plan = LowRankGradientPlan.select(None, descriptor, device=any_of.device)
-    sources = [tensor for _, wide, t in sides for tensor in (wide, shaped(t, (t.shape[0], 1, rank)))]
+    plan = LowRankGradientPlan.select(None, descriptor, device=first.device)
+    launched = [(layout, *side) for layout, side in zip(layouts, sides, strict=True) if side[0].shape[1]]
+    sources = [tensor for _, wide, t in launched for tensor in (wide, shaped(t, (t.shape[0], 1, rank)))]
+    count = len(launched)
 
     def make(*refs: TensorRef) -> LowRankGradientArgs:
         results, wides, narrows = refs[:count], refs[count::2], refs[count + 1 :: 2]
         return LowRankGradientArgs(list(zip(results, wides, narrows, strict=True)), scale)
 
-    return keep(key, plan, [side[0] for side in sides], sources, make)
+    return keep(key, plan, [of_layout(layout, first.device) for layout, *_ in launched], sources, make, layouts)
 
 
 def _columns(x: Tensor | None) -> int:

@@ -34,6 +34,9 @@ _COLUMNS = ((9, 256), (0, 128))
 hardware on.
 """
 
+_NARROW = 64
+"""Columns of a block that a block of threads holds the sums of, as it does those of a factor's ranks."""
+
 
 def kronecker_linear(
     x: Tensor, weight: Tensor, w1: Tensor, seconds: Sequence[Tensor], bias: Tensor | None = None, scale: float = 1.0
@@ -81,12 +84,21 @@ def kronecker_linear(
         if edges[1]:
             d_w1 = mixing_gradient(shaped(grown[-1], (count, a * d)), rows, (a, b), d, edges[1].kind, scale)
         if len(chain) == 1:
-            d_seconds = [product(flipped(pairs[0]), pairs[1], edges[2].kind) if edges[2] else None]
+            d_seconds = [_second_gradient(*pairs, edges[2].kind) if edges[2] else None]
         else:
             d_seconds = _factor_gradients(grown, shaped(inner, (count * a, d)), chain, edges[2:])
         return [d_x, d_w1, *d_seconds]
 
     return autograd.record("kronecker_linear", out, inputs, (rows, matrix, mixing, *chain), pull)
+
+
+def _second_gradient(g: Tensor, x: Tensor, kind: ElementKind) -> Tensor:
+    """The sum g.T @ x over many rows; where one of them is narrow, as a low-rank factor's, which reads each once."""
+    if x.shape[1] <= _NARROW:
+        return low_rank_gradients(None, (g, x), kind, 1.0)[1]
+    if g.shape[1] <= _NARROW:
+        return low_rank_gradients((g, x), None, kind, 1.0)[0]
+    return product(flipped(g), x, kind)
 
 
 def _factor_gradients(

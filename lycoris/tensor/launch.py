@@ -197,7 +197,8 @@ def filled(shape: Sequence[int], value: float, kind: ElementKind, device: Device
 def converted(x: Tensor, kind: ElementKind) -> Tensor:
     """A contiguous copy in a floating kind."""
     out = empty(x.shape, kind, x.device)
-    if kind is x.kind and _turned(x.layout):
+    in_eights = x.aligned and not any(extent % 8 for extent in x.shape[-2:])
+    if kind is x.kind and not in_eights and _turned(x.layout):  # in eights, an expression is turned round faster
         key = ("transpose", x.layout, x.device.ordinal)
         found = kept(key) or _keep_transpose(key, x, out)
         run_prepared(found[0], (out, x))

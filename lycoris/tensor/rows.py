@@ -21,11 +21,12 @@ from lycoris.tensor.launch import (
     sum_to,
 )
 from lycoris.tensor.tensor import FLOATS, Tensor
-from plans import loss, normalization
+from plans import loss, norm_backward, normalization
 from plans import softmax as recipes
 from plans.core import ElementKind, TensorRef
 from plans.core.prepared import Prepared
 from plans.expression import Expr
+from plans.norm_backward import NormBackwardArgs, NormBackwardDescriptor, NormBackwardPlan
 from plans.reduction import Reduction, ReductionArgs, ReductionDescriptor, ReductionPlan, elements
 from plans.rows import Recipe, RowsArgs, RowsDescriptor, RowsPlan
 
@@ -145,9 +146,11 @@ def _norm(x: Tensor, affine: tuple[Tensor, ...], forward: Recipe, backward: Reci
 
     def pull(g: Tensor, edges: Sequence[autograd.Node | None], already: Tensor | None) -> list[Tensor | None]:
         g, d_x = compact(g), None
+        added = () if already is None or edges[0] is None else (compact(already),)
+        if len(edges) > 1 and _in_one_pass(edges, (source, g, *added, columns[0])):
+            return _all_gradients(source, g, added, columns[0], statistics, edges)
         if edges[0] is not None:
-            recipe = backward if already is None else normalization.ADDED[backward]
-            added = () if already is None else (compact(already),)
+            recipe = normalization.ADDED[backward] if added else backward
             (d_x,) = launch(recipe, (source, g, *added, *columns[:1], *statistics), (edges[0].kind,))
         d_affine = [
             None if edge is None else _column_gradient(part, source, g, statistics, edge.kind)
@@ -156,6 +159,39 @@ def _norm(x: Tensor, affine: tuple[Tensor, ...], forward: Recipe, backward: Reci
         return [d_x, *d_affine]
 
     return autograd.record(forward.name, y, (x, *affine), (source, *columns), pull, adds=True)
+
+
+def _in_one_pass(edges: Sequence[autograd.Node | None], matrices: Sequence[Tensor]) -> bool:
+    """Whether all gradients are wanted, and of matrices that one plan takes."""
+    if any(edge is None for edge in edges) or edges[1].kind is not edges[-1].kind:
+        return False
+    return norm_backward.takes(matrices[0].shape[-1]) and matrices[0].size > 0 and all([m.aligned for m in matrices])
+
+
+def _all_gradients(
+    x: Tensor, g: Tensor, added: Sequence[Tensor], weight: Tensor, statistics: Sequence[Tensor],
+    edges: Sequence[autograd.Node],
+) -> list[Tensor]:  # fmt: skip
+    """Those of x, to which ``added`` is added if there is one, of the weight, and of the bias."""
+    n, device = x.shape[-1], x.device
+    outs = [empty(x.shape, edges[0].kind, device), *(empty((n,), edge.kind, device) for edge in edges[1:])]
+    tensors = (*outs, x, g, *added, weight, *statistics)
+    key = ("all gradients of a normalisation", len(outs), *[tensor.layout for tensor in tensors], device.ordinal)
+    found = kept(key) or _keep_all_gradients(key, tensors, len(outs), bool(added))
+    run_prepared(found[0], tensors)
+    return outs
+
+
+def _keep_all_gradients(key: tuple, tensors: Sequence[Tensor], count: int, added: bool) -> tuple[Prepared, None]:
+    (x, g, *rest), n = tensors[count:], tensors[count].shape[-1]
+    weight, *statistics = rest[added:]
+    descriptor = NormBackwardDescriptor(
+        len(statistics) == 2, x.size // n, n, (x.kind, g.kind, weight.kind, tensors[0].kind), tensors[1].kind,
+        bias=count == 3, added=rest[0].kind if added else None,
+    )  # fmt: skip
+    plan = NormBackwardPlan.select(None, descriptor, device=x.device)
+    views = [shaped(t, operand.shape) for t, operand in zip(tensors, descriptor.operands(), strict=True)]
+    return keep(key, plan, views[:count], views[count:], lambda *refs: NormBackwardArgs(refs[:count], refs[count:]))
 
 
 def _normalised(x: Expr, statistics: Sequence[Expr]) -> Expr:

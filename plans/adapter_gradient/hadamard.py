@@ -331,7 +331,6 @@ class HadamardGradientPlan(Plan):
             name="wgmma, then contracted",
             backend=BackendKind.WGMMA,
             arch=ArchSku.SM90A,
-            proof="tests/test_adapter_gradient_hadamard.py",
             refuses=_dense_refuses,
             guarantee=_tile_guarantee,
             build=functools.partial(_DenseProgram, WGMMA),

@@ -33,9 +33,9 @@ from plans.partial_sums import SLOTS, Partial, Sums, partial_bytes
 _FLOATS = (ElementKind.BF16, ElementKind.F16, ElementKind.F32)
 _UNIT = 8
 _LARGEST = 1 << 31
-_MOST_PARTS = 64
-_TURNS_A_PART = 0.25
-"""What it costs to write a block's part and to add it up, in turns of 256 rows: its bytes beside theirs."""
+_MOST_PARTS = SLOTS
+_TURNS_A_PART = 0.5
+"""What it costs to write a block's part and to add it up, in turns of 128 rows: its bytes beside theirs."""
 
 
 @dataclass(frozen=True)
@@ -151,7 +151,7 @@ class LowRankGradientArgs(Arguments):
 
 @functools.lru_cache(maxsize=4096)
 def _row_blocks(descriptor: LowRankGradientDescriptor) -> tuple[int, int]:
-    """Blocks along the rows, and the rows of one: those that are done first, by a count of turns of 256 rows."""
+    """Blocks along the rows, and the rows of one: those that are done first, by a count of turns of 128 rows."""
     turns = max(1, -(-descriptor.rows // kernel.ROWS_OF_TURN))
     columns = max(1, sum(-(-side[2] // kernel.SPAN) for side in descriptor._sides()) * _rank_blocks(descriptor))
 

@@ -17,6 +17,7 @@ from kernels.attention.tiles import padded as padded_width
 from kernels.target import SIMULATOR
 from plans.attention.descriptor import AttentionBackwardArgs, AttentionBackwardDescriptor
 from plans.attention.forward import (
+    begins_early,
     blocks_of,
     factor_of,
     matrix_arguments,
@@ -77,7 +78,9 @@ class _Kernels:
 class _Program:
     """Up to three launches; ``together``: neighbouring elements of a query that are loaded at once, 8 if aligned."""
 
-    def __init__(self, descriptor: AttentionBackwardDescriptor, kernels: _Kernels, together: int) -> None:
+    def __init__(
+        self, descriptor: AttentionBackwardDescriptor, kernels: _Kernels, together: int, early: bool = False
+    ) -> None:
         f = descriptor.forward
         self.descriptor, self.kernels = descriptor, kernels
         self.count = f.batch * f.heads * descriptor.padded
@@ -85,7 +88,7 @@ class _Program:
         wanted = -(-f.width // together)
         lanes = next((lanes for lanes in statistics.LANES if lanes >= wanted), statistics.LANES[-1])
         blocks = -(-self.count * lanes // (32 * statistics.WARPS))
-        made = attention_statistics(f.element.value, lanes, together)
+        made = attention_statistics(f.element.value, lanes, together, early)
         self.prepare = None if nothing else made.launcher((blocks, 1, 1))
 
     def bind(self, args: AttentionBackwardArgs, workspace: Workspace) -> Launches:
@@ -127,13 +130,14 @@ def _build_mma(descriptor: AttentionBackwardDescriptor, device: Device) -> _Prog
     f = descriptor.forward
     rows, columns = key_tile(f.width), query_tile(f.width)
     of_keys, of_queries = _blocks(descriptor, rows.rows, columns.rows)
-    keys = attention_key_gradients(f.element.value, rows, f.causal)
-    queries = attention_query_gradient(f.element.value, columns, f.causal)
+    early = begins_early(device)
+    keys = attention_key_gradients(f.element.value, rows, f.causal, early)
+    queries = attention_query_gradient(f.element.value, columns, f.causal, early)
     kernels = _Kernels(
         keys.launcher((of_keys, 1, 1), gradient_shared_bytes(rows)) if of_keys else None,
         queries.launcher((of_queries, 1, 1), gradient_shared_bytes(columns)) if of_queries else None,
     )
-    return _Program(descriptor, kernels, UNIT)
+    return _Program(descriptor, kernels, UNIT, early)
 
 
 def _build_portable(descriptor: AttentionBackwardDescriptor, device: Device) -> _Program:

@@ -41,6 +41,11 @@ def blocks_of(slots: int, tokens: int, rows: int) -> int:
     return slots * -(-tokens // rows)
 
 
+def begins_early(device: Device) -> bool:
+    """Whether kernels may begin while the ones before them end."""
+    return device.arch >= ArchSku.SM90A.value
+
+
 def matrix_arguments(tensor: TensorRef) -> tuple:
     """A tensor as kernels take it: it, and the strides of batch, head and token."""
     return (tensor.data, *tensor.stride[:3])
@@ -123,7 +128,7 @@ class _MmaProgram(_Program):
     def __init__(self, descriptor: AttentionDescriptor, device: Device) -> None:
         super().__init__(descriptor)
         tile = tile_of(descriptor.width)
-        made = kernel.attention_forward(descriptor.element.value, tile, descriptor.causal)
+        made = kernel.attention_forward(descriptor.element.value, tile, descriptor.causal, begins_early(device))
         self.launch = self.launcher(made, tile.rows, kernel.shared_bytes(tile))
 
 

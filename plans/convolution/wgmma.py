@@ -239,7 +239,6 @@ WGMMA = Sku(
     name="wgmma",
     backend=BackendKind.WGMMA,
     arch=ArchSku.SM90A,
-    proof="tests/test_convolution_wgmma.py",
     refuses=refuses,
     guarantee=_guarantee,
     build=WgmmaProgram,

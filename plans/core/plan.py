@@ -15,7 +15,6 @@ from plans.core.device import Device, device_error, driver_errors
 from plans.core.errors import NoSku, WorkspaceTooSmall
 from plans.core.operand import Operand, check_operands, check_overlaps, extents
 from plans.core.precision import PrecisionGuarantee
-from plans.core.proof import proven
 from plans.core.sku import ArchSku, BackendKind, KernelSku
 from plans.core.tensor import TensorMut, TensorRef
 from plans.core.workspace import NO_WORKSPACE, Workspace
@@ -61,8 +60,7 @@ class Sku:
 
     ``refuses(descriptor)`` answers with the reason the user will read, or with "". ``guarantee`` and
     ``workspace`` are functions of the descriptor; ``build(descriptor, device)`` compiles. ``suits(descriptor)`` says
-    whether it is the fast choice where it accepts: rows that do come first. One with a ``proof``, a test file, is
-    chosen where its technique is asked for, and else only on devices where that file has passed (`plans.core.proof`).
+    whether it is the fast choice where it accepts: rows that do come first.
     """
 
     name: str
@@ -74,7 +72,6 @@ class Sku:
     workspace: Callable[[Any], int] = lambda _descriptor: 0
     alignment: int = 0
     suits: Callable[[Any], bool] = lambda _descriptor: True
-    proof: str = ""
 
 
 class Contract:
@@ -191,8 +188,6 @@ class Plan(Contract):
             return f"needs compute capability {sku.arch.value}, found {device.arch}"
         if sku.arch is ArchSku.SM90A and not preference.allow_sm90a:
             return "preference leaves sm_90a out"
-        if sku.proof and preference.prefer_backend is not sku.backend and not proven(device, sku.proof):
-            return f"waits for {sku.proof} to pass on {device.name}: run that, or ask for it by prefer_backend"
         if reason := sku.refuses(descriptor):
             return reason
         needed, allowed = sku.workspace(descriptor), preference.max_workspace_bytes

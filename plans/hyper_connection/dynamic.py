@@ -31,7 +31,6 @@ from plans.core import (
     Sku,
     Workspace,
 )
-from plans.hyper_connection import cluster
 from plans.hyper_connection import dynamic_stream as fast
 from plans.hyper_connection.common import (
     NamedArguments,
@@ -215,16 +214,6 @@ class DynamicHyperConnectionPlan(Plan):
 
     name = "dynamic hyper-connection"
     skus = (
-        Sku(
-            name="cluster",
-            backend=BackendKind.CLUSTER,
-            arch=ArchSku.SM90A,
-            proof=cluster.PROOF,
-            refuses=cluster.refuses,
-            guarantee=lambda d: fp32_guarantee(cluster.units(d, _own_units(d)), cluster.DERIVATION),
-            build=lambda d, device: cluster.ClusterProgram("full", d, device),
-            alignment=ALIGNMENT,
-        ),
         Sku(
             name="mma and stream",
             backend=BackendKind.MMA,

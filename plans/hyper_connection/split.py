@@ -32,7 +32,6 @@ from plans.core import (
     Sku,
     Workspace,
 )
-from plans.hyper_connection import cluster
 from plans.hyper_connection import dynamic_stream as fast
 from plans.hyper_connection.common import (
     NamedArguments,
@@ -324,16 +323,6 @@ class HyperConnectionPrePlan(Plan):
 
     name = "hyper-connection pre"
     skus = (
-        Sku(
-            name="cluster",
-            backend=BackendKind.CLUSTER,
-            arch=ArchSku.SM90A,
-            proof=cluster.PROOF,
-            refuses=lambda d: "takes a dynamic H" if d.projection is None else cluster.refuses(d),
-            guarantee=lambda d: fp32_guarantee(cluster.units(d, _pre_units(d)), cluster.DERIVATION),
-            build=lambda d, device: cluster.ClusterProgram("pre", d, device),
-            alignment=ALIGNMENT,
-        ),
         Sku(
             name="mma and stream",
             backend=BackendKind.MMA,

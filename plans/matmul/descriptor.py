@@ -51,7 +51,7 @@ class Segment:
         a_batch_stride, b_batch_stride: From one A or B of the batch to the next; 0 where they lie one after the other.
         a_shared, b_shared: All of the batch take the same A, or B, which then has two axes.
         diagonal: B consists of so many blocks along its diagonal, and is zero elsewhere, which kernels may skip.
-        late: A is made by the launch right before, all other operands by older ones: kernels may begin before it ends.
+        late: A, or A and B, come of the launch right before, all else of older ones: kernels may begin before it ends.
     """
 
     k: int
@@ -102,7 +102,7 @@ class Segment:
 
 @dataclass(frozen=True)
 class LowRankTerm:
-    """A low-rank term of a sum, scale (A D^T) U^T, with A of another segment; A D^T never goes to memory.
+    """A low-rank term of a sum, scale (A D^T) U^T, with A of another segment; A D^T is as good as in fp32.
 
     Attributes:
         rank: Rows of D [rank, k] and columns of U [n, rank], which all of a batch share.

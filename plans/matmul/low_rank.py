@@ -282,5 +282,4 @@ def with_low_rank(second: Sku) -> Sku:
         build=functools.partial(LowRankProgram, second=second),
         workspace=functools.partial(_workspace, second),
         suits=lambda descriptor: second.suits(expanded(descriptor, _beside(second))),
-        proof=second.proof and "tests/test_matmul_low_rank.py",
     )

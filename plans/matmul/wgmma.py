@@ -190,16 +190,19 @@ class WgmmaProgram(MatmulProgram):
             return
         cluster = self.tile.cluster
         tiles = -(-descriptor.m // (ROWS * cluster)) * -(-descriptor.columns // self.tile.result_columns) * self.results
-        turns = -(-tiles // max(1, device.multiprocessors // cluster))
-        # No more blocks than so many turns need: what may run beside finds multiprocessors free.
-        grid = (-(-tiles // turns) * cluster, 1, 1)
+        self.clusters, self.tiles = max(1, min(device.multiprocessors // cluster, tiles)), tiles
+        if not any(segment.late for segment in descriptor.segments):
+            # No more blocks than so many turns need: what may run beside finds multiprocessors free.
+            self.clusters = -(-tiles // -(-tiles // self.clusters))
+        grid = (self.clusters * cluster, 1, 1)
         self.launch = self.kernel.launcher(grid)
         self.early_launch = self.kernel.launcher(grid, overlaps=True)
 
     def idle_multiprocessors(self) -> tuple[int, float]:
         """How many have one tile less than the others, or none at all, and the cycles that a tile takes."""
         cycles = sum(_segment_cycles(segment, self.tile) for segment in self.descriptor.segments) / self.parts
-        return self.device.multiprocessors - self.last_round * self.tile.cluster, cycles
+        busy = self.tiles % self.clusters or self.clusters
+        return self.device.multiprocessors - busy * self.tile.cluster, cycles
 
     def bind(self, args: SegmentedMatmulArgs, workspace: Workspace) -> Launches:
         """The launch; none where Y is empty."""
@@ -288,7 +291,6 @@ WGMMA = Sku(
     name="wgmma",
     backend=BackendKind.WGMMA,
     arch=ArchSku.SM90A,
-    proof="tests/test_matmul_wgmma.py",
     refuses=_refuses,
     guarantee=_guarantee,
     build=WgmmaProgram,

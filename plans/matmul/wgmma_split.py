@@ -102,5 +102,4 @@ WGMMA_SPLIT = replace(
     guarantee=_guarantee,
     build=SplitProgram,
     workspace=lambda descriptor: parts_bytes(descriptor, split_of(descriptor)[0]),
-    proof="tests/test_matmul_wgmma_split.py",
 )

@@ -137,7 +137,6 @@ CLUSTER = Sku(
     name="cluster",
     backend=BackendKind.CLUSTER,
     arch=ArchSku.SM90A,
-    proof="tests/test_weight_cluster.py",
     refuses=refuses,
     guarantee=tiles.tensor_core_guarantee,
     build=ClusterProgram,

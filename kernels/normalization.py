@@ -1,0 +1,119 @@
+"""The gradient of a normalisation of rows with those of its weight and bias: matrices are read once for all of them.
+
+Blocks stay, and each goes over every so-many-th row. A thread has the same eight columns of all of them and keeps their
+sums in registers; the next rows are on their way to shared memory meanwhile, to places of the thread's own, so that a
+row has one barrier, that of its two sums.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from kernels import memory, warp
+from kernels.barrier import early_options, entrance
+from kernels.elements import ELEMENTS, parked8
+from kernels.rows import WARP, reduce_team
+from kernels.target import SIMULATOR, cuda, f32, f32p, i64, kernel_factory
+
+RUN = 8
+"""Columns of a thread."""
+MOST_THREADS = 1024
+BLOCKS = 2 if SIMULATOR else 132
+"""Blocks of MOST_THREADS threads, as many as an H200 has multiprocessors; more of smaller ones."""
+_STAGES = 2
+_KINDS = ("bf16", "bf16", "bf16", "bf16")
+
+
+def stage_bytes(kinds: tuple[str, ...], team: int) -> int:
+    """Shared memory of the rows that are on their way."""
+    return _STAGES * team * sum(4 * ELEMENTS[kind].words for kind in kinds[:2])
+
+
+@kernel_factory((True, True, "", _KINDS, 512), (False, False, "bf16", ("f16", "f32", "f32", "f32"), 128))
+def norm_backward(centred, biased, added, kinds, team, early=False):
+    """d_x[r] = (v - mean(v) - y mean(v y)) rstd, v = g w, y = (x - mean) rstd; and this block's sums of g y, and of g.
+
+    Not ``centred``: y = x rstd, and mean(v) is left out. ``kinds`` are those of x, g, w and d_x, ``added`` that of a
+    matrix that is added to d_x, if any. Parameters: x, g, w, d_x, added (or d_x), mean (or rstd), rstd, parts of the
+    sums of g y and, where ``biased``, of g, [blocks, n] each; 1 / n, rows, n (a multiple of 8, at most 8 * team).
+    Accesses are aligned to 16 bytes. Blocks of ``team`` threads, a power of two from 32 on.
+    """
+    (park_x, unpark_x), (park_g, unpark_g) = parked8(kinds[0], team), parked8(kinds[1], team)
+    weight, target, other = ELEMENTS[kinds[2]], ELEMENTS[kinds[3]], ELEMENTS[added or kinds[3]]
+    fetch_w, unpack_w, store_x, fetch_r, unpack_r = (
+        weight.fetch8_cached, weight.unpack8, target.store8, other.fetch8, other.unpack8,
+    )  # fmt: skip
+    store32, w_words, r_words = ELEMENTS["f32"].store8, weight.words, other.words
+    g_first = _STAGES * team * 2 * ELEMENTS[kinds[0]].words
+    first_sums, other_sums = reduce_team(team, ("sum", "sum"), 0), reduce_team(team, ("sum", "sum"), 2)
+    wait, enter, cells, adds = memory.copy_async_wait(_STAGES - 1), entrance(early), 4 * WARP, bool(added)
+
+    def kernel(x, g, w, d_x, rest, means, rstds, d_w, d_b, inverse, count, n):
+        shared = cuda.shared.array(0, np.uint16, alignment=16)
+        parts = cuda.shared.array(cells, np.float32)
+        raw, ends = cuda.local.array(w_words, np.uint32), cuda.local.array(r_words, np.uint32)
+        a, b, c = (cuda.local.array(RUN, np.float32), cuda.local.array(RUN, np.float32),
+                   cuda.local.array(RUN, np.float32))  # fmt: skip
+        sums_w, sums_b = cuda.local.array(RUN, np.float32), cuda.local.array(RUN, np.float32)
+        enter()
+        thread, first, step = warp.thread_index(), warp.block_x(), warp.grid_x()
+        at = np.int64(thread) * np.int64(RUN)
+        for k in range(RUN):
+            a[k], b[k], c[k] = np.float32(0), np.float32(0), np.float32(0)
+            sums_w[k], sums_b[k] = np.float32(0), np.float32(0)
+        for stage in range(_STAGES):
+            row = first + np.int64(stage) * step
+            if row < count and at < n:
+                park_x(shared, 0, stage, thread, x, row * n + at)
+                park_g(shared, g_first, stage, thread, g, row * n + at)
+            memory.copy_async_commit()
+        if at < n:
+            fetch_w(w, at, raw, 0)
+            unpack_w(raw, 0, c, 0)
+        row, slot = first, np.int64(0)
+        while row < count:  # a range would divide
+            mean, rstd = means[row] if centred else np.float32(0), rstds[row]
+            later = row + np.int64(_STAGES) * step
+            wait()
+            if at < n:
+                unpark_x(shared, 0, slot, thread, a, 0)
+                unpark_g(shared, g_first, slot, thread, b, 0)
+                if adds:
+                    fetch_r(rest, row * n + at, ends, 0)
+                if later < count:
+                    park_x(shared, 0, slot, thread, x, later * n + at)
+                    park_g(shared, g_first, slot, thread, g, later * n + at)
+            memory.copy_async_commit()
+            total, dot = np.float32(0), np.float32(0)
+            for k in range(RUN):
+                a[k] = (a[k] - mean) * rstd if centred else a[k] * rstd
+                sums_w[k] += b[k] * a[k]
+                sums_b[k] += b[k]
+                b[k] = b[k] * c[k]
+                total += b[k]
+                dot += b[k] * a[k]
+            # A slot of the sums is taken again after the next barrier, when everyone has read it.
+            if slot == np.int64(0):
+                total, dot = first_sums((total, dot), parts)
+            else:
+                total, dot = other_sums((total, dot), parts)
+            total, dot = total * inverse if centred else np.float32(0), dot * inverse
+            for k in range(RUN):
+                b[k] = (b[k] - total - a[k] * dot) * rstd
+            if at < n:
+                if adds:
+                    unpack_r(ends, 0, a, 0)
+                    for k in range(RUN):
+                        b[k] += a[k]
+                store_x(d_x, row * n + at, b, 0, np.uint32(0))
+            row, slot = row + step, np.int64(1) - slot
+        memory.copy_async_wait_all()
+        if at < n:
+            store32(d_w, first * n + at, sums_w, 0, np.uint32(0))
+            if biased:
+                store32(d_b, first * n + at, sums_b, 0, np.uint32(0))
+
+    pointers = [ELEMENTS[kind].pointer for kind in (*kinds, added or kinds[3])]
+    parameters = (*pointers, f32p, f32p, f32p, f32p, f32, i64, i64)
+    options = {"threads": team, "min_blocks": MOST_THREADS // team, "shared_bytes": stage_bytes(kinds, team)}
+    return kernel, parameters, options | early_options(early)
