@@ -46,6 +46,11 @@ def items_at_once(groups: int) -> int:
     return max(1, 4 // groups)
 
 
+def blocks_at_once(groups: int) -> int:
+    """Blocks of threads on a multiprocessor: what their registers allow."""
+    return 2 if 8 * groups * items_at_once(groups) <= 64 else 1
+
+
 def _weight_stager(groups: int, transposed: bool) -> Callable:
     """A device function that puts w into shared memory, with zeros up to whole tiles."""
     pitch = weight_pitch(groups)
@@ -88,7 +93,7 @@ def _movers(groups: int) -> tuple[Callable, Callable]:
         for group in range(groups):
             for half in range(2):
                 block = np.int64(_u32(_u32(8 * group + half) + (t << _u32(1))))
-                found = memory.load128(x, start + min(block, in_blocks - np.int64(1)) * width + place)
+                found = memory.load128_stream(x, start + min(block, in_blocks - np.int64(1)) * width + place)
                 for i in range(4):
                     words[at + 8 * group + 4 * half + i] = found[i] if block < in_blocks else _u32(0)
 
@@ -206,7 +211,7 @@ def mix_blocks(kind: str, groups: int, transposed: bool, early: bool = False):
 
     pointer = element.pointer
     parameters = (pointer, pointer, pointer, f32, i64, i64, i64, i64, i64, i64)
-    options = {"threads": THREADS, "min_blocks": 2 if all_words <= 64 else 1}
+    options = {"threads": THREADS, "min_blocks": blocks_at_once(groups)}
     return kernel, parameters, options | ({"architectures": (9, 0, "a")} if early else {})
 
 

@@ -2,7 +2,8 @@
 
 A kind is "bf16", "f16" or "f32"; the 16-bit kinds live behind uint16 pointers. Eight elements are one 16-byte
 access of a 16-bit kind and two of fp32, and must be aligned to 16 bytes. ``store8`` also follows a trace of what it
-stored, by which a kernel tells in the end whether all of it was finite.
+stored, by which a kernel tells in the end whether all of it was finite; ``store8_cached`` does the same and leaves it
+in the L2 cache for as long as anything else.
 """
 
 from __future__ import annotations
@@ -34,6 +35,34 @@ def _fetch8(load128: Callable, accesses: int) -> Callable:
     return fetch8
 
 
+def _store8_of_16_bits(store128: Callable, pack: Callable, follow: Callable) -> Callable:
+    @device
+    def store8(pointer, index, values, at, trace):
+        a = pack(values[at], values[at + 1])
+        b = pack(values[at + 2], values[at + 3])
+        c = pack(values[at + 4], values[at + 5])
+        d = pack(values[at + 6], values[at + 7])
+        store128(pointer, index, a, b, c, d)
+        return follow(follow(follow(follow(trace, a), b), c), d)
+
+    return store8
+
+
+def _store8_of_32_bits(store128: Callable) -> Callable:
+    @device
+    def store8(pointer, index, values, at, trace):
+        for half in range(2):
+            a = bits.f32_bits(values[at + 4 * half])
+            b = bits.f32_bits(values[at + 4 * half + 1])
+            c = bits.f32_bits(values[at + 4 * half + 2])
+            d = bits.f32_bits(values[at + 4 * half + 3])
+            store128(pointer, index + 4 * half, a, b, c, d)
+            trace = bits.trace_f32(bits.trace_f32(bits.trace_f32(bits.trace_f32(trace, a), b), c), d)
+        return trace
+
+    return store8
+
+
 def _sixteen_bit(to_f32, from_f32, low, high, pack, follow) -> SimpleNamespace:
     @device
     def load(pointer, index):
@@ -50,21 +79,14 @@ def _sixteen_bit(to_f32, from_f32, low, high, pack, follow) -> SimpleNamespace:
             values[to + 2 * i + 1] = high(words[at + i])
 
     @device
-    def store8(pointer, index, values, at, trace):
-        a = pack(values[at], values[at + 1])
-        b = pack(values[at + 2], values[at + 3])
-        c = pack(values[at + 4], values[at + 5])
-        d = pack(values[at + 6], values[at + 7])
-        memory.store128_stream(pointer, index, a, b, c, d)
-        return follow(follow(follow(follow(trace, a), b), c), d)
-
-    @device
     def rounded(value):
         return to_f32(from_f32(value))
 
     return SimpleNamespace(
         pointer=u16p, words=4, load=load, store=store, fetch8=_fetch8(memory.load128_stream, 1),
-        fetch8_cached=_fetch8(memory.load128, 1), unpack8=unpack8, store8=store8, rounded=rounded,
+        fetch8_cached=_fetch8(memory.load128, 1), unpack8=unpack8, rounded=rounded,
+        store8=_store8_of_16_bits(memory.store128_stream, pack, follow),
+        store8_cached=_store8_of_16_bits(memory.store128, pack, follow),
     )  # fmt: skip
 
 
@@ -83,23 +105,13 @@ def _thirty_two_bit() -> SimpleNamespace:
             values[to + i] = bits.bits_f32(words[at + i])
 
     @device
-    def store8(pointer, index, values, at, trace):
-        for half in range(2):
-            a = bits.f32_bits(values[at + 4 * half])
-            b = bits.f32_bits(values[at + 4 * half + 1])
-            c = bits.f32_bits(values[at + 4 * half + 2])
-            d = bits.f32_bits(values[at + 4 * half + 3])
-            memory.store128_stream(pointer, index + 4 * half, a, b, c, d)
-            trace = bits.trace_f32(bits.trace_f32(bits.trace_f32(bits.trace_f32(trace, a), b), c), d)
-        return trace
-
-    @device
     def rounded(value):
         return np.float32(value)
 
     return SimpleNamespace(
         pointer=f32p, words=8, load=load, store=store, fetch8=_fetch8(memory.load128_stream, 2),
-        fetch8_cached=_fetch8(memory.load128, 2), unpack8=unpack8, store8=store8, rounded=rounded,
+        fetch8_cached=_fetch8(memory.load128, 2), unpack8=unpack8, rounded=rounded,
+        store8=_store8_of_32_bits(memory.store128_stream), store8_cached=_store8_of_32_bits(memory.store128),
     )  # fmt: skip
 
 

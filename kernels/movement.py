@@ -97,7 +97,7 @@ def window(kind, dimensions, run, early=False):
     """
     pointer, fill_type, convert = WORDS[kind]
     line, pack, last = _line(dimensions, run), PACK[kind], dimensions - 1
-    element, enter = pointer.dtype, entrance(early)
+    element, enter = pointer.dtype, entrance(early, any_size=True)
 
     def kernel(source, out, fill, extents, shifts, signs, limits, strides, out_strides, diagonal, count):
         values = cuda.local.array(run, element)

@@ -12,8 +12,8 @@ import numpy as np
 from kernels import memory, warp
 from kernels.barrier import early_options, entrance
 from kernels.elements import ELEMENTS, parked8
-from kernels.rows import WARP, reduce_team
 from kernels.target import SIMULATOR, cuda, f32, f32p, i64, kernel_factory
+from kernels.teams import WARP, reduce_team
 
 RUN = 8
 """Columns of a thread."""
@@ -46,7 +46,12 @@ def norm_backward(centred, biased, added, kinds, team, early=False):
     store32, w_words, r_words = ELEMENTS["f32"].store8, weight.words, other.words
     g_first = _STAGES * team * 2 * ELEMENTS[kinds[0]].words
     first_sums, other_sums = reduce_team(team, ("sum", "sum"), 0), reduce_team(team, ("sum", "sum"), 2)
-    wait, enter, cells, adds = memory.copy_async_wait(_STAGES - 1), entrance(early), 4 * WARP, bool(added)
+    wait, enter, cells, adds = (
+        memory.copy_async_wait(_STAGES - 1),
+        entrance(early, any_size=True),
+        4 * WARP,
+        bool(added),
+    )
 
     def kernel(x, g, w, d_x, rest, means, rstds, d_w, d_b, inverse, count, n):
         shared = cuda.shared.array(0, np.uint16, alignment=16)

@@ -19,8 +19,8 @@ from kernels.expression import column, evaluator, gather, scatter, written
 from kernels.functions import absolute, maximum
 from kernels.pointwise import alike, fetch_groups, keep, store_groups
 from kernels.random import draw8, normal4, philox
-from kernels.rows import WARP, reduce_team
 from kernels.target import SIMULATOR, cuda, device, f32, f32p, i32p, i64, i64p, kernel_factory, u16p
+from kernels.teams import WARP, reduce_team
 
 THREADS = 32 if SIMULATOR else 256
 RUN = 8
@@ -142,7 +142,7 @@ def update(program, moments, kind, master, stochastic, early=False):
     count, steps, results_of = program
     evaluate = evaluator((count, steps, (*results_of, *results_of[:1] * master)))
     fetch, store, load_one, store_one, at_in, at_out = _movers(ins, outs)
-    element_of, put, enter = column(len(ins), RUN), keep(len(outs)), entrance(early)
+    element_of, put, enter = column(len(ins), RUN), keep(len(outs)), entrance(early, any_size=True)
     parameter_at, round_eight = _pointer_at(kind), _round_eight if stochastic else _eight_as_they_are
     round_one = _round_one if stochastic else _one_as_it_is
     words_count, in_count, out_count = sum(ELEMENTS[k].words for k in ins), RUN * len(ins), RUN * len(outs)

@@ -115,7 +115,7 @@ def alike(count: int) -> Callable:
 def flat(program, ins, outs, early=False):
     """targets[i] = program(sources[i], scalars). Parameters: sources, targets, scalars, count; aligned to 16 bytes."""
     eight, one = _eight(program, ins, outs, (False,) * len(ins)), _one(program, ins, outs)
-    at_in, at_out, enter = alike(len(ins)), alike(len(outs)), entrance(early)
+    at_in, at_out, enter = alike(len(ins)), alike(len(outs)), entrance(early, any_size=True)
 
     def kernel(sources, targets, scalars, count):
         enter()
@@ -141,7 +141,7 @@ def rows(program, ins, outs, repeated, dimensions, early=False):
     """
     eight = _eight(program, ins, outs, repeated)
     places_in, places_out = offsets(dimensions, len(ins)), offsets(dimensions, len(outs))
-    enter = entrance(early)
+    enter = entrance(early, any_size=True)
 
     def kernel(sources, targets, scalars, extents, strides_in, strides_out, units):
         enter()
@@ -160,7 +160,7 @@ def strided(program, ins, outs, dimensions, early=False):
     """The expression over any strides, one element a thread; parameters as of :func:`rows`, in single elements."""
     one = _one(program, ins, outs)
     places_in, places_out = offsets(dimensions, len(ins)), offsets(dimensions, len(outs))
-    enter = entrance(early)
+    enter = entrance(early, any_size=True)
 
     def kernel(sources, targets, scalars, extents, strides_in, strides_out, units):
         enter()

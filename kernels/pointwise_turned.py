@@ -173,7 +173,7 @@ def turned(program, ins, outs, ways, dimensions, early=False):
     store, evaluate, put = store_groups(outs), evaluator(program), keep(len(outs))
     element_of, target_places = column(len(ins), RUN), _target_places(len(outs))
     places_in, places_out = offsets(dimensions, len(ins)), offsets(dimensions, len(outs))
-    origin, enter = offsets(dimensions, 2), entrance(early)
+    origin, enter = offsets(dimensions, 2), entrance(early, any_size=True)
     places, in_count, out_count = _places(ins, ways), len(ins) * RUN, len(outs) * RUN
     all_words, all_cells, pair_count = places.all_words, places.all_cells, 2 * in_count
 

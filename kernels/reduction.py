@@ -14,8 +14,9 @@ from kernels import warp
 from kernels.barrier import early_options, entrance
 from kernels.elements import ELEMENTS
 from kernels.expression import Program, column, evaluator, gather, written
-from kernels.rows import COMBINE, POINTERS, ROW_LOADS, WARP, Held, Operands, Shape, block_of, holder, stage
+from kernels.rows import POINTERS, ROW_LOADS, Held, Operands, Shape, block_of, holder, stage
 from kernels.target import SIMULATOR, cuda, device, f32, i64, kernel_factory, types
+from kernels.teams import COMBINE, WARP
 
 THREADS = 32 if SIMULATOR else 256
 """Threads of a block of the form *across*."""
@@ -43,7 +44,7 @@ def along(operation, program, kinds, out, shape, early=False):
     reduce_row = stage(((operation, program),), own)
     store, team, words = ELEMENTS[out].store, shape.team, own.words
     threads, _ = block_of(team)
-    width, enter = shape.width, entrance(early)
+    width, enter = shape.width, entrance(early, any_size=True)
 
     def kernel(sources, target, inverse, scale, rows, n, part, parts):
         shared = cuda.shared.array(WARP, np.float32)
@@ -118,7 +119,7 @@ def across(operation, program, kinds, lines, out, width, early=False):
     tile = WARP * width
     down = _down(operation, program, kinds, lines, width, warps)
     combine, start = COMBINE[operation]
-    store, cells, enter = ELEMENTS[out].store, tile * warps, entrance(early)
+    store, cells, enter = ELEMENTS[out].store, tile * warps, entrance(early, any_size=True)
 
     def kernel(sources, line_operands, target, inverse, scale, outer, n, inner, part):
         parts = cuda.shared.array(cells, np.float32)

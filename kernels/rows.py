@@ -6,8 +6,8 @@ one order: a thread's own elements, lanes by a butterfly, warps likewise.
 
 What an expression sees of an element, in this order: the row's own operands, operands by column, the element's
 position, operands by row, what these pick, 1 / n and scalars, the results of the stages before. Stages that do not need
-each other are one pass. Columns that a stage reads are kept beside the row; others are read where results are made,
-as registers are worth more than a second access to a cache.
+each other are one pass. Columns that a stage reads are kept beside the row, and all of them where that is little; else
+others are read where results are made, as registers are worth more than a second access to a cache.
 """
 
 from __future__ import annotations
@@ -22,12 +22,16 @@ from kernels import bits, warp
 from kernels.barrier import early_options, entrance
 from kernels.elements import ELEMENTS
 from kernels.expression import Program, column, evaluator, scatter, written
-from kernels.functions import maximum, minimum
 from kernels.target import SIMULATOR, cuda, device, f32, i32p, i64, i64p, kernel_factory, types
+from kernels.teams import COMBINE, WARP, reduce_team
 
-WARP = 32
 BLOCK = 32 if SIMULATOR else 128
 """Threads of a block whose rows have teams within a warp."""
+
+
+_LITTLE = 24
+"""Words of a row and its columns in a thread that leave room for _THREADS_RESIDENT of them on a multiprocessor."""
+_THREADS_RESIDENT = 1 if SIMULATOR else 1536
 
 
 def block_of(team: int) -> tuple[int, int]:
@@ -67,47 +71,6 @@ def _load_integer(pointer, index):
 
 ROW_LOADS = {kind: element.load for kind, element in ELEMENTS.items()} | {"i32": _load_integer, "i64": _load_integer}
 POINTERS = {kind: element.pointer for kind, element in ELEMENTS.items()} | {"i32": i32p, "i64": i64p}
-
-
-@device
-def _plus(a, b):
-    return a + b
-
-
-COMBINE = {
-    "sum": (_plus, np.float32(0)), "max": (maximum, np.float32(-np.inf)), "min": (minimum, np.float32(np.inf)),
-}  # fmt: skip
-"""Reduction -> what joins two values, and what it starts from."""
-
-
-@functools.cache
-def reduce_team(team: int, operations: tuple[str, ...], slot: int = 0) -> Callable:
-    """A device function ``(values, parts)``: the team's values, each as one, in every thread, always in the same order.
-
-    ``parts`` is shared memory of 32 fp32 numbers a value from ``slot`` on, the kernel's own: NVVM refuses one that two
-    device functions share. Nobody waits at the end, so a slot is used once.
-    """
-    warps, lines = team // WARP, [f"a{i} = values[{i}]" for i in range(len(operations))]
-    known = {f"join{i}": COMBINE[name][0] for i, name in enumerate(operations)}
-    known |= {"shuffle": warp.shuffle_xor, "thread_index": warp.thread_index, "barrier": warp.block_barrier}
-    known |= {"uint32": np.uint32, "int64": np.int64}
-
-    def butterfly(lanes: int) -> list[str]:
-        masks = [lanes >> step for step in range(1, lanes.bit_length())]
-        return [f"a{i} = join{i}(a{i}, shuffle(a{i}, uint32({m})))" for m in masks for i in range(len(operations))]
-
-    lines += butterfly(min(team, WARP))
-    if warps > 1:
-        lines += ["thread = uint32(thread_index())", "if thread & uint32(31) == uint32(0):"]
-        place = "parts[int64(uint32(uint32({}) + {}))]"
-        for i in range(len(operations)):
-            lines.append("    " + place.format((slot + i) * WARP, "uint32(thread >> uint32(5))") + f" = a{i}")
-        lines.append("barrier()")
-        for i in range(len(operations)):
-            lines.append(f"a{i} = " + place.format((slot + i) * WARP, f"uint32(thread & uint32({warps - 1}))"))
-        lines += butterfly(warps)
-    results = "".join(f"a{i}, " for i in range(len(operations)))
-    return written("reduce", "values, parts", [*lines, f"return ({results})"], known)
 
 
 @functools.cache
@@ -159,6 +122,21 @@ class Held(NamedTuple):
         """Registers of an access."""
         full = holder(self.operands.full, self.shape.width)[2]
         return full + _columns_holder(self.operands, self.columns, self.shape.width)[2]
+
+    @property
+    def bounded(self) -> bool:
+        """Whether _THREADS_RESIDENT threads have the registers for all that a row of one matrix needs."""
+        complete = len(self.operands.full) == 1 and len(self.columns) == len(self.operands.columns)
+        return complete and bool(self.columns) and 0 < self.words * self.shape.chunks <= _LITTLE
+
+
+def held_of(stages: Stages, operands: Operands, shape: Shape) -> Held:
+    """A row with the columns that stages read, or with all of them where that is little."""
+    if not shape.chunks:
+        return Held(operands, (), shape)
+    everything = Held(operands, tuple(range(len(operands.columns))), shape)
+    by_stages = set().union(*(columns_read(program, operands) for _, program in stages))
+    return everything if everything.bounded else Held(operands, tuple(sorted(by_stages)), shape)
 
 
 def _loader(own: Held) -> Callable:
@@ -359,14 +337,13 @@ def rows(stages, final, last, operands, shape, picks=(), early=False):
     is none. Parameters: matrices, columns, row operands, matrices out, row results, (1 / n, scalars...), rows, n.
     Accesses of 8 elements want n to be a multiple of 8 and everything but row operands aligned to 16 bytes.
     """
-    by_stages = set().union(*(columns_read(program, operands) for _, program in stages))
-    own = Held(operands, tuple(sorted(by_stages)) if shape.chunks else (), shape)
+    own = held_of(stages, operands, shape)
     load, chain = _loader(own), _chain(stages, own, final, last)
     row_values = _row_values(operands, picks)
     held_count, team = max(1, own.words * max(1, shape.chunks)), shape.team
     threads, _ = block_of(team)
     cells = WARP * max(1, len(stages))
-    enter = entrance(early)
+    enter = entrance(early, any_size=True)
 
     def kernel(fulls, columns, row_operands, targets, row_targets, scalars, count, n):
         held = cuda.local.array(held_count, np.uint32)
@@ -387,4 +364,5 @@ def rows(stages, final, last, operands, shape, picks=(), early=False):
     program = stages[0][1] if stages else final
     scalars = program[0] - len(operands.full) - len(operands.columns) - 1 - len(operands.row) - len(picks)
     groups = [types.Tuple([POINTERS[kind] for kind in group]) for group in operands]
-    return kernel, (*groups, types.UniTuple(f32, scalars), i64, i64), {"threads": threads} | early_options(early)
+    options = {"threads": threads, "min_blocks": _THREADS_RESIDENT // threads if own.bounded else 1}
+    return kernel, (*groups, types.UniTuple(f32, scalars), i64, i64), options | early_options(early)

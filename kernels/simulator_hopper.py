@@ -106,6 +106,11 @@ def barrier_wait(address, parity) -> None:
     current_thread().wait_for(lambda: found.phase % 2 != int(parity))
 
 
+def grid_blocks():
+    """How many blocks the grid has."""
+    return np.uint32(math.prod(current_thread().block.launch.grid))
+
+
 def cluster_rank():
     """The block's number in its cluster."""
     block = current_thread().block

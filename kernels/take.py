@@ -45,7 +45,7 @@ def take(kind, index_kind, elementwise, early=False):
     Parameters: source, index, out, fill, n, chosen, inner, count = outer * chosen * inner, below 2**32.
     """
     pointer, fill_type, convert = WORDS[kind]
-    enter = entrance(early)
+    enter = entrance(early, any_size=True)
 
     def kernel(source, index, out, fill, n, chosen, inner, count):
         enter()
@@ -75,7 +75,7 @@ def take_rows(kind, index_kind, early=False):
     pointer = WORDS[kind][0]
     step = 16 // BYTES[kind]
     run = 4 * ACCESSES
-    enter = entrance(early)
+    enter = entrance(early, any_size=True)
 
     def kernel(source, index, out, fill, n, chosen, inner, count):
         enter()
@@ -122,7 +122,7 @@ def sort_places(index_kind, early=False):
     """
     pointer = INDICES[index_kind]
     steps = SEEKERS.bit_length() - 1
-    enter = entrance(early)
+    enter = entrance(early, any_size=True)
 
     def kernel(index, out, first, count, n):
         enter()
@@ -205,7 +205,7 @@ def add_rows(kind, width, early=False):
     hold, add, _, words_of = _row_access(kind, width)
     hold32, add32, put32, words_of32 = _row_access("f32", width)
     held = words_of * ACCESSES
-    enter = entrance(early)
+    enter = entrance(early, any_size=True)
 
     def kernel(ordered, g, out, parts, n, chosen, inner, units, count, segment, team):
         enter()
@@ -256,7 +256,7 @@ def add_parts(width, early=False):
     the grid: units over threads, segments over THREADS / threads.
     """
     hold, add, put, words_of = _row_access("f32", width)
-    enter = entrance(early)
+    enter = entrance(early, any_size=True)
 
     def kernel(ordered, out, parts, n, inner, units, count, segment, team):
         enter()
@@ -297,7 +297,7 @@ def gather_backward(kind, index_kind, early=False):
     ``d_source`` is zero beforehand. Parameters: index, g, d_source, n, chosen, inner, count = outer * inner.
     """
     load = ELEMENTS[kind].load
-    enter = entrance(early)
+    enter = entrance(early, any_size=True)
 
     def kernel(index, g, out, n, chosen, inner, count):
         enter()

@@ -24,7 +24,6 @@ _FLOATS = (ElementKind.BF16, ElementKind.F16, ElementKind.F32)
 _UNIT = 8
 _SHARED_BYTES = 48 * 1024
 _LARGEST = 1 << 31
-_BLOCKS_A_MULTIPROCESSOR = 2
 
 
 @dataclass(frozen=True)
@@ -164,7 +163,7 @@ def _build_mma(descriptor: BlockMixDescriptor, device: Device) -> _Program:
     made = kernel.mix_blocks(descriptor.element.value, _groups(descriptor), descriptor.transposed, early)
     items = descriptor.rows * -(-descriptor.width // kernel.SPAN)
     of_block = kernel.WARPS * kernel.items_at_once(_groups(descriptor))
-    blocks = min(-(-items // of_block), _BLOCKS_A_MULTIPROCESSOR * device.multiprocessors)
+    blocks = min(-(-items // of_block), kernel.blocks_at_once(_groups(descriptor)) * device.multiprocessors)
     return _Program(descriptor, made, blocks, _shared_bytes(descriptor))
 
 

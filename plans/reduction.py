@@ -21,7 +21,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from kernels import reduction as kernel
-from kernels.rows import WARP, Shape, block_of
+from kernels.rows import Shape, block_of
+from kernels.teams import WARP
 from plans import expression
 from plans.core import (
     ArchSku,

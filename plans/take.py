@@ -240,8 +240,7 @@ class _AddRows:
         width = 8 if d.aligned and d.inner % 8 == 0 else 1
         inner, segment = d.inner // width, _segment(d)
         units = d.outer * inner
-        # As many threads as leave none idle, but whole warps.
-        team = min(THREADS, max(32, units & -units), 1 << (units - 1).bit_length())
+        team = min(THREADS, 1 << (units - 1).bit_length())
         across, teams = -(-units // team), THREADS // team
         early = device.arch >= ArchSku.SM90A.value
         sort = kernel.sort_places(d.index.value, early)

@@ -60,8 +60,9 @@ EXCEPTIONS: dict[str, dict[str, str]] = {
 # Factory -> (which kernels, by a pattern found in their keys; what must be among their instructions) ...
 EXPECTED: dict[str, tuple[tuple[str, str], ...]] = {
     "kernels.weight.tile.weight_tile": (
-        ("low_rank|hadamard", r"HMMA\.16816\.F32"),
-        ("low_rank|hadamard", r"LDSM\.16\.MT88\.4"),
+        (r"^(?!.*wgmma=True).*(low_rank|hadamard)", r"HMMA\.16816\.F32"),
+        (r"^(?!.*wgmma=True).*(low_rank|hadamard)", r"LDSM\.16\.MT88\.4"),
+        ("wgmma=True", r"HGMMA\.64x32x16\.F32\.BF16"),
         (r"\('(bf16|f16|f32)'", r"LDG\.E\..*128"),
         ("'(merge|dora .*)'", r"STG\.E\..*128"),
     ),

@@ -175,7 +175,7 @@ def test_dry_run_reports_and_writes_nothing(work: Workplace):
     assert work.snapshot() == before
 
 
-@pytest.mark.parametrize("options", [(), ("--sync",)])
+@pytest.mark.parametrize("options", [(), ("--no-sync",)])
 def test_sync_waits_for_the_disk_before_the_output_has_its_name(options: tuple[str, ...], work: Workplace, monkeypatch):
     there, fsync = [], os.fsync
 
@@ -186,7 +186,7 @@ def test_sync_waits_for_the_disk_before_the_output_has_its_name(options: tuple[s
     monkeypatch.setattr(os, "fsync", noted)
     result = work.merge(*options)
     assert result.exit_code == 0, result.stderr
-    assert there == ([False, True] if options else []), "the file, then the folder that its name is in"
+    assert there == ([] if options else [False, True]), "the file, then the folder that its name is in"
     np.testing.assert_array_equal(load_file(work.output)[f"{TARGET}.weight"], work.expected())
 
 

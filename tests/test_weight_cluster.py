@@ -19,7 +19,8 @@ from weight_cases import (
 
 from plans.core import Device, PlanPreference
 from plans.weight import Dense, Hadamard, LowRank, Sink, WeightDescriptor, WeightPlan
-from plans.weight.cluster import CLUSTER, refuses, split_of
+from plans.weight import cluster as cluster_plan
+from plans.weight.cluster import CLUSTER, cluster_of, refuses, split_of
 from plans.weight.portable import PORTABLE
 from plans.weight.tile import MAX_GROUPS, MMA
 
@@ -35,14 +36,29 @@ def dora(rows, columns, sources=ONE, **more):
 
 
 @pytest.mark.parametrize("sources", [ONE, MIXED], ids=["locon", "loha and locon"])
-@pytest.mark.parametrize(("panels", "cluster"), [(1, 1), (2, 2), (5, 2), (7, 8), (8, 8), (24, 8)])
+@pytest.mark.parametrize("panels", [1, 2, 5, 7, 8, 24])
 @pytest.mark.parametrize("missing", [0, 8])
-def test_every_split_of_the_columns(device, rng, sources, panels, cluster, missing):
+def test_every_split_of_the_columns(device, rng, sources, panels, missing):
     descriptor = dora(17, panels * PANEL - missing, sources)
-    assert split_of(descriptor).cluster == cluster
     inputs = Inputs.random(descriptor, rng)
     exact, magnitude = inputs.reference(descriptor)
     assert_promised(run(descriptor, CLUSTER, inputs, device), exact, magnitude, BF16)
+
+
+@pytest.mark.parametrize(("panels", "cluster"), [(1, 1), (2, 2), (5, 2), (7, 8), (8, 8), (24, 8)])
+def test_few_blocks_of_a_cluster_have_nothing_to_do(panels, cluster):
+    assert cluster_of(panels) == cluster
+
+
+def test_teams_share_a_row_s_sums(device, rng, monkeypatch):
+    descriptor = dora(19, 7 * PANEL)
+    monkeypatch.setattr(cluster_plan, "TEAMS", (2,))
+    split_of.cache_clear()
+    assert split_of(descriptor).teams == 2
+    inputs = Inputs.random(descriptor, rng)
+    exact, magnitude = inputs.reference(descriptor)
+    assert_promised(run(descriptor, CLUSTER, inputs, device), exact, magnitude, BF16)
+    split_of.cache_clear()
 
 
 def test_the_two_launches_for_other_devices_agree(device, rng):

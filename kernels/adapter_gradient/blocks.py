@@ -22,9 +22,6 @@ DEPTH = 32
 MOST_ROW_TILES, MOST_COLUMN_TILES = 4, 8
 """Groups of 16 blocks l and of 8 blocks m that registers have room for."""
 
-_MOST_WORDS = 176
-"""Of values under way and of sums that a thread's registers have room for."""
-
 POINTER, STRIDE, BLOCKS = range(3)
 """Positions of g's and x's parameters: it, elements from a row to the next, and its blocks."""
 _u32 = np.uint32
@@ -47,50 +44,28 @@ def block_mix_gradient(kind: str, row_tiles: int, column_tiles: int):
     multiply = row_multiplier(kind, row_tiles, column_tiles)
     a_words, b_words, sum_count = 8 * row_tiles, 4 * column_tiles, 4 * row_tiles * column_tiles
     all_a, all_b, width_of_tile = unroll * a_words, unroll * b_words, 8 * column_tiles
-    parked, at_once = 16 * width_of_tile, unroll * WARPS
-    words = all_a + all_b + sum_count
-    ahead = all_a + all_b + words <= _MOST_WORDS
-
-    @device
-    def fetch(a, b, g, x, l0, m0, rows, width, first, end, lane):
-        row, own = np.int64(lane >> _u32(2)), np.int64((lane & _u32(3)) << _u32(3))
-        chunks = _u32(_u32(width + np.int64(DEPTH - 1)) // _u32(DEPTH))
-        for i in range(unroll):
-            item = _u32(first + _u32(i * WARPS))
-            t = _u32(item // chunks)
-            k = np.int64(_u32(_u32(item - _u32(t * chunks)) * _u32(DEPTH))) + own
-            k = k if item < end else width
-            t = np.int64(min(t, _u32(_u32(rows) - _u32(1))))
-            fetch_a(a, i * a_words, g[POINTER], t * g[STRIDE], width, l0, g[BLOCKS], row, k, width)
-            fetch_b(b, i * b_words, x[POINTER], t * x[STRIDE], width, m0, x[BLOCKS], row, k, width)
-
-    @device
-    def multiply_all(sums, a, b):
-        for i in range(unroll):
-            multiply(sums, a, i * a_words, b, i * b_words)
+    parked = 16 * width_of_tile
 
     @device
     def accumulate(sums, g, x, l0, m0, rows, width, first, end, lane, number):
-        """``ahead``: while some items are multiplied, the next ones are on their way."""
-        a, b = cuda.local.array(all_a, np.uint32), cuda.local.array(all_b, np.uint32)
+        a = cuda.local.array(all_a, np.uint32)
+        b = cuda.local.array(all_b, np.uint32)
         for i in range(sum_count):
             sums[i] = np.float32(0)
+        row, own = np.int64(lane >> _u32(2)), np.int64((lane & _u32(3)) << _u32(3))
+        chunks = _u32(_u32(width + np.int64(DEPTH - 1)) // _u32(DEPTH))
         item = _u32(first + number)
-        if ahead:
-            a_next, b_next = cuda.local.array(all_a, np.uint32), cuda.local.array(all_b, np.uint32)
-            if item < end:
-                fetch(a, b, g, x, l0, m0, rows, width, item, end, lane)
-            while item < end:
-                fetch(a_next, b_next, g, x, l0, m0, rows, width, _u32(item + _u32(at_once)), end, lane)
-                multiply_all(sums, a, b)
-                item = _u32(item + _u32(2 * at_once))
-                fetch(a, b, g, x, l0, m0, rows, width, item, end, lane)
-                multiply_all(sums, a_next, b_next)
-        else:
-            while item < end:
-                fetch(a, b, g, x, l0, m0, rows, width, item, end, lane)
-                multiply_all(sums, a, b)
-                item = _u32(item + _u32(at_once))
+        while item < end:
+            for i in range(unroll):
+                t = _u32(item // chunks)
+                k = np.int64(_u32(_u32(item - _u32(t * chunks)) * _u32(DEPTH))) + own
+                k = k if item < end else width
+                t = np.int64(min(t, _u32(_u32(rows) - _u32(1))))
+                fetch_a(a, i * a_words, g[POINTER], t * g[STRIDE], width, l0, g[BLOCKS], row, k, width)
+                fetch_b(b, i * b_words, x[POINTER], t * x[STRIDE], width, m0, x[BLOCKS], row, k, width)
+                item = _u32(item + _u32(WARPS))
+            for i in range(unroll):
+                multiply(sums, a, i * a_words, b, i * b_words)
 
     @device
     def park(shared, sums, row_tile, lane, number):
@@ -134,6 +109,7 @@ def block_mix_gradient(kind: str, row_tiles: int, column_tiles: int):
             add_up(shared, parts, start, l0 + np.int64(16 * row_tile), g[BLOCKS], m0, x[BLOCKS], thread)
 
     side = types.Tuple((ELEMENTS[kind].pointer, i64, i64))
+    words = all_a + all_b + sum_count
     options = {"threads": THREADS, "shared_bytes": 4 * WARPS * parked, "min_blocks": 2 if words <= 56 else 1}
     return kernel, (f32p, side, side, i64, i64, i64, i64), options
 

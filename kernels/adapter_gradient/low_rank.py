@@ -125,6 +125,38 @@ def _multiplier(kind: str, tiles: int, parts: int) -> Callable:
     return multiply
 
 
+def _accumulator(kind: str, tiles: int, parts: int) -> Callable:
+    """A device function: a warp's sums over its rows of the block's."""
+    (stages, staged), sum_count = _stages(tiles, parts), 32 * tiles
+    stage, multiply = _stager(tiles, parts), _multiplier(kind, tiles, parts)
+    arrived = memory.copy_async_wait(stages - 2)
+
+    @device
+    def accumulate(sums, shared, side, column0, row0, end, rank0, rank, lane, number):
+        for i in range(sum_count):
+            sums[i] = np.float32(0)
+        ring = _u32(number * _u32(stages * staged))
+        row = row0 + np.int64(_u32(number * _u32(STEP)))
+        for i in range(stages - 1):
+            ahead = row + np.int64(i * ROWS_OF_TURN)
+            stage(shared, _u32(ring + _u32(i * staged)), side, ahead, end, column0, rank0, rank, lane)
+            memory.copy_async_commit()
+        now, last = _u32(0), _u32((stages - 1) * staged)
+        free = last
+        while row < end:
+            arrived()
+            sync_warp()
+            ahead = row + np.int64((stages - 1) * ROWS_OF_TURN)
+            stage(shared, _u32(ring + free), side, ahead, end, column0, rank0, rank, lane)
+            memory.copy_async_commit()
+            multiply(sums, shared, _u32(ring + now), lane)
+            free = now
+            now = _u32(now + _u32(staged)) if now != last else _u32(0)
+            row += np.int64(ROWS_OF_TURN)
+
+    return accumulate
+
+
 @device
 def _park(shared, sums, first, lane, number):
     """A warp's sums of 16 ranks as [rank, column] in its place of shared memory, fp32."""
@@ -168,32 +200,8 @@ def low_rank_gradient(kind: str, tiles: int, parts: int, beside: bool = False):
     column] in fp32. Columns and strides are multiples of eight elements. ``beside``: the grid may run beside the one
     before it, none of whose results it takes, and ends after that one (sm_90).
     """
-    (stages, staged), sum_count = _stages(tiles, parts), 32 * tiles
-    stage, multiply = _stager(tiles, parts), _multiplier(kind, tiles, parts)
-    arrived = memory.copy_async_wait(stages - 2)
-
-    @device
-    def accumulate(sums, shared, side, column0, row0, end, rank0, rank, lane, number):
-        for i in range(sum_count):
-            sums[i] = np.float32(0)
-        ring = _u32(number * _u32(stages * staged))
-        row = row0 + np.int64(_u32(number * _u32(STEP)))
-        for i in range(stages - 1):
-            ahead = row + np.int64(i * ROWS_OF_TURN)
-            stage(shared, _u32(ring + _u32(i * staged)), side, ahead, end, column0, rank0, rank, lane)
-            memory.copy_async_commit()
-        now, last = _u32(0), _u32((stages - 1) * staged)
-        free = last
-        while row < end:
-            arrived()
-            sync_warp()
-            ahead = row + np.int64((stages - 1) * ROWS_OF_TURN)
-            stage(shared, _u32(ring + free), side, ahead, end, column0, rank0, rank, lane)
-            memory.copy_async_commit()
-            multiply(sums, shared, _u32(ring + now), lane)
-            free = now
-            now = _u32(now + _u32(staged)) if now != last else _u32(0)
-            row += np.int64(ROWS_OF_TURN)
+    sum_count, (stages, staged) = 32 * tiles, _stages(tiles, parts)
+    accumulate = _accumulator(kind, tiles, parts)
 
     @device
     def work(side, block, rows, rows_of_block, rank):

@@ -227,7 +227,7 @@ def attention_forward(kind: str, tile: Tile, causal: bool, early: bool = False):
 
     A block for a tile of one head's queries, those with most keys first. ``factor`` is scale log2(e), positive. Log-
     sum-exps are [batch, head, query]; of a query that sees no key minus infinity, beside a result of zeros. ``early``:
-    see `kernels.barrier.early_launch`.
+    see `kernels.barrier.entrance`.
     """
     enter = entrance(early)
     out_count, row_count, rows = tile.row_blocks * tile.width // 2, 2 * tile.row_blocks, tile.rows

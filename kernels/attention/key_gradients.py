@@ -189,7 +189,7 @@ def attention_key_gradients(kind: str, tile: Tile, causal: bool, early: bool = F
 
     Then k's heads, q's heads of one of k's, diagonal, scale log2(e), scale. A block for a tile of one head's keys.
     Statistics are [batch, head, 2, query], those of queries that are not there plus infinity and zero. ``early``: see
-    `kernels.barrier.early_launch`.
+    `kernels.barrier.entrance`.
     """
     enter = entrance(early)
     sum_count, row_count = tile.row_blocks * tile.width // 2, 2 * tile.row_blocks

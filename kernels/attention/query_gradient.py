@@ -118,7 +118,7 @@ def attention_query_gradient(kind: str, tile: Tile, causal: bool, early: bool = 
     """Parameters: d_q, q, k, v, d_out, statistics and how many queries they have room for, queries, keys, width.
 
     Then q's heads, those of one of k's, diagonal, scale log2(e), scale. A block for a tile of one head's queries.
-    ``early``: see `kernels.barrier.early_launch`.
+    ``early``: see `kernels.barrier.entrance`.
     """
     enter = entrance(early)
     sum_count, row_count = tile.row_blocks * tile.width // 2, 2 * tile.row_blocks

@@ -79,7 +79,7 @@ def attention_statistics(kind: str, lanes: int, together: int, early: bool = Fal
     Statistics are [batch, head, 2, query]; those of queries that are not there are plus infinity and zero, so that
     nothing comes of them. ``all queries`` counts them with those, over batches and heads. ``lanes`` of a warp share a
     query and load ``together`` neighbours at once: eight where all are aligned to 16 bytes. ``early``: see
-    `kernels.barrier.early_launch`.
+    `kernels.barrier.entrance`.
     """
     enter = entrance(early)
     dot = _dot_by_eight(kind, lanes) if together == 8 else _dot_by_one(kind, lanes)

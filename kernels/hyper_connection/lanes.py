@@ -195,13 +195,8 @@ def sample_weights_by_lanes(mode, n):
     n (n + 2) + 1] are added up in their order.
     """
     outputs, along, project, s_pre = n * (n + 2), along_lanes(n), mixing_by_lanes(mode), pre_weight(mode)
-    slots, place, taken, logit_of, cell_of = (
-        -(-(outputs + 1) // LANES),
-        along.place,
-        along.taken,
-        along.logit,
-        along.cell,
-    )
+    place, taken, logit_of, cell_of = along.place, along.taken, along.logit, along.cell
+    slots = -(-(outputs + 1) // LANES)
 
     @device
     def total_of(parts, at, splits, stride):
@@ -266,10 +261,8 @@ def _block_parts(n: int, warps: int) -> Callable:
     @device
     def write(d, of_alpha, k, sums, parts):
         thread = warp.thread_index()
-        lane, own = (
-            np.uint32(thread % np.uint32(WARP)),
-            np.uint32(np.uint32(thread // np.uint32(WARP)) * np.uint32(WARP)),
-        )
+        lane = np.uint32(thread % np.uint32(WARP))
+        own = np.uint32(thread - lane)
         for s in range(slots):
             total = d[s] + warp.shuffle_xor(d[s], np.uint32(LANES))
             e = np.uint32(k + np.uint32(LANES * s))
@@ -277,10 +270,9 @@ def _block_parts(n: int, warps: int) -> Callable:
                 sums[own + e] = total
         pre, post = group_sum(of_alpha, k, 0, n), group_sum(of_alpha, k, n, 2 * n)
         mixing = group_sum(of_alpha, k, 2 * n, outputs)
+        mine = pre if lane == np.uint32(0) else (post if lane == np.uint32(1) else mixing)
         if lane < np.uint32(3):
-            sums[own + np.uint32(outputs) + lane] = (
-                pre if lane == np.uint32(0) else (post if lane == np.uint32(1) else mixing)
-            )
+            sums[own + np.uint32(outputs) + lane] = mine
         warp.block_barrier()
         if thread < np.uint32(outputs + 3):
             total = np.float32(0)

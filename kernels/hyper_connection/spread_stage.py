@@ -201,20 +201,9 @@ def staged_lifts(role: str, projection: str, n: int) -> SimpleNamespace:
 @functools.cache
 def rows_gradient(role: str, projection: str, n: int) -> SimpleNamespace:
     """Device functions for d_rows = lifts^T x of the warp's channels: ``add`` a stage's, ``store`` the walk's sums."""
-    of_x, of_lifts, outputs, tiles = (
-        staged(role, projection, n),
-        staged_lifts(role, projection, n),
-        n * (n + 2),
-        rows_of(n) // 8,
-    )
-    matrices, transposed, place, by_row, words = (
-        of_x.matrices,
-        of_x.transposed,
-        of_lifts.place,
-        of_lifts.by_row,
-        of_lifts.words,
-    )
-    held = PARTS * words
+    of_x, of_lifts = staged(role, projection, n), staged_lifts(role, projection, n)
+    matrices, transposed, place, by_row = of_x.matrices, of_x.transposed, of_lifts.place, of_lifts.by_row
+    outputs, tiles, words, held = n * (n + 2), rows_of(n) // 8, of_lifts.words, PARTS * of_lifts.words
 
     @device
     def add(acc, shared, stage):

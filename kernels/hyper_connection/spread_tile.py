@@ -47,11 +47,8 @@ def _fill(projection: str, n: int) -> Callable:
 
     Of a warp's channels tile q has at column c the channel 8 (c / 2) + 2 q + c % 2: of eight neighbours, two a tile.
     """
-    fetch8, unpack8, raw_words = (
-        ELEMENTS[projection].fetch8_cached,
-        ELEMENTS[projection].unpack8,
-        ELEMENTS[projection].words,
-    )
+    kind = ELEMENTS[projection]
+    fetch8, unpack8, raw_words = kind.fetch8_cached, kind.unpack8, kind.words
     pitch, columns, outputs, threads = pitch_of(n), WARPS * n * CHANNELS, n * (n + 2), WARPS * WARP
     exact, rows_held, held = projection == "bf16", rows_of(n), 4 * PARTS
 
@@ -220,12 +217,8 @@ def _streams(role: str, projection: str | None, n: int, j: int) -> Callable:
     """
     if j == n:
         return _no_streams
-    unpack8, store8, full, projected = (
-        ELEMENTS["bf16"].unpack8,
-        ELEMENTS["bf16"].store8,
-        role == "full",
-        projection is not None,
-    )
+    unpack8, store8 = ELEMENTS["bf16"].unpack8, ELEMENTS["bf16"].store8
+    full, projected = role == "full", projection is not None
     words_of, rest = staged(role, projection, n).words, _streams(role, projection, n, j + 1)
     number, product = _number(role, projection, n), _product(projection or "bf16", n, j)
 

@@ -4,9 +4,11 @@ t goes to memory in two parts, what it rounds to and what rounding left, which t
 width], where a term's columns begin at a multiple of eight in either part. U goes there once for each part, [n, 2
 width], so that all terms of one A are one segment of the product.
 
-Reading A is all the work; see `narrow` for how it reaches the tensor core. Groups of warps walk over tiles of rows,
-each by itself, so that some load while others add up. A block fills a multiprocessor: the fewer blocks there are, the
-more multiprocessors are left to the product, which begins beside them (sm_90).
+Reading A is all the work. As in `narrow` a lane takes eight neighbouring values of its rows for those that the tensor
+core wants of it; here it copies them to a place of its own in shared memory, several steps ahead, so that much is on
+the way and nobody waits for anybody. Groups of warps walk over tiles of rows, each by itself, so that some load while
+others add up. A block fills a multiprocessor: the fewer blocks there are, the more multiprocessors are left to the
+product, which begins beside them (sm_90).
 """
 
 from __future__ import annotations
@@ -18,28 +20,34 @@ import numpy as np
 
 from kernels import barrier, memory
 from kernels.elements import ELEMENTS
-from kernels.matmul.narrow import A_BATCH, A_STRIDE, DEPTH, DEPTH_OF_A, A, row_fetcher, row_multiplier
+from kernels.matmul.narrow import A_BATCH, A_STRIDE, DEPTH, DEPTH_OF_A, A, row_multiplier
 from kernels.matmul.problem import COLUMNS, OUT, OUT_BATCH, OUT_STRIDE, ROWS, result_parameters
 from kernels.matmul.wgmma_tile import WARPGROUP
 from kernels.target import cuda, device, f32, i64, kernel_factory, types
-from kernels.warp import block_barrier, block_x, grid_x, thread_index, warpgroup_barrier
+from kernels.warp import block_barrier, block_x, grid_x, sync_warp, thread_index, warpgroup_barrier
 
 UNIT = 8
 D, RANK, SCALE, U, U_STRIDE = range(5)
 """Positions of a term's parameters: its D [rank, k], and U [n, rank], whose lines may be further apart."""
+_STEP = 32 * UNIT
+"""Elements that the lanes of a warp copy at a time, 16 bytes each."""
+
 _u32 = np.uint32
+
+
+_copy = memory.copy_async_fill(16)
 
 
 @dataclass(frozen=True)
 class InnerTile:
     """How a block works: ``groups`` of ``warps`` that share the depth of a tile of 16 ``row_tiles`` rows, each with
-    ``unroll`` chunks of depth under way; ``cluster`` blocks are placed on neighbouring multiprocessors.
+    ``ahead`` steps on the way; ``cluster`` blocks are placed on neighbouring multiprocessors.
     """
 
     warps: int
     groups: int
     row_tiles: int
-    unroll: int
+    ahead: int
     cluster: int = 1
 
     @property
@@ -52,36 +60,40 @@ class InnerTile:
         """Threads of a block."""
         return 32 * self.warps * self.groups
 
+    def elements(self, column_tiles: int) -> int:
+        """16-bit elements of a warp's place in shared memory: what is on the way, and later its sums."""
+        return self.ahead * (2 * self.row_tiles + column_tiles) * _STEP
+
 
 def _terms(tiles: tuple[int, ...]) -> tuple[Callable, Callable]:
-    """Device functions over all terms: fetch their D's tiles; and the scale of a column, 0 for one that none makes."""
+    """Device functions over all terms: ask for their D's tiles; the scale of a column, 0 for one that none makes."""
 
     @device
-    def nothing(words, at, terms, g, k, depth):
+    def nothing(ring, at, terms, g, place, depth, nbytes):
         pass
 
     @device
     def no_scale(terms, column):
         return np.float32(0)
 
-    fetch, scale_of, position = nothing, no_scale, sum(tiles)
+    request, scale_of, position = nothing, no_scale, sum(tiles)
     for number in reversed(range(len(tiles))):
         position -= tiles[number]
-        fetch = _fetch_term(number, position, tiles[number], fetch)
+        request = _request_term(number, position, tiles[number], request)
         scale_of = _scale_of_term(number, position, tiles[number], scale_of)
-    return fetch, scale_of
+    return request, scale_of
 
 
-def _fetch_term(number: int, position: int, count: int, rest: Callable) -> Callable:
-    fetch_rows = row_fetcher(count, 8)
-
+def _request_term(number: int, position: int, count: int, rest: Callable) -> Callable:
     @device
-    def fetch(words, at, terms, g, k, depth):
-        term, none = terms[number], np.int64(0)
-        fetch_rows(words, at + 4 * position, term[D], none, depth, none, term[RANK], g, k, depth)
-        rest(words, at, terms, g, k, depth)
+    def request(ring, at, terms, g, place, depth, nbytes):
+        term = terms[number]
+        for tile in range(count):
+            row = min(np.int64(UNIT * tile) + g, term[RANK] - np.int64(1))
+            _copy(ring, at + np.int64(_STEP * (position + tile)), term[D], row * depth + place, nbytes)
+        rest(ring, at, terms, g, place, depth, nbytes)
 
-    return fetch
+    return request
 
 
 def _scale_of_term(number: int, position: int, count: int, rest: Callable) -> Callable:
@@ -96,47 +108,89 @@ def _scale_of_term(number: int, position: int, count: int, rest: Callable) -> Ca
     return scale_of
 
 
-def _accumulator(kind: str, column_tiles: int, tile: InnerTile, fetch_b: Callable) -> Callable:
-    """A device function: a warp's share of the depth of a tile of rows."""
-    a_words, b_words, sum_count = 8 * tile.row_tiles, 4 * column_tiles, 4 * tile.row_tiles * column_tiles
-    all_a, all_b, unroll, warps = tile.unroll * a_words, tile.unroll * b_words, tile.unroll, tile.warps
-    # Rows of A are read once, by a grid that may have begun before they were made: not by way of L1, which D stays in.
-    fetch_a = row_fetcher(2 * tile.row_tiles, 8, memory.load128_stream)
-    multiply = row_multiplier(kind, tile.row_tiles, column_tiles)
+def _requester(tile: InnerTile, request_terms: Callable) -> Callable:
+    """A device function: a lane's values of A and D for one of the warp's steps, zeros past the end of K.
+
+    Two steps that follow each other are neighbours in memory, a line of it.
+    """
+    rows_of_eight, warps = 2 * tile.row_tiles, tile.warps
 
     @device
-    def accumulate(sums, left, terms, rows, row0, batch, lane, number):
-        a = cuda.local.array(all_a, np.uint32)
-        b = cuda.local.array(all_b, np.uint32)
+    def request(ring, at, left, terms, rows, row0, batch, step, lane, number):
+        chunk = _u32(_u32(_u32(_u32(step >> _u32(1)) * _u32(warps) + number) << _u32(1)) + (step & _u32(1)))
+        k = np.int64(chunk) * np.int64(DEPTH) + np.int64((lane & _u32(3)) << _u32(3))
+        g, depth = np.int64(lane >> _u32(2)), left[DEPTH_OF_A]
+        nbytes, place = _u32(16) if k < depth else _u32(0), min(k, depth - np.int64(UNIT))
+        for i in range(rows_of_eight):
+            row = min(row0 + np.int64(UNIT * i) + g, rows - np.int64(1))
+            source = batch * left[A_BATCH] + row * left[A_STRIDE] + place
+            _copy(ring, at + np.int64(_STEP * i), left[A], source, nbytes)
+        request_terms(ring, at + np.int64(_STEP * rows_of_eight), terms, g, place, depth, nbytes)
+
+    return request
+
+
+def _accumulator(kind: str, column_tiles: int, tile: InnerTile, request_terms: Callable) -> Callable:
+    """A device function: a warp's share of the depth of a tile of rows; ``at`` is the lane's place in the ring."""
+    a_units, units = 2 * tile.row_tiles, 2 * tile.row_tiles + column_tiles
+    sum_count, ahead, warps = 4 * tile.row_tiles * column_tiles, tile.ahead, tile.warps
+    a_words, b_words = 4 * a_units, 4 * column_tiles
+    request = _requester(tile, request_terms)
+    multiply = row_multiplier(kind, tile.row_tiles, column_tiles)
+    wait, pair = memory.copy_async_wait(ahead - 1), 2 * DEPTH * warps
+
+    @device
+    def accumulate(sums, ring, at, left, terms, rows, row0, batch, lane, number):
+        a = cuda.local.array(a_words, np.uint32)
+        b = cuda.local.array(b_words, np.uint32)
         for i in range(sum_count):
             sums[i] = np.float32(0)
-        g, own = np.int64(lane >> _u32(2)), np.int64((lane & _u32(3)) << _u32(3))
-        depth, start = left[DEPTH_OF_A], batch * left[A_BATCH]
-        turns = _u32(_u32(depth + np.int64(DEPTH * warps * unroll - 1)) // _u32(DEPTH * warps * unroll))
-        for turn in range(turns):
-            for i in range(unroll):
-                chunk = np.int64(_u32(_u32(turn) * _u32(unroll) + _u32(i)) * _u32(warps) + number)
-                k = chunk * np.int64(DEPTH) + own
-                fetch_a(a, i * a_words, left[A], start, left[A_STRIDE], row0, rows, g, k, depth)
-                fetch_b(b, i * b_words, terms, g, k, depth)
-            for i in range(unroll):
-                multiply(sums, a, i * a_words, b, i * b_words)
+        steps = _u32(_u32(_u32(left[DEPTH_OF_A] + np.int64(pair - 1)) // _u32(pair)) << _u32(1))
+        for step in range(ahead):
+            if _u32(step) < steps:
+                place = at + np.int64(step * units * _STEP)
+                request(ring, place, left, terms, rows, row0, batch, _u32(step), lane, number)
+            memory.copy_async_commit()
+        slot = _u32(0)
+        for step in range(steps):
+            wait()
+            place = at + np.int64(_u32(slot * _u32(units * _STEP)))
+            for i in range(units):
+                w, x, y, z = memory.shared_load128(ring, place + np.int64(_STEP * i))
+                if i < a_units:
+                    a[4 * i], a[4 * i + 1], a[4 * i + 2], a[4 * i + 3] = w, x, y, z
+                else:
+                    j = 4 * (i - a_units)
+                    b[j], b[j + 1], b[j + 2], b[j + 3] = w, x, y, z
+            multiply(sums, a, 0, b, 0)
+            later = _u32(_u32(step) + _u32(ahead))
+            if later < steps:
+                request(ring, place, left, terms, rows, row0, batch, later, lane, number)
+            memory.copy_async_commit()
+            slot = _u32(slot + _u32(1))
+            if slot == _u32(ahead):
+                slot = _u32(0)
+        sync_warp()
 
     return accumulate
 
 
-def _finisher(kind: str, column_tiles: int, tile: InnerTile, scale_of: Callable) -> tuple[Callable, int]:
-    """A device function: a group's sums added up in order, scaled, in two parts to memory; shared elements it needs."""
+def _finisher(kind: str, column_tiles: int, tile: InnerTile, scale_of: Callable) -> Callable:
+    """A device function: a group's sums added up in order, scaled, in two parts to memory.
+
+    ``base`` is where the group's places begin in shared memory.
+    """
     width, row_tiles, warps, threads = UNIT * column_tiles, tile.row_tiles, tile.warps, 32 * tile.warps
-    partial, element = tile.rows * width, ELEMENTS[kind]
+    partial, element, place_elements = tile.rows * width, ELEMENTS[kind], tile.elements(column_tiles) // 2
     store, rounded = element.store, element.rounded
-    assert tile.groups == 1 or threads == WARPGROUP, tile
+    assert (tile.groups == 1 or threads == WARPGROUP) and partial <= place_elements, tile
     wait = block_barrier if tile.groups == 1 else warpgroup_barrier
 
     @device
     def park(shared, base, sums, lane, number):
         """The warp's sums as [rows, columns] in its place of shared memory."""
-        at = _u32(base + number * _u32(partial) + (lane >> _u32(2)) * _u32(width) + ((lane & _u32(3)) << _u32(1)))
+        at = _u32(base + number * _u32(place_elements))
+        at = _u32(at + (lane >> _u32(2)) * _u32(width) + ((lane & _u32(3)) << _u32(1)))
         for row_tile in range(row_tiles):
             for column_tile in range(column_tiles):
                 for i in range(4):
@@ -156,7 +210,7 @@ def _finisher(kind: str, column_tiles: int, tile: InnerTile, scale_of: Callable)
             if place < _u32(partial) and row < result[ROWS]:
                 value = np.float32(0)
                 for other in range(warps):
-                    value += shared[_u32(base + place + _u32(other * partial))]
+                    value += shared[_u32(base + place + _u32(other * place_elements))]
                 scale = scale_of(terms, column)
                 value = np.float32(0) if scale == np.float32(0) else value * scale
                 at = batch * result[OUT_BATCH] + row * result[OUT_STRIDE] + np.int64(column)
@@ -164,7 +218,7 @@ def _finisher(kind: str, column_tiles: int, tile: InnerTile, scale_of: Callable)
                 store(result[OUT], at + np.int64(width), value - rounded(value))
         wait()
 
-    return finish, partial * tile.warps
+    return finish
 
 
 @device
@@ -215,10 +269,10 @@ def _columns_of_term(number: int, position: int, count: int, whole: bool, rest: 
 
 
 @kernel_factory(
-    ("bf16", (2,), InnerTile(4, 4, 2, 2, 2), True, True, True),
-    ("bf16", (2, 2, 2), InnerTile(4, 4, 2, 1, 2), True, True, True),
-    ("f16", (2, 1), InnerTile(8, 1, 2, 1), True, False, False),
-    ("bf16", (2,), InnerTile(16, 1, 1, 4), False, True, True),
+    ("bf16", (2,), InnerTile(4, 4, 2, 4, 2), True, True, True),
+    ("bf16", (2, 2, 2), InnerTile(16, 1, 2, 2, 2), True, True, True),
+    ("f16", (2, 1), InnerTile(16, 1, 2, 1), True, False, False),
+    ("bf16", (2,), InnerTile(16, 1, 1, 6), False, True, True),
 )
 def low_rank_inner(
     kind: str, tiles: tuple[int, ...], tile: InnerTile, beside: bool, whole: bool = True, overlaps: bool = False
@@ -231,29 +285,31 @@ def low_rank_inner(
     its rows. A and D begin at, and their lines are apart by, multiples of eight elements; so is K.
     """
     column_tiles = sum(tiles)
-    fetch_b, scale_of = _terms(tiles)
-    accumulate = _accumulator(kind, column_tiles, tile, fetch_b)
-    finish, elements = _finisher(kind, column_tiles, tile, scale_of)
+    request_terms, scale_of = _terms(tiles)
+    accumulate = _accumulator(kind, column_tiles, tile, request_terms)
+    finish, elements = _finisher(kind, column_tiles, tile, scale_of), tile.elements(column_tiles)
     copy, groups, warps, height, threads = _columns(tiles, whole), tile.groups, tile.warps, tile.rows, tile.threads
-    sum_count = 4 * tile.row_tiles * column_tiles
+    sum_count, group_floats = 4 * tile.row_tiles * column_tiles, tile.warps * elements // 2
 
     def kernel(result, left, batches, terms, columns, n):
         if overlaps:
             barrier.wait_for_previous_grid()
             barrier.next_grid_may_begin()
         shared = cuda.shared.array(0, np.float32, alignment=16)
+        ring = cuda.shared.array(0, np.uint16, alignment=16)
         sums = cuda.local.array(sum_count, np.float32)
         thread = thread_index()
         lane, warp = _u32(thread & _u32(31)), _u32(thread >> _u32(5))
         group = _u32(warp // _u32(warps))
-        number, base = _u32(warp - group * _u32(warps)), _u32(group * _u32(elements))
+        number, base = _u32(warp - group * _u32(warps)), _u32(group * _u32(group_floats))
+        at = np.int64(_u32(warp * _u32(elements) + lane * _u32(UNIT)))
         of_one = _u32(_u32(result[ROWS] + np.int64(height - 1)) // _u32(height))
         # Neighbouring tiles to different blocks, so that few tiles are spread over all of them.
         tile_number = _u32(_u32(block_x()) + group * _u32(grid_x()))
         while tile_number < _u32(of_one * _u32(batches)):
             batch = _u32(tile_number // of_one)
             row0 = np.int64(_u32(tile_number - _u32(batch * of_one))) * np.int64(height)
-            accumulate(sums, left, terms, result[ROWS], row0, np.int64(batch), lane, number)
+            accumulate(sums, ring, at, left, terms, result[ROWS], row0, np.int64(batch), lane, number)
             finish(shared, base, sums, result, terms, row0, np.int64(batch), lane, number)
             tile_number = _u32(tile_number + _u32(_u32(grid_x()) * _u32(groups)))
         if beside:
@@ -266,5 +322,5 @@ def low_rank_inner(
     term = types.Tuple((pointer, i64, f32, pointer, i64))
     left = types.Tuple((pointer, i64, i64, i64))
     parameters = (result_parameters(kind), left, i64, types.Tuple((term,) * len(tiles)), pointer, i64)
-    options = {"threads": threads, "shared_bytes": 4 * elements * groups, "cluster": tile.cluster}
+    options = {"threads": threads, "shared_bytes": 2 * elements * warps * groups, "cluster": tile.cluster}
     return kernel, parameters, options | ({"architectures": (9, 0, "a")} if overlaps else {})

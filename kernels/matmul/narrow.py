@@ -27,17 +27,13 @@ ROW_TILES = 2
 DEPTH = 32
 """Values of K that a warp takes at once: eight a lane, four lanes a row."""
 
+UNROLL = 2
 A, A_STRIDE, A_BATCH, DEPTH_OF_A = range(4)
 """Positions of A's parameters."""
 B, B_STRIDE, B_BATCH, RANK, SCALE = range(5)
 """Positions of a B's: its lines are the columns that it makes, ``RANK`` of them."""
 _MMA = {"bf16": tensor_core.mma_bf16, "f16": tensor_core.mma_f16}
 _u32 = np.uint32
-
-
-def _unroll(column_tiles: int) -> int:
-    """Chunks of depth that a warp loads at once; it has two such loads under way."""
-    return 2 if column_tiles <= 2 else 1
 
 
 def row_fetcher(tiles: int, rows_of_tile: int, load: Callable = memory.load128) -> Callable:
@@ -186,49 +182,36 @@ def matmul_narrow(
     """``tiles`` are groups of eight columns of each B, ``parts`` the values that a result is stored as.
 
     Two parts: the rounded value, and 8 sum(tiles) columns further what rounding left; together as good as fp32.
-    ``early``: see `kernels.barrier.early_launch`. ``by_lines``: B's lines are values of K, not columns, of which there
+    ``early``: see `kernels.barrier.entrance`. ``by_lines``: B's lines are values of K, not columns, of which there
     is then a multiple of eight. Parameters: the result's, A's, a tuple of each B's, the epilogue's; blocks along y are
     results of a batch. A and B begin at, and their lines are apart by, multiples of eight elements; so is K.
     """
     column_tiles = sum(tiles)
     fetch_b, scale_of = _terms(tiles, by_lines)
     a_words, b_words, sum_count = 8 * ROW_TILES, 4 * column_tiles, 4 * ROW_TILES * column_tiles
-    unroll = _unroll(column_tiles)
-    of_turn = DEPTH * WARPS * unroll
-    all_a, all_b = unroll * a_words, unroll * b_words
+    all_a, all_b = UNROLL * a_words, UNROLL * b_words
     fetch_a, multiply = row_fetcher(2 * ROW_TILES, 8), row_multiplier(kind, ROW_TILES, column_tiles)
     width, height = 8 * column_tiles, 16 * ROW_TILES
     threads, partial = 32 * WARPS, 16 * ROW_TILES * 8 * column_tiles
     store, enter = _storer(out, steps, parts, width), entrance(early)
 
     @device
-    def fetch(a, b, left, terms, rows, row0, batch, turn, lane, number):
-        g, own = np.int64(lane >> _u32(2)), np.int64((lane & _u32(3)) << _u32(3))
-        depth, start = left[DEPTH_OF_A], batch * left[A_BATCH]
-        for i in range(unroll):
-            chunk = np.int64(_u32(_u32(turn * _u32(unroll)) + _u32(i)) * _u32(WARPS) + number)
-            k = chunk * np.int64(DEPTH) + own
-            fetch_a(a, i * a_words, left[A], start, left[A_STRIDE], row0, rows, g, k, depth)
-            fetch_b(b, i * b_words, terms, batch, g, k, depth)
-
-    @device
     def accumulate(sums, left, terms, rows, row0, batch, lane, number):
-        """While one turn's values are multiplied, the next one's are on their way."""
-        a, b = cuda.local.array(all_a, np.uint32), cuda.local.array(all_b, np.uint32)
-        a_next, b_next = cuda.local.array(all_a, np.uint32), cuda.local.array(all_b, np.uint32)
+        a = cuda.local.array(all_a, np.uint32)
+        b = cuda.local.array(all_b, np.uint32)
         for i in range(sum_count):
             sums[i] = np.float32(0)
-        turns = _u32(_u32(left[DEPTH_OF_A] + np.int64(of_turn - 1)) // _u32(of_turn))
-        if turns > _u32(0):
-            fetch(a, b, left, terms, rows, row0, batch, _u32(0), lane, number)
-        for pair in range(_u32(_u32(turns + _u32(1)) >> _u32(1))):
-            turn = _u32(_u32(pair) << _u32(1))
-            fetch(a_next, b_next, left, terms, rows, row0, batch, _u32(turn + _u32(1)), lane, number)
-            for i in range(unroll):
+        g, own = np.int64(lane >> _u32(2)), np.int64((lane & _u32(3)) << _u32(3))
+        depth, start = left[DEPTH_OF_A], batch * left[A_BATCH]
+        turns = _u32(_u32(depth + np.int64(DEPTH * WARPS * UNROLL - 1)) // _u32(DEPTH * WARPS * UNROLL))
+        for turn in range(turns):
+            for i in range(UNROLL):
+                chunk = np.int64(_u32(_u32(turn) * _u32(UNROLL) + _u32(i)) * _u32(WARPS) + number)
+                k = chunk * np.int64(DEPTH) + own
+                fetch_a(a, i * a_words, left[A], start, left[A_STRIDE], row0, rows, g, k, depth)
+                fetch_b(b, i * b_words, terms, batch, g, k, depth)
+            for i in range(UNROLL):
                 multiply(sums, a, i * a_words, b, i * b_words)
-            fetch(a, b, left, terms, rows, row0, batch, _u32(turn + _u32(2)), lane, number)
-            for i in range(unroll):
-                multiply(sums, a_next, i * a_words, b_next, i * b_words)
 
     @device
     def park(shared, sums, lane, number):
@@ -265,6 +248,5 @@ def matmul_narrow(
     term = types.Tuple((pointer, i64, i64, i64, f32))
     left = types.Tuple((pointer, i64, i64, i64))
     parameters = (result_parameters(out), left, types.Tuple((term,) * len(tiles)), epilogue(steps).parameters)
-    blocks = 2 if column_tiles in (3, 4) else 1
-    options = {"threads": threads, "shared_bytes": 4 * WARPS * partial, "min_blocks": blocks}
+    options = {"threads": threads, "shared_bytes": 4 * WARPS * partial, "min_blocks": 2 if column_tiles <= 4 else 1}
     return kernel, parameters, options | early_options(early)

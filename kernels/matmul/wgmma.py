@@ -20,6 +20,7 @@ from kernels.matmul.wgmma_load import flags_of, next_stage, producer, segment_lo
 from kernels.matmul.wgmma_store import ROWS_OF_A_MATRIX, STAGING_BYTES, tile_store
 from kernels.matmul.wgmma_tile import (
     DIAGONAL,
+    LETS,
     PART_WORDS,
     SEGMENT_WORDS,
     THREADS,
@@ -185,6 +186,12 @@ def _consumer(tile: WgmmaTile, kind: str, staging: int, store: Callable) -> Call
     return consume
 
 
+@device
+def lets_next_begin(table):
+    """Whether the next grid may run beside this one, before blocks here end."""
+    return table[1] > np.int64(0) and flags_of(table[table[0] + np.int64(5)]) & _u32(LETS) != _u32(0)
+
+
 def _barriers(tile: WgmmaTile) -> Callable:
     """A device function by which one thread makes the barriers: full for the loads, empty for the products."""
     stages, users = tile.stages, _u32(2 * tile.cluster)
@@ -238,7 +245,7 @@ def persistent(
             give()
             if thread == _u32(0):
                 produce(base, _u32(base + barriers_at), table, parts, rows, columns, panel, q)
-            elif thread == _u32(32):  # of a warp without work: what needs nothing of this grid may run beside it
+            elif thread == _u32(32) and lets_next_begin(table):  # of a warp without work
                 barrier.wait_for_previous_grid()
                 barrier.next_grid_may_begin()
         else:

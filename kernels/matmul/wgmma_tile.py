@@ -20,9 +20,11 @@ SEGMENT_WORDS = 6
 the fp32 bits of a factor for what the segments before have summed, and in the word's upper half :data:`WAITS` and
 :data:`DIAGONAL`. A segment without tiles only scales."""
 
-WAITS, DIAGONAL = 1, 2
+WAITS, DIAGONAL, LETS = 1, 2, 4
 """Flags of a segment: its loads wait until the grid before this one has ended, where this one may have begun earlier; B
-has the tile's diagonal blocks only (tiles are a block's)."""
+has the tile's diagonal blocks only (tiles are a block's); in the first segment of all, the next grid may begin once the
+one before this has ended.
+"""
 
 DIAGONAL_COLUMNS = 64
 """Columns of the diagonal blocks that a tile can skip the rest of B for; ptxas makes the products of a kernel wait for

@@ -14,7 +14,7 @@ from collections.abc import Callable
 import numpy as np
 
 from kernels import memory, warp
-from kernels.barrier import early_launch, early_options
+from kernels.barrier import early_options, entrance
 from kernels.division import divide
 from kernels.elements import ELEMENTS, all_finite, parked8
 from kernels.parameters import flat_length, table_reader
@@ -46,7 +46,7 @@ def _place_of(slots: int, ragged: bool) -> Callable:
 
 
 @functools.cache
-def _body(base, out, first, second, check, slots, ragged, early) -> tuple[tuple, Callable]:
+def _body(base, out, first, second, check, slots, ragged) -> tuple[tuple, Callable]:
     """``slots``: how many rows of w2 a thread keeps; the fewer, the more blocks in a batch.
 
     Where rows or blocks do not come out even, what lies beyond reads the last inside, and its stores are left out.
@@ -59,7 +59,6 @@ def _body(base, out, first, second, check, slots, ragged, early) -> tuple[tuple,
     batch, values_held = RUNS_IN_BATCH // slots, 8 * slots
     w2_words = slots * words_of_8
     batch_before_arrived = memory.copy_async_wait(1)
-    _, let_next_begin = early_launch(early)
 
     @device
     def row_of(i, r, height):
@@ -121,7 +120,6 @@ def _body(base, out, first, second, check, slots, ragged, early) -> tuple[tuple,
         park_batch(shared, thread, base_pointer, at, i, height, row_stride, ahead, last_block, stride, np.uint32(1))
         load_weights(weights, w1, row_at, block, last_block, span, sub, scale)
         load_w2(values, w2_pointer, i, run, height, runs)
-        let_next_begin()
         while block < last_block:
             load_weights(next_weights, w1, row_at, block + np.int64(batch), last_block, span, sub, scale)
             batch_before_arrived()
@@ -175,14 +173,14 @@ def kronecker_merge(base, out, first, second, check, slots, ragged, early=False)
     Parameters: base, out, w1, w2, b, span, b / span, steps of a chunk, c, e / 8, the reciprocals of span * e / 8 and
     e / 8, scale, flag; grid (chunks of b, tiles of w2, a).
     """
-    parameters, body = _body(base, out, first, second, check, slots, ragged, early)
-    wait_for_previous, _ = early_launch(early)
+    parameters, body = _body(base, out, first, second, check, slots, ragged)
+    enter = entrance(early, any_size=True)
 
     def kernel(
         base_pointer, out_pointer, w1, w2, blocks, span, steps, chunk_steps, height, runs, by_span_runs, by_runs, scale,
         flag,
     ):  # fmt: skip
-        wait_for_previous()
+        enter()
         shared = cuda.shared.array(0, np.uint16, alignment=128)
         body(shared, warp.block_y(), warp.block_z(), warp.block_x(), base_pointer, out_pointer, w1, w2, blocks, span,
              steps, chunk_steps, height, runs, by_span_runs, by_runs, scale, flag)  # fmt: skip
@@ -197,13 +195,13 @@ def kronecker_merge_grouped(base, out, first, second, check, slots, ragged, earl
     Parameters: a table with a row of the single kernel's parameters for each weight, and four words a block: the
     weight's row in the table and the block's coordinates in the single kernel's grid.
     """
-    parameters, body = _body(base, out, first, second, check, slots, ragged, early)
-    wait_for_previous, _ = early_launch(early)
+    parameters, body = _body(base, out, first, second, check, slots, ragged)
+    enter = entrance(early, any_size=True)
     parameters = types.Tuple(parameters)
     read, width = table_reader(parameters), flat_length(parameters)
 
     def kernel(table, blocks):
-        wait_for_previous()
+        enter()
         shared = cuda.shared.array(0, np.uint16, alignment=128)
         at = 4 * warp.block_x()
         q = read(table, np.int64(blocks[at]) * np.int64(width))

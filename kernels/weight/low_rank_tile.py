@@ -82,6 +82,11 @@ class Product:
         return min(self.parts[0] - 1, 2 - right_part)
 
     @property
+    def pairs(self) -> int:
+        """How many products of parts a step has."""
+        return sum(self.smallest_left_part(part) + 1 for part in range(self.parts[1]))
+
+    @property
     def error(self) -> float:
         """How wrong a settled product may be, in units of its terms' magnitudes.
 

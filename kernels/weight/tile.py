@@ -14,24 +14,23 @@ from collections.abc import Callable
 import numpy as np
 
 from kernels import memory, warp
-from kernels.barrier import early_launch, early_options
+from kernels.barrier import early_options, entrance
 from kernels.elements import ELEMENTS, all_finite
 from kernels.parameters import flat_length, table_reader
 from kernels.target import blocks_by_shared, cuda, device, f32, f32p, i32p, i64, i64p, kernel_factory, types
 from kernels.weight.low_rank_tile import ROWS_OF_LANE, Product, Tile
 from kernels.weight.sources import source_parameters
-from kernels.weight.tile_groups import base_access, group_chain, ordered, requests, shared_bytes
-from kernels.weight.tile_sinks import SINKS, STATE_WORDS
+from kernels.weight.tile_groups import base_access, group_chain, ordered, requests, shared_bytes, sink_of
+from kernels.weight.tile_sinks import STATE_WORDS
 from kernels.weight.tile_sources import Source, factor_elements, held_words, point_name, product_words, summed
 
 
 @functools.cache
-def _tile_body(base, out, sources, sink, check, tile, early) -> Callable:
+def _tile_body(base, out, sources, sink, check, tile) -> Callable:
     """The block's device function; ``sink_p`` is (partials, magnitude, tiles in a row, strength) for DoRA."""
     make = _walk_body if tile.base == "walk" else _single_body
-    finish = SINKS[sink](ELEMENTS[out])
-    _, let_next_begin = early_launch(early)
-    return make(base, out, sources, sink, check and finish.stores, tile, finish, let_next_begin)
+    finish = sink_of(sink, out, tile)
+    return make(base, out, sources, sink, check and finish.stores, tile, finish)
 
 
 @device
@@ -42,7 +41,7 @@ def lane_place(thread):
     return lane, np.int64(row), np.int64((lane & np.uint32(3)) * np.uint32(8))
 
 
-def _single_body(base, out, sources, sink, check, tile, finish, let_next_begin) -> Callable:
+def _single_body(base, out, sources, sink, check, tile, finish) -> Callable:
     tile_rows, tile_columns = tile.rows, tile.columns
     every = summed(sources, tile)
     stage, hold, words_held = every.stage, every.hold, max(1, held_words(sources, tile))
@@ -66,7 +65,6 @@ def _single_body(base, out, sources, sink, check, tile, finish, let_next_begin) 
         stage(p, shared, column0, columns, thread)
         hold(p, held, row, rows, lane_column, columns, lane)
         begin(state, row, rows, lane, sink_p)
-        let_next_begin()
         if parked:
             memory.copy_async_wait_all()
         if staged:
@@ -80,7 +78,7 @@ def _single_body(base, out, sources, sink, check, tile, finish, let_next_begin) 
     return body
 
 
-def _walk_body(base, out, sources, sink, check, tile, finish, let_next_begin) -> Callable:
+def _walk_body(base, out, sources, sink, check, tile, finish) -> Callable:
     tile_rows, tile_columns, slots = tile.rows, tile.columns, ROWS_OF_LANE * tile.groups
     every = summed(sources, tile)
     stage, hold, words_held = every.stage, every.hold, max(1, held_words(sources, tile))
@@ -110,7 +108,6 @@ def _walk_body(base, out, sources, sink, check, tile, finish, let_next_begin) ->
         stage(p, shared, column0, columns, thread)
         hold(p, held, row, rows, lane_column, columns, lane)
         begin(state, row, rows, lane, sink_p)
-        let_next_begin()
         warp.block_barrier()
         while first < last:
             next_row = row + np.int64(tile_rows)
@@ -170,6 +167,7 @@ _P1, _P4 = Product("bf16", "bf16", 1, 2, True), Product("bf16", "bf16", 4, 8, Tr
 _OI = ("low_rank", "bf16", "bf16", _P1)
 _WHOLE, _RAGGED = Tile(8, 4, False, "registers"), Tile(8, 4, True, "registers")
 _SHARED, _WALK = Tile(8, 4, True, "shared"), Tile(8, 4, False, "walk")
+_TOGETHER = Tile(8, 4, False, "walk", wgmma=True)
 _SETTLED, _F1 = Tile(8, 1, True, "shared", True), Product("f16", "f16", 1, 1, False)
 _EXAMPLES = (
     ("bf16", "bf16", (_OI,), "merge", True, _WHOLE),
@@ -188,6 +186,7 @@ _EXAMPLES = (
     ("f32", "f16", (("kronecker_product", *["f16"] * 3, _F1), ("dense", "f32")), "merge", True, _SETTLED),
     ("f32", "f16", (("kronecker", "bf16", "f32"), ("dense", "f16"), ("channel", "bf16", "in")), "merge", True, _SHARED),
     ("bf16", "bf16", (_OI,), "merge", True, _WHOLE, True),
+    ("bf16", "bf16", (("hadamard", *["bf16"] * 4, _P4, _P4),), "merge", True, _TOGETHER, True),
 )
 
 
@@ -196,11 +195,10 @@ def weight_tile(base, out, sources, sink, check, tile, early=False):
     """One weight. Parameters: base, out, rows, columns, tiles of a walk, flag, sources, sink; grid (column tiles,
     walks).
     """
-    body = _tile_body(base, out, sources, sink, check, tile, early)
-    wait_for_previous, _ = early_launch(early)
+    body, enter = _tile_body(base, out, sources, sink, check, tile), entrance(early, any_size=True)
 
     def kernel(base_pointer, out_pointer, rows, columns, walk, flag, p, sink_p):
-        wait_for_previous()
+        enter()
         shared = cuda.shared.array(0, np.uint16, alignment=1024)
         body(
             shared,
@@ -226,13 +224,12 @@ def weight_tile_grouped(base, out, sources, sink, check, tile, early=False):
     Parameters: a table with a row of the single kernel's parameters for each weight, and four words a block: the
     weight's row in the table and the block's coordinates in the single kernel's grid.
     """
-    body = _tile_body(base, out, sources, sink, check, tile, early)
-    wait_for_previous, _ = early_launch(early)
+    body, enter = _tile_body(base, out, sources, sink, check, tile), entrance(early, any_size=True)
     parameters = types.Tuple(_parameters(base, out, sources, sink))
     read, width = table_reader(parameters), flat_length(parameters)
 
     def kernel(table, blocks):
-        wait_for_previous()
+        enter()
         shared = cuda.shared.array(0, np.uint16, alignment=1024)
         at = 4 * warp.block_x()
         q = read(table, np.int64(blocks[at]) * np.int64(width))

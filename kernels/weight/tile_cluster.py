@@ -18,7 +18,7 @@ from kernels.barrier import (
     cluster_barrier,
     cluster_rank,
     cluster_wait,
-    early_launch,
+    entrance,
     shared_address,
     shared_load_remote,
 )
@@ -88,7 +88,6 @@ def _body(base, out, sources, magnitude, check, tile, cluster, teams) -> Callabl
     request_tile = requests(base, out, sources, tile)
     square_groups = group_chain(base, out, sources, "norm", False, dataclasses.replace(tile, settled=False))
     merge_groups = group_chain(base, out, sources, f"dora {magnitude}", check, tile)
-    _, let_next_begin = early_launch(True)
     add_up, load_magnitude = _cluster_sums(cluster, teams, tile_rows), ELEMENTS[magnitude].load
 
     @device
@@ -111,7 +110,6 @@ def _body(base, out, sources, magnitude, check, tile, cluster, teams) -> Callabl
             view = shared[panel * np.int64(panel_elements) :]
             stage(p, view, column0 + panel * np.int64(tile_columns), columns, thread)
         hold(p, held, row, rows, column0 + column_in_tile, columns, lane)
-        let_next_begin()
         memory.copy_async_wait_all()
         warp.block_barrier()
         for i in range(ROWS_OF_LANE):
@@ -160,10 +158,10 @@ def dora_cluster(base, out, sources, magnitude, check, tile, cluster, teams):
     of the tile's rows, along x. Shared memory depends on the panels: `cluster_shared_bytes`.
     """
     body = _body(base, out, sources, magnitude, check, tile, cluster, teams)
-    wait_for_previous, _ = early_launch(True)
+    enter = entrance(True, any_size=True)
 
     def kernel(base_pointer, out_pointer, rows, columns, panels, flag, p, magnitude_pointer, strength):
-        wait_for_previous()
+        enter()
         shared = cuda.shared.array(0, np.uint16, alignment=1024)
         band = np.int64(np.uint32(warp.block_x()) // np.uint32(cluster))
         body(shared, band, base_pointer, out_pointer, rows, columns, panels, flag, p, magnitude_pointer, strength)

@@ -115,6 +115,19 @@ def ordered(sources: tuple[Source, ...], sink: str, tile: Tile) -> bool:
     return not (small and sink == "merge" and tile.base == "registers")
 
 
+@functools.cache
+def sink_of(sink: str, out: str, tile: Tile) -> SimpleNamespace:
+    """The sink of a tile's results.
+
+    They pass through L2 as streams do, but not beside factors that come out of it in such numbers that the base waits
+    in shared memory: these were measured to be faster with ordinary stores.
+    """
+    element = ELEMENTS[out]
+    if tile.base != "registers":
+        element = SimpleNamespace(**vars(element) | {"store8": element.store8_cached})
+    return SINKS[sink](element)
+
+
 def _then_group(rest: Callable, base, out, sources, sink, check, tile, group: int) -> Callable:
     """``rest``, then one group.
 
@@ -122,7 +135,7 @@ def _then_group(rest: Callable, base, out, sources, sink, check, tile, group: in
     """
     add, ragged, settled = summed(sources, tile).add, tile.ragged, tile.settled
     _, take, _ = base_access(base, out, sources, tile)
-    finish = SINKS[sink](ELEMENTS[out])
+    finish = sink_of(sink, out, tile)
     settle = settler(out, sources, finish, tile) if settled else _settle_nothing
     accumulate = _store_only(finish) if settled else finish.accumulate
     keep_apart, reaches = ordered(sources, sink, tile), RESULTS if tile.settled else 1

@@ -83,7 +83,7 @@ class CheckpointWriter:
         *,
         dtypes: Mapping[str, str] | None = None,
         overwrite: bool = False,
-        sync: bool = False,
+        sync: bool = True,
         inputs: Sequence[Path] = (),
     ) -> None:
         """Check that the output may be written; nothing is written yet.

@@ -47,9 +47,10 @@ SIMULATOR_REMARK = "note: no GPU in use; Numba's CUDA simulator is slow, for sma
 )
 @click.option("--overwrite", is_flag=True, help="Replace OUT if it exists.")
 @click.option(
-    "--sync",
-    is_flag=True,
-    help="Have OUT on disk before it gets its name. Without it OUT is as durable as a file that cp has written: "
+    "--sync/--no-sync",
+    default=True,
+    show_default=True,
+    help="Have OUT on disk before it gets its name. With --no-sync OUT is as durable as a file that cp has written: "
     "whole or absent whatever happens to this process, but not yet safe from a loss of power.",
 )
 @click.option("--allow-unmatched", is_flag=True, help="Leave out modules that match nothing in BASE.")

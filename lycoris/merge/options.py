@@ -44,7 +44,7 @@ class MergeOptions:
     device: str = "auto"
     dtype: str = KEEP
     overwrite: bool = False
-    sync: bool = False
+    sync: bool = True
     allow_unmatched: bool = False
     dry_run: bool = False
 

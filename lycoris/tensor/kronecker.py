@@ -22,7 +22,7 @@ from lycoris.tensor.adapter_gradients import low_rank_gradients, mixing_gradient
 from lycoris.tensor.creation import from_numpy
 from lycoris.tensor.launch import compact, compute, converted, empty, keep, kept, of_layout, run_prepared, shaped
 from lycoris.tensor.mixing import mixed
-from lycoris.tensor.products import check_linear, flipped, matrix_of, product, stored
+from lycoris.tensor.products import check_linear, flipped, matrix_of, product, stored, sum_of_products
 from lycoris.tensor.tensor import Layout, Tensor
 from plans.core import Device, ElementKind, TensorMut, TensorRef
 from plans.core.prepared import Prepared
@@ -71,10 +71,13 @@ def kronecker_linear(
     def pull(g: Tensor, edges: Sequence[autograd.Node | None]) -> list[Tensor | None]:
         g = _ready(matrix_of(g, matrix.shape[0]))
         grown, d_x, d_w1 = [shaped(g, (count * a, c))], None, None
-        for factor in chain if edges[1] else chain[:-1]:
+        for factor in chain if edges[1] or (edges[0] and d < c) else chain[:-1]:
             grown.append(product(grown[-1], factor, kind))
         pairs = shaped(g, (count * a, c)), shaped(inner, (count * a, d))
-        if edges[0]:
+        if edges[0] and d < c:  # mixed after w2, there is less to read and write
+            back = mixed(shaped(grown[-1], (count, a * d)), mixing, d, kind, True, scale)
+            d_x = shaped(sum_of_products(((g, matrix),), (1.0,), edges[0].kind, None, back), x_shape)
+        elif edges[0]:
             tall = diagonal(second, together_of(b, d, x.device))
             outer = mixed(g, mixing, c, kind, True, scale, early=True)
             d_x = sum_with_blocks(g, matrix, outer, tall, tall.shape[1] // d, edges[0].kind)

@@ -124,7 +124,8 @@ def _both(
     """Of a, b, narrow and wide: t = scale * a @ narrow in a's kind, and a @ b + t @ wide (+ bias) (+ residual).
 
     ``turned``: b, narrow and wide are the transposes of what is given. The second product begins before the first ends:
-    nothing is launched between them, and what they read, which is given too, stays until both are launched.
+    nothing is launched between them, and what they read, which is given too, stays until both are launched. Where it is
+    not turned, the launch after both may run beside the second.
     """
     device, added = operands[0].device, tuple([x for x in (bias, residual) if x is not None])
     key = (turned, scale, kind, bias is None, device.ordinal, *[x.layout for x in operands], *[x.layout for x in added])
@@ -148,7 +149,7 @@ def _prepare_both(
     terms = [None if x is None else compact(x) for x in (bias, residual)]
     first, t = prepared_sum((a, narrow), (scale,), a.kind, early=True)
     small = Tensor.placed(a.storage, t)  # only its layout counts
-    found = _Both(first, t, *prepared_sum((a, b, small, wide), (1.0, 1.0), kind, *terms, late=True))
+    found = _Both(first, t, *prepared_sum((a, b, small, wide), (1.0, 1.0), kind, *terms, early=not turned, late=True))
     added = tuple([x for x in terms if x is not None])
     if all(x is y for x, y in zip((*operands, *terms), (*wanted, bias, residual), strict=True)):
         if len(_both_kept) >= _MOST_KEPT:

@@ -106,7 +106,7 @@ def sum_of_products(
 
     One pair may be of batches. Each a is [m, k] and each b [k, n], with a k of its own; ``residual`` is a contiguous
     tensor like the result. The result of an ``early`` sum is the last a of the ``late`` one that is launched next, of
-    nothing else that is newer, and which may begin before that ends.
+    nothing else that is newer, and which may begin before that ends; or what is launched next takes nothing of it.
     """
     operands = [ready(x) for pair in pairs for x in pair]
     added = [compact(x) for x in (bias, residual) if x is not None]

@@ -34,8 +34,11 @@ _FLOATS = (ElementKind.BF16, ElementKind.F16, ElementKind.F32)
 _UNIT = 8
 _LARGEST = 1 << 31
 _MOST_PARTS = SLOTS
+_TURNS_A_BLOCK = 2
+"""What a block's beginning and end cost, in turns of 128 rows."""
+
 _TURNS_A_PART = 0.5
-"""What it costs to write a block's part and to add it up, in turns of 128 rows: its bytes beside theirs."""
+"""What it costs to write a block's part and to add it up: its bytes beside a turn's."""
 
 
 @dataclass(frozen=True)
@@ -157,7 +160,7 @@ def _row_blocks(descriptor: LowRankGradientDescriptor) -> tuple[int, int]:
 
     def time(number: int) -> float:
         """Rounds of blocks, half of one at the end when not all multiprocessors have work, and the parts."""
-        of_block = -(-turns // number)
+        of_block = -(-turns // number) + _TURNS_A_BLOCK
         return (-(-columns * number // SLOTS) + 0.5) * of_block + _TURNS_A_PART * number * columns / SLOTS
 
     wanted = 2 if SIMULATOR else min(range(1, min(_MOST_PARTS, turns) + 1), key=time)

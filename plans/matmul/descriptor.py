@@ -143,7 +143,8 @@ class SegmentedMatmulDescriptor:
         out_stride: Elements from a row of Y to the next; 0 where it is contiguous.
         out_batch_stride: Elements from one Y of the batch to the next; 0 where they lie one after the other.
         low_rank: Low-rank terms of the sum.
-        early: The next launch takes Y as a ``late`` A: it may begin before this one ends, where a kernel allows that.
+        early: The next launch takes Y as a ``late`` A, or nothing of this one, and may begin before this one ends,
+            where a kernel allows that.
     """
 
     m: int

@@ -34,11 +34,11 @@ _MOST_TILES = 8
 _KINDS = (ElementKind.BF16, ElementKind.F16)
 _MOST_TILES_OF_ROWS = 1 << 31
 _FEW_ROWS = 16
-_WORDS = 96
-"""Registers of a thread for fragments and sums."""
+_AHEAD, _PORTABLE_AHEAD = 25, 12
+"""How many 16-byte words a thread of 512 may have on the way, by shared memory: Hopper's, and any device's."""
 
-_BYTES_A_CYCLE = 40.0
-"""What a multiprocessor was measured to read from L2."""
+_BYTES_A_CYCLE = 16.0
+"""What a multiprocessor was measured to read beside a product that reads on all the others."""
 
 
 class Piece(NamedTuple):
@@ -88,14 +88,14 @@ def inner_products(descriptor: SegmentedMatmulDescriptor) -> tuple[Inner, ...]:
     return tuple(found)
 
 
-def inner_tile(rows: int, column_tiles: int, beside: bool) -> InnerTile:
-    """The blocks of a first launch: for few rows one that shares their depth, else such as walk, in pairs."""
+def inner_tile(rows: int, column_tiles: int, walks: bool, hopper: bool) -> InnerTile:
+    """The blocks of a first launch: where few of them ``walk`` over all rows, their warpgroups each do; of others, all
+    warps share a tile.
+    """
     row_tiles = 1 if rows <= _FEW_ROWS or SIMULATOR else 2
-    sums = 4 * row_tiles * column_tiles
-    unroll = max(1, min(4, (_WORDS - sums) // (8 * row_tiles + 4 * column_tiles)))
-    if SIMULATOR:
-        return InnerTile(4, 2, row_tiles, 1, 2 if beside else 1)
-    return InnerTile(4, 4, row_tiles, unroll, 2) if beside else InnerTile(16, 1, row_tiles, unroll)
+    ahead = max(1, (_AHEAD if hopper else _PORTABLE_AHEAD) // (2 * row_tiles + column_tiles))
+    warps = (4, 2 if SIMULATOR else 4) if walks else (4 if SIMULATOR else 16, 1)
+    return InnerTile(*warps, row_tiles, ahead, 2 if walks else 1)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -158,22 +158,24 @@ class LowRankProgram:
         self.launches = [self._launcher(inner) for inner in self.inner]
 
     def _launcher(self, inner: Inner) -> Any:
-        kind, overlaps = self.descriptor.segments[inner.of].a.value, self.device.arch >= (9, 0)
-        tile = inner_tile(self.descriptor.m, sum(inner.tiles), overlaps and self.beside)
+        kind, hopper, rows = self.descriptor.segments[inner.of].a.value, self.device.arch >= (9, 0), self.descriptor.m
+        beside_product = self._blocks_beside_product(inner) if hopper else 0
+        tile = inner_tile(rows, sum(inner.tiles), beside_product > 0, hopper)
+        tiles = _batches(self.descriptor, inner) * -(-rows // tile.rows)
         whole = all(self.descriptor.low_rank[piece.term].rank % _UNIT == 0 for piece in inner.pieces)
-        kernel = low_rank_inner(kind, inner.tiles, tile, self.beside, whole, overlaps)
-        return kernel.launcher((self._blocks(inner, tile), 1, 1), overlaps=overlaps)
+        kernel = low_rank_inner(kind, inner.tiles, tile, self.beside, whole, hopper)
+        blocks = beside_product or min(self.device.multiprocessors, tiles)
+        return kernel.launcher((blocks, 1, 1), overlaps=hopper)
 
-    def _blocks(self, inner: Inner, tile: InnerTile) -> int:
-        """As many as the product leaves idle, if they are in time for its first tiles; else one a multiprocessor."""
-        tiles = _batches(self.descriptor, inner) * -(-self.descriptor.m // tile.rows)
-        most = -(-min(self.device.multiprocessors, tiles) // tile.cluster) * tile.cluster
+    def _blocks_beside_product(self, inner: Inner) -> int:
+        """As many as the product leaves idle, in pairs, if they are in time for its first tiles; else none."""
         if not isinstance(self.second, WgmmaProgram) or inner is not self.inner[-1]:
-            return most
+            return 0
         idle, cycles = self.second.idle_multiprocessors()
-        blocks = min(most, idle // tile.cluster * tile.cluster)
+        blocks, tile = idle // 2 * 2, inner_tile(self.descriptor.m, sum(inner.tiles), True, True)
+        tiles = _batches(self.descriptor, inner) * -(-self.descriptor.m // tile.rows)
         a_and_d = tiles * (tile.rows + inner.width) * 2 * self.descriptor.segments[inner.of].k
-        return blocks if blocks and a_and_d <= blocks * cycles * _BYTES_A_CYCLE else most
+        return blocks if a_and_d <= blocks * cycles * _BYTES_A_CYCLE else 0
 
     def bind(self, args: SegmentedMatmulArgs, workspace: Workspace) -> Launches:
         """All launches; none where Y is empty."""

@@ -9,7 +9,16 @@ import numpy as np
 
 from kernels.matmul.wgmma import multiply_wgmma
 from kernels.matmul.wgmma_store import STAGING_BYTES, WARP_ROWS, chunk_columns
-from kernels.matmul.wgmma_tile import DIAGONAL, DIAGONAL_COLUMNS, PART_WORDS, ROWS, SEGMENT_WORDS, WAITS, WgmmaTile
+from kernels.matmul.wgmma_tile import (
+    DIAGONAL,
+    DIAGONAL_COLUMNS,
+    LETS,
+    PART_WORDS,
+    ROWS,
+    SEGMENT_WORDS,
+    WAITS,
+    WgmmaTile,
+)
 from kernels.target import SIMULATOR
 from kernels.wgmma import DEPTH, STEPS
 from plans.core.device import Device
@@ -245,10 +254,12 @@ class WgmmaProgram(MatmulProgram):
                 continue
             segment, scale = self.descriptor.segments[i], args.scales[i]
             waits = segment.late if late else not found
-            flags = _ratio(previous, scale) | (WAITS * waits + DIAGONAL * self._by_blocks(i)) << 32
+            flags = WAITS * waits + DIAGONAL * self._by_blocks(i) + LETS * self.descriptor.early
             whole = -(-segment.k // DEPTH)
             last = STEPS if past < count else -(-(segment.k - (whole - 1) * DEPTH) // 16)
-            found.append((*self._maps(args, i, batch), past - first, last, first * DEPTH, flags))
+            found.append(
+                (*self._maps(args, i, batch), past - first, last, first * DEPTH, _ratio(previous, scale) | flags << 32)
+            )
             previous = scale
         if found and previous != args.scales[kept[-1]]:
             found.append((*found[-1][:2], 0, 0, 0, _ratio(previous, args.scales[kept[-1]])))

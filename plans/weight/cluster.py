@@ -23,10 +23,11 @@ from plans.weight.resolve import resolve
 
 LARGEST_CLUSTER = 8
 """Blocks of a cluster that every device has room for."""
-WARPS = (1,) if SIMULATOR else (4, 2, 1)
-GROUPS = (1,) if SIMULATOR else (4, 2)
+WARPS = (1,) if SIMULATOR else (8, 4, 2, 1)
 TEAMS = (1, 2)
 """Into how many shares of columns a block's warps may be divided."""
+ENOUGH_WARPS, ENOUGH_BLOCKS = 16, 256
+"""Busy warps of a multiprocessor, and blocks of a launch, beyond which more are not worth another split."""
 SHARED_BYTES, RESERVED_BYTES = 227 * 1024, 1024
 LEAST_WARPS = 8
 _SOURCES = ("low_rank", "hadamard")
@@ -42,6 +43,7 @@ class _Split:
     teams: int
     shared_bytes: int
     warps_by_registers: int
+    blocks: int
 
     @property
     def warps_resident(self) -> int:
@@ -54,32 +56,38 @@ class _Split:
         """Warps that have something to do while the busiest team goes through its panels."""
         return self.warps_resident * self.panels / (self.teams * -(-self.panels // self.teams))
 
+    @property
+    def preference(self) -> tuple[float, int, int, int]:
+        """The larger the better: measured, see docs/performance.md."""
+        return min(self.warps_busy, ENOUGH_WARPS), min(self.blocks, ENOUGH_BLOCKS), -self.teams, -self.tile.warps
 
-def _cluster_of(panels: int) -> int:
+
+def cluster_of(panels: int) -> int:
     """The most blocks of which few have nothing to do."""
     sizes = [1 << i for i in range(LARGEST_CLUSTER.bit_length())]
     return max(size for size in sizes if 4 * size * -(-panels // size) <= 5 * panels)
 
 
 def _splits(descriptor: WeightDescriptor) -> Iterator[_Split]:
-    """Every way to share a band of rows, tall and wide tiles first."""
+    """Every way to share a band of rows."""
     rows, columns = descriptor.matrix
     sources, settled = tiles.tile_sources(descriptor), tiles.settles(descriptor)
-    for warps, groups, teams in itertools.product(WARPS, GROUPS, TEAMS):
-        tile = Tile(warps, groups, True, "shared")
+    for warps, teams in itertools.product(WARPS, TEAMS):
+        tile = Tile(warps, tiles.MAX_GROUPS, True, "shared")
         all_panels = max(1, -(-columns // tile.columns))
-        cluster = _cluster_of(all_panels)
+        cluster = cluster_of(all_panels)
         panels = -(-all_panels // cluster)
         ragged = rows % tile.rows != 0 or columns != cluster * panels * tile.columns
-        tile = Tile(warps, groups, ragged, "shared", settled)
+        tile = Tile(warps, tiles.MAX_GROUPS, ragged, "shared", settled)
         shared = kernel.cluster_shared_bytes(descriptor.base.value, sources, tile, panels, teams)
-        yield _Split(tile, cluster, panels, teams, shared, kernel.warps_on_multiprocessor(sources, tile))
+        blocks = cluster * -(-rows // tile.rows)
+        yield _Split(tile, cluster, panels, teams, shared, kernel.warps_on_multiprocessor(sources, tile), blocks)
 
 
 @functools.cache
 def split_of(descriptor: WeightDescriptor) -> _Split | None:
-    """The split that keeps most warps of a multiprocessor busy, the first of several; None where none fits."""
-    best = max(_splits(descriptor), key=lambda split: split.warps_busy)
+    """The split that is preferred; None where none fits."""
+    best = max(_splits(descriptor), key=lambda split: split.preference)
     return best if best.warps_resident else None
 
 

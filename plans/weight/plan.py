@@ -12,6 +12,7 @@ from plans.weight.descriptor import WeightArgs, WeightDescriptor
 from plans.weight.kronecker import VECTOR
 from plans.weight.portable import PORTABLE
 from plans.weight.tile import MMA
+from plans.weight.wgmma import WGMMA
 
 _LARGEST = float(np.finfo(np.float32).max)
 
@@ -20,7 +21,7 @@ class WeightPlan(Plan):
     """out = round(W + sum_i scale_i * source_i); see :class:`plans.weight.WeightDescriptor`."""
 
     name = "weight"
-    skus = (VECTOR, CLUSTER, MMA, PORTABLE)
+    skus = (VECTOR, CLUSTER, WGMMA, MMA, PORTABLE)
 
     def __init__(self, descriptor: WeightDescriptor, chosen: Sku, device: Device, grouped: bool = False) -> None:
         """Build the SKU; ``grouped`` plans leave their own kernel uncompiled until it is used."""

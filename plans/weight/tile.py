@@ -12,7 +12,7 @@ from kernels.target import SIMULATOR
 from kernels.weight import tile as weight_tile
 from kernels.weight.low_rank_tile import STEP, Product, Tile
 from kernels.weight.tile_groups import shared_bytes
-from kernels.weight.tile_sources import Source, product_words
+from kernels.weight.tile_sources import Source, product_words, products
 from plans.core.device import Device
 from plans.core.plan import Sku
 from plans.core.precision import ElementKind, MathPrecision, PrecisionGuarantee
@@ -27,9 +27,10 @@ MAX_GROUPS = 1 if SIMULATOR else 4
 MAX_SHARED_BYTES = 160 * 1024
 MAX_ROWS = 65535 * 16 * WARPS
 """As many tiles as a grid has along y."""
-PRODUCT_WORDS, WALK_WORDS = 12, 32
+PRODUCT_WORDS, ONE_STEP_WORDS, WALK_WORDS = 12, 24, 32
+"""Up to how many registers of left factors the base waits in registers too, and from how many tiles walk."""
 WALK_START = 0.35
-LONGEST_WALK = 16
+LONGEST_WALK = 32
 _SETTLED = (
     "; where that error could decide a rounding, by the magnitudes of the very terms, the element is summed again in "
     "pairs of fp32; factors that are contracted before are rounded to fp32 and not settled"
@@ -70,17 +71,17 @@ def tile_sources(descriptor: WeightDescriptor) -> tuple[Source, ...]:
 
 
 @functools.cache
-def tile_of(descriptor: WeightDescriptor) -> Tile | None:
-    """The tile: as wide as shared memory allows, None if not even 32 columns fit."""
+def tile_of(descriptor: WeightDescriptor, wgmma: bool = False) -> Tile | None:
+    """The tile: as wide as shared memory allows, None if not even 32 columns fit, or 64 of a warpgroup's."""
     sources, base = tile_sources(descriptor), descriptor.base
     base_name = base.value if base else None
     rows, columns = descriptor.matrix
-    groups = MAX_GROUPS
-    while groups:
-        tile = Tile(WARPS, groups, True, "registers")
+    warps, groups, least = (max(WARPS, 4), max(MAX_GROUPS, 2), 2) if wgmma else (WARPS, MAX_GROUPS, 1)
+    while groups >= least:
+        tile = Tile(warps, groups, True, "registers")
         ragged = rows % tile.rows != 0 or columns % tile.columns != 0
-        place = _base_place(descriptor, product_words(sources))
-        tile = Tile(WARPS, groups, ragged, place, settles(descriptor))
+        place = _base_place(descriptor)
+        tile = Tile(warps, groups, ragged, place, settles(descriptor), wgmma)
         if shared_bytes(base_name, sources, tile) <= MAX_SHARED_BYTES:
             return tile
         groups //= 2
@@ -93,12 +94,16 @@ def settles(descriptor: WeightDescriptor) -> bool:
     return descriptor.settled and (len(sources) > 1 or sources[0][0] in _FIRST_PRODUCT)
 
 
-def _base_place(descriptor: WeightDescriptor, words: int) -> str:
+def _base_place(descriptor: WeightDescriptor) -> str:
     """Where the base waits, by how many registers the products take: measured, see docs/performance.md."""
-    base = descriptor.base
+    base, sources = descriptor.base, tile_sources(descriptor)
+    words, one_step = product_words(sources), all(p.steps == 1 for source in sources for p in products(source))
     if base is not None and words >= WALK_WORDS:
         return "walk"
-    shared = base is not None and (ELEMENTS[base.value].words > 4 or words > PRODUCT_WORDS)
+    shared = base is not None and (
+        ELEMENTS[base.value].words > 4
+        or words > (ONE_STEP_WORDS if one_step and not settles(descriptor) else PRODUCT_WORDS)
+    )
     return "shared" if shared else "registers"
 
 
@@ -160,10 +165,11 @@ class TileProgram(WeightProgram):
     """One launch over the weight; two for DoRA, the first leaving sums of squares of each row's tiles."""
 
     fused_second_half = True
+    wgmma = False
 
     def __init__(self, descriptor: WeightDescriptor, device: Device) -> None:
         super().__init__(descriptor, device)
-        tile, sources = tile_of(descriptor), tile_sources(descriptor)
+        tile, sources = tile_of(descriptor, self.wgmma), tile_sources(descriptor)
         rows, columns = descriptor.matrix
         self.tiles = max(1, -(-columns // tile.columns))
         row_tiles = max(1, -(-rows // tile.rows))
