@@ -7,9 +7,10 @@ import pytest
 from matmul_cases import BF16, F16, F32, assert_kept, gaussian, make, run
 
 from kernels.target import SIMULATOR
-from plans.core import BackendKind, InvalidProblem, NoSku, PlanPreference
+from plans.core import BackendKind, InvalidProblem, NoSku, PlanPreference, Workspace
 from plans.matmul import Bias, Gate, LowRankTerm, Segment, SegmentedMatmulDescriptor, SegmentedMatmulPlan
-from plans.matmul.low_rank import inner_products
+from plans.matmul.low_rank import inner_products, with_low_rank
+from plans.matmul.wgmma import WGMMA, WgmmaProgram
 
 BACKENDS = [BackendKind.MMA, BackendKind.WGMMA]
 EVERY_SKU = pytest.mark.parametrize("backend", BACKENDS, ids=lambda backend: backend.value)
@@ -41,6 +42,19 @@ def test_terms_of_one_operand(device, poisoned, rng, ranks, scales, backend):
     m, n, k = (70, 72, 56) if SIMULATOR else (1000, 1288, 3072)
     descriptor = SegmentedMatmulDescriptor(m, n, (Segment(k),), epilogue=(Bias(),), low_rank=terms)
     check(device, poisoned, rng, descriptor, backend, (1.0,), scales or (1.0,) * len(ranks))
+
+
+@pytest.mark.parametrize("idle", [0, 2, 7])
+def test_first_launches_with_few_blocks_and_with_many(device, poisoned, rng, idle, monkeypatch):
+    """However many multiprocessors a product leaves idle: pairs of blocks walk over all rows, or each takes a tile."""
+    monkeypatch.setattr(WgmmaProgram, "idle_multiprocessors", lambda program: (idle, 1e12))
+    m, n, k = (130, 40 + 8 * idle, 72) if SIMULATOR else (1010, 264 + 8 * idle, 1096)
+    descriptor = SegmentedMatmulDescriptor(m, n, (Segment(k),), low_rank=(LowRankTerm(16), LowRankTerm(8)))
+    problem = make(device, descriptor, gaussian(rng), (1.0,), low_rank_scales=(0.5, -2.0))
+    plan, stream = SegmentedMatmulPlan(descriptor, with_low_rank(WGMMA), device), device.stream()
+    plan.run(stream, Workspace(poisoned(plan.workspace_size())), problem.args)
+    device.synchronize(stream)
+    assert_kept(problem, plan)
 
 
 @EVERY_SKU

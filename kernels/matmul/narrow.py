@@ -13,7 +13,7 @@ from collections.abc import Callable
 import numpy as np
 
 from kernels import memory, tensor_core
-from kernels.barrier import early_options, entrance
+from kernels.barrier import entrance
 from kernels.elements import ELEMENTS
 from kernels.matmul.epilogue import epilogue
 from kernels.matmul.problem import COLUMNS, OUT, OUT_BATCH, OUT_STRIDE, ROWS, result_parameters
@@ -182,9 +182,11 @@ def matmul_narrow(
     """``tiles`` are groups of eight columns of each B, ``parts`` the values that a result is stored as.
 
     Two parts: the rounded value, and 8 sum(tiles) columns further what rounding left; together as good as fp32.
-    ``early``: see `kernels.barrier.entrance`. ``by_lines``: B's lines are values of K, not columns, of which there
-    is then a multiple of eight. Parameters: the result's, A's, a tuple of each B's, the epilogue's; blocks along y are
-    results of a batch. A and B begin at, and their lines are apart by, multiples of eight elements; so is K.
+    ``early`` the next grid may begin at once (sm_90); this one is launched when the one before has ended, as its few
+    blocks would else share the multiprocessors that are free first. ``by_lines``: B's lines are values of K, not
+    columns, of which there is then a multiple of eight. Parameters: the result's, A's, a tuple of each B's, the
+    epilogue's; blocks along y are results of a batch. A and B begin at, and their lines are apart by, multiples of
+    eight elements; so is K.
     """
     column_tiles = sum(tiles)
     fetch_b, scale_of = _terms(tiles, by_lines)
@@ -249,4 +251,4 @@ def matmul_narrow(
     left = types.Tuple((pointer, i64, i64, i64))
     parameters = (result_parameters(out), left, types.Tuple((term,) * len(tiles)), epilogue(steps).parameters)
     options = {"threads": threads, "shared_bytes": 4 * WARPS * partial, "min_blocks": 2 if column_tiles <= 4 else 1}
-    return kernel, parameters, options | early_options(early)
+    return kernel, parameters, options | ({"architectures": (9, 0, "a")} if early else {})

@@ -29,10 +29,9 @@ _KINDS = (ElementKind.BF16, ElementKind.F16)
 
 
 def tile_of(descriptor: SegmentedMatmulDescriptor) -> SkinnyTile:
-    """As many rows of B in a block as leave enough blocks, so that A is read seldom."""
-    a_groups, sides = (1 if descriptor.m <= 8 else 2), 2 if descriptor.gated else 1
-    blocks_of = descriptor.n * (descriptor.batch or 1) // GROUP
-    row_groups = next((g for g in (2 * a_groups, a_groups) if g >= sides and blocks_of // g >= BLOCKS), sides)
+    """Two groups of rows of B in a block, so that A is read seldom, where that leaves enough blocks."""
+    a_groups, blocks_of = 1 if descriptor.m <= 8 else 2, descriptor.n * (descriptor.batch or 1) // GROUP
+    row_groups = 2 if descriptor.gated or blocks_of // 2 >= BLOCKS else 1
     slot = 8 * row_groups + 4 * a_groups
     warps = FEW_WARPS if blocks_of // row_groups >= 3 * BLOCKS else MANY_WARPS
     return SkinnyTile(row_groups, a_groups, warps, max(1, min(4, WORDS // slot)))
