@@ -1,7 +1,7 @@
 """The second stage of long sums: their parts added up in order, scaled, rounded once.
 
 A few thousand elements in hundreds of parts: a warp takes 32 neighbours, and the warps of a block share the parts. Or
-many more in a few parts: a thread takes all of an element's.
+few parts, or elements enough to fill the chip: a thread takes all of an element's.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from kernels.warp import block_barrier, block_x, thread_index
 
 WARPS = 2 if SIMULATOR else 8
 THREADS = 32 * WARPS
-FEW = 16
-"""Parts that a thread adds up alone."""
+FEW, MANY = 16, 1 << 16
+"""Parts that a thread adds up alone, and elements of which each has a thread, however many parts there are."""
 
 OUT, PARTS, NUMBER, ROWS, COLUMNS = range(5)
 """Positions of a result's parameters: it, its parts, how many there are, the extents of each."""

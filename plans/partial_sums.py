@@ -48,7 +48,8 @@ class Sums:
         self.partials = partials
         self._starts = [partial_bytes(partials[:i]) for i in range(len(partials))]
         self._numbers = [(partial.number, partial.rows, partial.columns) for partial in partials]
-        alone = max(partial.number for partial in partials) <= kernel.FEW
+        few = max(partial.number for partial in partials) <= kernel.FEW
+        alone = few or sum(partial.count for partial in partials) >= kernel.MANY
         made = kernel.sum_parts(out.value, tuple(partial.transposed for partial in partials), alone)
         blocks = sum(-(-partial.count // kernel.elements_of_block(alone)) for partial in partials)
         self.launch = made.launcher((blocks, 1, 1)) if blocks else None

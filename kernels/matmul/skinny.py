@@ -194,7 +194,7 @@ _BIAS = (("bias", "bf16"), ("gelu",), ("residual", "bf16"))
     (SkinnyProblem("bf16", 1, "bf16", (), True), SkinnyTile(1, 1, 4, 4)),
     (SkinnyProblem("bf16", 2, "bf16", _BIAS, True), SkinnyTile(2, 1, 8, 1)),
     (SkinnyProblem("f16", 1, "f32", (("gate", "silu", True),), False), SkinnyTile(2, 1, 8, 2)),
-    (SkinnyProblem("bf16", 3, "bf16", (), True, 1), SkinnyTile(4, 2, 8, 1)),
+    (SkinnyProblem("bf16", 3, "bf16", (), True, 1), SkinnyTile(2, 2, 4, 2)),
 )
 def matmul_skinny(problem, tile):
     """Parameters: tiles of rows of B in one result, the result's, the segments', the epilogue's; a block a tile and

@@ -18,7 +18,7 @@ from kernels.target import device
 
 GROUP = 16
 """Rows of B in one fragment."""
-_REGISTERS, _OTHER_REGISTERS = 1 << 16, 36
+_REGISTERS, _OTHER_REGISTERS = 1 << 16, 40
 
 
 @dataclass(frozen=True)
