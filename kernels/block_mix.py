@@ -29,6 +29,9 @@ MOST_GROUPS = 16
 _STAGED = 8
 """Elements of w that a thread has on the way at once."""
 
+_WORDS_AHEAD = 40
+"""Words of x that a thread can hold while w is staged, without spills."""
+
 _MMA = {"bf16": tensor_core.mma_bf16, "f16": tensor_core.mma_f16}
 _PACK = {"bf16": bits.pack_bf16, "f16": bits.pack_f16}
 _u32 = np.uint32
@@ -167,6 +170,7 @@ def mix_blocks(kind: str, groups: int, transposed: bool, early: bool = False):
     words_of_item = 8 * groups if several > 1 else 0  # a place that is known keeps words in registers
     stage_weight, (fetch_item, pair) = _weight_stager(groups, transposed), _movers(groups)
     multiply, store, all_words = _multiplier(kind, groups), _storer(kind, early), several * 8 * groups
+    ahead = all_words <= _WORDS_AHEAD
 
     @device
     def fetch(words, x, first, items, spans, x_stride, in_blocks, width, own, t):
@@ -189,9 +193,12 @@ def mix_blocks(kind: str, groups: int, transposed: bool, early: bool = False):
         spans = _u32((width + np.int64(SPAN - 1)) // np.int64(SPAN))
         items = _u32(_u32(rows) * spans)
         first = _u32(_u32(_u32(block_x()) * _u32(WARPS) + number) * _u32(several))
-        fetch(words, x, first, items, spans, x_stride, in_blocks, width, own, t)
+        if ahead:
+            fetch(words, x, first, items, spans, x_stride, in_blocks, width, own, t)
         stage_weight(shared, w, out_blocks, in_blocks, thread)
         block_barrier()
+        if not ahead:
+            fetch(words, x, first, items, spans, x_stride, in_blocks, width, own, t)
         while first < items:
             for i in range(several):
                 pair(words, i * words_of_item)

@@ -98,7 +98,7 @@ EXPECTED: dict[str, tuple[tuple[str, str], ...]] = {
     "kernels.adapter_gradient.low_rank.low_rank_gradient": (
         ("'bf16'", r"HMMA\.16816\.F32\.BF16"),
         ("", r"LDSM\.16\.MT88\.4"),
-        ("", r"LDG\.E\..*128"),
+        ("", r"LDGSTS\.E\..*128"),
         ("", r"STG\.E\..*128"),
     ),
     "kernels.adapter_gradient.blocks.block_mix_gradient": (("", r"HMMA\.16816\.F32"), ("", r"LDG\.E\..*128")),

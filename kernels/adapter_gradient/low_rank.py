@@ -36,7 +36,7 @@ _PITCH = SPAN + 8
 
 _PARKED_PITCH = SPAN + 8
 _RING_BYTES = {1: 96 << 10, 2: 96 << 10, 4: 150 << 10}
-"""Of shared memory by groups of ranks: two blocks on a multiprocessor, or one that reads more at once."""
+"""Of shared memory by groups of ranks: two blocks on Hopper's multiprocessors, or one that reads more at once."""
 _MMA = {"bf16": tensor_core.mma_bf16, "f16": tensor_core.mma_f16}
 _u32 = np.uint32
 
@@ -239,7 +239,7 @@ def low_rank_gradient(kind: str, tiles: int, parts: int, beside: bool = False):
     pointer = ELEMENTS[kind].pointer
     side = types.Tuple((f32p, pointer, pointer, i64, i64, i64, i64))
     shared_bytes = max(2 * WARPS * stages * staged, 4 * WARPS * STEP * _PARKED_PITCH)
-    options = {"threads": THREADS, "shared_bytes": shared_bytes, "min_blocks": 2 if tiles == 1 else 1}
+    options = {"threads": THREADS, "shared_bytes": shared_bytes, "max_registers": 128 if tiles == 1 else None}
     options |= {"architectures": (9, 0, "a")} if beside else {}
     return kernel, (side, side, i64, i64, i64, i64), options
 

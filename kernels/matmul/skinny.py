@@ -154,6 +154,8 @@ def _segment(rest: Callable, position: int, problem: SkinnyProblem, tile: Skinny
         rest(sums, result, p, row0, batch, number, lane)
         if waits:
             wait_for_previous_grid()
+            # Not before: the next grid may rely on what came before this one being done.
+            next_grid_may_begin()
         s = p[position]
         if s[RATIO] != np.float32(1):
             for i in range(sums_count):
@@ -200,7 +202,7 @@ def matmul_skinny(problem, tile):
     """Parameters: tiles of rows of B in one result, the result's, the segments', the epilogue's; a block a tile and
     batch.
     """
-    gated, overlaps = epilogue(problem.steps).gated, problem.waits is not None
+    gated = epilogue(problem.steps).gated
     accumulate = _nothing
     for position in range(problem.segments):
         accumulate = _segment(accumulate, position, problem, tile, gated)
@@ -211,8 +213,6 @@ def matmul_skinny(problem, tile):
     units_of_row, threads, shared_elements = columns_of_block // UNIT, tile.threads, block_sums.elements
 
     def kernel(tiles, result, p, e):
-        if overlaps:
-            next_grid_may_begin()
         shared = cuda.shared.array(shared_elements, np.float32)
         block, thread = np.uint32(warp.block_x()), warp.thread_index()
         number, lane = np.uint32(thread >> np.uint32(5)), np.uint32(thread & np.uint32(31))
@@ -241,4 +241,4 @@ def matmul_skinny(problem, tile):
         epilogue(problem.steps).parameters,
     )
     options = {"threads": tile.threads, "min_blocks": tile.blocks}
-    return kernel, parameters, options | ({"architectures": (9, 0, "a")} if overlaps else {})
+    return kernel, parameters, options | ({"architectures": (9, 0, "a")} if problem.waits is not None else {})

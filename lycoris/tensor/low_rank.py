@@ -136,7 +136,7 @@ def _both(
     t, out = of_layout(found.t, device), of_layout(found.out, device)
     run_prepared(found.first, (t, a, narrow))
     run_prepared(found.second, (out, a, b, t, wide, *added))
-    return t, out, operands
+    return t, out, (*operands, *added)
 
 
 def _prepare_both(
