@@ -83,9 +83,13 @@ def entrance(early: bool, any_size: bool = False) -> Callable:
     return enter
 
 
+HOPPER = {"architectures": (9, 0, "a")}
+"""Options of a kernel with instructions of this module."""
+
+
 def early_options(early: bool) -> dict:
     """A kernel's launch options for that."""
-    return {"early": True, "architectures": (9, 0, "a")} if early else {}
+    return HOPPER | {"early": True} if early else {}
 
 
 cluster_rank = instruction("mov.u32 $0, %cluster_ctarank;", "", "r", twin=twins.cluster_rank, pure=True)

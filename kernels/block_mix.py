@@ -219,7 +219,7 @@ def mix_blocks(kind: str, groups: int, transposed: bool, early: bool = False):
     pointer = element.pointer
     parameters = (pointer, pointer, pointer, f32, i64, i64, i64, i64, i64, i64)
     options = {"threads": THREADS, "min_blocks": blocks_at_once(groups)}
-    return kernel, parameters, options | ({"architectures": (9, 0, "a")} if early else {})
+    return kernel, parameters, options | (barrier.HOPPER if early else {})
 
 
 @kernel_factory(("bf16", "bf16", "bf16", False), ("f32", "bf16", "f16", True))

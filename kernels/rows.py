@@ -302,7 +302,6 @@ def _row_values(operands: Operands, picks: Picks) -> Callable:
     return written("row_values", "fulls, row_operands, row, base, n", [*lines, f"return ({''.join(found)})"], known)
 
 
-_SUM = (4, (), (0,))
 _SOFTMAX = (
     (("max", (3, (), (0,))), ("sum", (4, (("sub", 0, 3), ("exp", 4)), (5,)))),
     (5, (("sub", 0, 3), ("exp", 5), ("div", 6, 4)), (7,)),

@@ -240,7 +240,7 @@ def low_rank_gradient(kind: str, tiles: int, parts: int, beside: bool = False):
     side = types.Tuple((f32p, pointer, pointer, i64, i64, i64, i64))
     shared_bytes = max(2 * WARPS * stages * staged, 4 * WARPS * STEP * _PARKED_PITCH)
     options = {"threads": THREADS, "shared_bytes": shared_bytes, "max_registers": 128 if tiles == 1 else None}
-    options |= {"architectures": (9, 0, "a")} if beside else {}
+    options |= barrier.HOPPER if beside else {}
     return kernel, (side, side, i64, i64, i64, i64), options
 
 

@@ -7,6 +7,7 @@ mixing weights; and where H is dynamic its lifts, of every row of the projection
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import numpy as np
@@ -177,24 +178,20 @@ def staged_lifts(role: str, projection: str, n: int) -> SimpleNamespace:
         column = np.uint32(16 * pairs) if last else np.uint32(np.uint32(lane >> np.uint32(4)) * np.uint32(8))
         return np.int64(np.uint32(np.uint32(sample * np.uint32(pitch)) + column) + np.uint32(lifts_at))
 
-    @device
-    def by_sample(shared, at, at_last, part, f, to):
-        for pair in range(pairs):
-            offset, i = np.uint32(2 * (part * rows + 16 * pair)), to + 4 * pair
-            f[i], f[i + 1], f[i + 2], f[i + 3] = tensor_core.ldmatrix_ahead(shared, at, offset)
-        if odd:
-            f0, f1, _, _ = tensor_core.ldmatrix_ahead(shared, at_last, np.uint32(2 * part * rows))
-            f[to + 4 * pairs], f[to + 4 * pairs + 1] = f0, f1
+    def fragments(load: Callable) -> Callable:
+        @device
+        def fetch(shared, at, at_last, part, f, to):
+            for pair in range(pairs):
+                offset, i = np.uint32(2 * (part * rows + 16 * pair)), to + 4 * pair
+                f[i], f[i + 1], f[i + 2], f[i + 3] = load(shared, at, offset)
+            if odd:
+                f0, f1, _, _ = load(shared, at_last, np.uint32(2 * part * rows))
+                f[to + 4 * pairs], f[to + 4 * pairs + 1] = f0, f1
 
-    @device
-    def by_row(shared, at, at_last, part, f, to):
-        for pair in range(pairs):
-            offset, i = np.uint32(2 * (part * rows + 16 * pair)), to + 4 * pair
-            f[i], f[i + 1], f[i + 2], f[i + 3] = tensor_core.ldmatrix_transposed_ahead(shared, at, offset)
-        if odd:
-            f0, f1, _, _ = tensor_core.ldmatrix_transposed_ahead(shared, at_last, np.uint32(2 * part * rows))
-            f[to + 4 * pairs], f[to + 4 * pairs + 1] = f0, f1
+        return fetch
 
+    by_sample = fragments(tensor_core.ldmatrix_ahead)
+    by_row = fragments(tensor_core.ldmatrix_transposed_ahead)
     return SimpleNamespace(place=place, by_sample=by_sample, by_row=by_row, words=rows // 4)
 
 

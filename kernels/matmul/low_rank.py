@@ -323,4 +323,4 @@ def low_rank_inner(
     left = types.Tuple((pointer, i64, i64, i64))
     parameters = (result_parameters(kind), left, i64, types.Tuple((term,) * len(tiles)), pointer, i64)
     options = {"threads": threads, "shared_bytes": 2 * elements * warps * groups, "cluster": tile.cluster}
-    return kernel, parameters, options | ({"architectures": (9, 0, "a")} if overlaps else {})
+    return kernel, parameters, options | (barrier.HOPPER if overlaps else {})

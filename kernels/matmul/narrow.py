@@ -1,9 +1,8 @@
-"""Products of one A with few columns: low-rank factors', out[m, n] = epilogue(scale A[m, k] B[n, k]^T), n at most 64.
+"""Products with few columns: low-rank factors', out[m, n] = epilogue(scale A[m, k] B[n, k]^T), n at most 64.
 
-Several B stand side by side in the result, each from a multiple of eight columns on. Reading A is all the work, so A
-goes from memory to the tensor core without shared memory: a lane loads eight neighbouring values of its row and calls
-them the columns that the instruction wants of it, and does the same with B; a sum does not ask in which order its terms
-come. The warps of a block share the depth and add up in the end, in order.
+Reading A is all the work, so A goes from memory to the tensor core without shared memory: a lane loads eight
+neighbouring values of its row and calls them the columns that the instruction wants of it, and does the same with B; a
+sum does not ask in which order its terms come. The warps of a block share the depth and add up in the end, in order.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from collections.abc import Callable
 import numpy as np
 
 from kernels import memory, tensor_core
-from kernels.barrier import entrance
+from kernels.barrier import HOPPER, entrance
 from kernels.elements import ELEMENTS
 from kernels.matmul.epilogue import epilogue
 from kernels.matmul.problem import COLUMNS, OUT, OUT_BATCH, OUT_STRIDE, ROWS, result_parameters
@@ -30,8 +29,8 @@ DEPTH = 32
 UNROLL = 2
 A, A_STRIDE, A_BATCH, DEPTH_OF_A = range(4)
 """Positions of A's parameters."""
-B, B_STRIDE, B_BATCH, RANK, SCALE = range(5)
-"""Positions of a B's: its lines are the columns that it makes, ``RANK`` of them."""
+B, B_STRIDE, B_BATCH, SCALE = range(4)
+"""Positions of B's."""
 _MMA = {"bf16": tensor_core.mma_bf16, "f16": tensor_core.mma_f16}
 _u32 = np.uint32
 
@@ -95,123 +94,53 @@ def row_multiplier(kind: str, row_tiles: int, column_tiles: int) -> Callable:
     return multiply
 
 
-def _terms(tiles: tuple[int, ...], by_lines: bool) -> tuple[Callable, Callable]:
-    """Device functions over all B: fetch their tiles; and the scale of a column, 0 for one that no B makes."""
-
-    @device
-    def nothing(words, at, terms, batch, g, k, depth):
-        pass
-
-    @device
-    def no_scale(terms, column):
-        return np.float32(0)
-
-    fetch, scale_of, position = nothing, no_scale, sum(tiles)
-    for number in reversed(range(len(tiles))):
-        position -= tiles[number]
-        make = _fetch_columns if by_lines else _fetch_term
-        fetch = make(number, position, tiles[number], fetch)
-        scale_of = _scale_of_term(number, position, tiles[number], scale_of)
-    return fetch, scale_of
-
-
-def _fetch_term(number: int, position: int, count: int, rest: Callable) -> Callable:
-    fetch_rows = row_fetcher(count, 8)
-
-    @device
-    def fetch(words, at, terms, batch, g, k, depth):
-        term = terms[number]
-        start = batch * term[B_BATCH]
-        fetch_rows(words, at + 4 * position, term[B], start, term[B_STRIDE], np.int64(0), term[RANK], g, k, depth)
-        rest(words, at, terms, batch, g, k, depth)
-
-    return fetch
-
-
-def _fetch_columns(number: int, position: int, count: int, rest: Callable) -> Callable:
-    fetch_lines = _column_fetcher(count)
-
-    @device
-    def fetch(words, at, terms, batch, g, k, depth):
-        term = terms[number]
-        fetch_lines(words, at + 4 * position, term[B], batch * term[B_BATCH], term[B_STRIDE], term[RANK], g, k, depth)
-        rest(words, at, terms, batch, g, k, depth)
-
-    return fetch
-
-
-def _scale_of_term(number: int, position: int, count: int, rest: Callable) -> Callable:
-    first, end = np.int64(8 * position), np.int64(8 * (position + count))
-
-    @device
-    def scale_of(terms, column):
-        if column >= first and column < end:
-            return terms[number][SCALE] if column - first < terms[number][RANK] else np.float32(0)
-        return rest(terms, column)
-
-    return scale_of
-
-
-def _storer(out: str, steps: tuple, parts: int, width: int) -> Callable:
-    """A device function: one element, through the epilogue, as ``parts`` values of ``out`` that add up to it."""
-    element, one = ELEMENTS[out], epilogue(steps).one
-    store_one, rounded = element.store, element.rounded
-
-    @device
-    def store(result, value, batch, row, column, e):
-        at = batch * result[OUT_BATCH] + row * result[OUT_STRIDE] + column
-        value = one(value, batch, row, column, e)
-        store_one(result[OUT], at, value)
-        if parts == 2:
-            store_one(result[OUT], at + np.int64(width), value - rounded(value))
-
-    return store
-
-
 @kernel_factory(
-    ("bf16", "bf16", (2,), (), 1),
-    ("bf16", "bf16", (8,), (("scale_column", "f32"),), 1),
-    ("f16", "f32", (1,), (("bias", "f16"), ("gelu",)), 1),
-    ("bf16", "bf16", (2, 1, 2), (), 2),
-    ("bf16", "bf16", (2,), (), 2, True),
-    ("bf16", "bf16", (2,), (), 1, True, True),
+    ("bf16", "bf16", 2, ()),
+    ("bf16", "bf16", 8, (("scale_column", "f32"),)),
+    ("f16", "f32", 1, (("bias", "f16"), ("gelu",))),
+    ("bf16", "bf16", 2, (), True),
+    ("bf16", "bf16", 2, (), True, True),
 )
-def matmul_narrow(
-    kind: str, out: str, tiles: tuple[int, ...], steps: tuple, parts: int, early: bool = False, by_lines: bool = False
-):
-    """``tiles`` are groups of eight columns of each B, ``parts`` the values that a result is stored as.
+def matmul_narrow(kind: str, out: str, tiles: int, steps: tuple, early: bool = False, by_lines: bool = False):
+    """``tiles`` are groups of eight columns.
 
-    Two parts: the rounded value, and 8 sum(tiles) columns further what rounding left; together as good as fp32.
     ``early`` the next grid may begin at once (sm_90); this one is launched when the one before has ended, as its few
     blocks would else share the multiprocessors that are free first. ``by_lines``: B's lines are values of K, not
-    columns, of which there is then a multiple of eight. Parameters: the result's, A's, a tuple of each B's, the
-    epilogue's; blocks along y are results of a batch. A and B begin at, and their lines are apart by, multiples of
-    eight elements; so is K.
+    columns, of which there is then a multiple of eight. Parameters: the result's, A's, B's, the epilogue's; blocks
+    along y are results of a batch. A and B begin at, and their lines are apart by, multiples of eight elements, and so
+    is K.
     """
-    column_tiles = sum(tiles)
-    fetch_b, scale_of = _terms(tiles, by_lines)
-    a_words, b_words, sum_count = 8 * ROW_TILES, 4 * column_tiles, 4 * ROW_TILES * column_tiles
+    fetch_columns, fetch_lines = row_fetcher(tiles, 8), _column_fetcher(tiles)
+    a_words, b_words, sum_count = 8 * ROW_TILES, 4 * tiles, 4 * ROW_TILES * tiles
     all_a, all_b = UNROLL * a_words, UNROLL * b_words
-    fetch_a, multiply = row_fetcher(2 * ROW_TILES, 8), row_multiplier(kind, ROW_TILES, column_tiles)
-    width, height = 8 * column_tiles, 16 * ROW_TILES
-    threads, partial = 32 * WARPS, 16 * ROW_TILES * 8 * column_tiles
-    store, enter = _storer(out, steps, parts, width), entrance(early)
+    fetch_a, multiply = row_fetcher(2 * ROW_TILES, 8), row_multiplier(kind, ROW_TILES, tiles)
+    width, height = 8 * tiles, 16 * ROW_TILES
+    threads, partial = 32 * WARPS, 16 * ROW_TILES * 8 * tiles
+    store, finish, enter = ELEMENTS[out].store, epilogue(steps).one, entrance(early)
 
     @device
-    def accumulate(sums, left, terms, rows, row0, batch, lane, number):
+    def fetch_b(words, at, right, start, columns, g, k, depth):
+        if by_lines:
+            fetch_lines(words, at, right[B], start, right[B_STRIDE], columns, g, k, depth)
+        else:
+            fetch_columns(words, at, right[B], start, right[B_STRIDE], np.int64(0), columns, g, k, depth)
+
+    @device
+    def accumulate(sums, left, right, result, row0, batch, lane, number):
         a = cuda.local.array(all_a, np.uint32)
         b = cuda.local.array(all_b, np.uint32)
         for i in range(sum_count):
             sums[i] = np.float32(0)
         g, own = np.int64(lane >> _u32(2)), np.int64((lane & _u32(3)) << _u32(3))
-        depth, start = left[DEPTH_OF_A], batch * left[A_BATCH]
+        rows, columns, depth = result[ROWS], result[COLUMNS], left[DEPTH_OF_A]
+        a_start, b_start = batch * left[A_BATCH], batch * right[B_BATCH]
         turns = _u32(_u32(depth + np.int64(DEPTH * WARPS * UNROLL - 1)) // _u32(DEPTH * WARPS * UNROLL))
         for turn in range(turns):
             for i in range(UNROLL):
                 chunk = np.int64(_u32(_u32(turn) * _u32(UNROLL) + _u32(i)) * _u32(WARPS) + number)
                 k = chunk * np.int64(DEPTH) + own
-                fetch_a(a, i * a_words, left[A], start, left[A_STRIDE], row0, rows, g, k, depth)
-                fetch_b(b, i * b_words, terms, batch, g, k, depth)
+                fetch_a(a, i * a_words, left[A], a_start, left[A_STRIDE], row0, rows, g, k, depth)
+                fetch_b(b, i * b_words, right, b_start, columns, g, k, depth)
             for i in range(UNROLL):
                 multiply(sums, a, i * a_words, b, i * b_words)
 
@@ -220,20 +149,20 @@ def matmul_narrow(
         """The warp's sums as [rows, columns] in its place of shared memory."""
         at = _u32(_u32(number * _u32(partial)) + (lane >> _u32(2)) * _u32(width) + ((lane & _u32(3)) << _u32(1)))
         for row_tile in range(ROW_TILES):
-            for column_tile in range(column_tiles):
+            for column_tile in range(tiles):
                 for i in range(4):
                     row, column = 16 * row_tile + 8 * (i >> 1), 8 * column_tile + (i & 1)
-                    value = sums[4 * (row_tile * column_tiles + column_tile) + i]
+                    value = sums[4 * (row_tile * tiles + column_tile) + i]
                     shared[at + _u32(row * width + column)] = value
 
-    def kernel(result, left, terms, e):
+    def kernel(result, left, right, e):
         enter()
         shared = cuda.shared.array(0, np.float32, alignment=16)
         sums = cuda.local.array(sum_count, np.float32)
         thread = thread_index()
         lane, number = _u32(thread & _u32(31)), _u32(thread >> _u32(5))
         row0, batch = block_x() * np.int64(height), block_y()
-        accumulate(sums, left, terms, result[ROWS], row0, batch, lane, number)
+        accumulate(sums, left, right, result, row0, batch, lane, number)
         park(shared, sums, lane, number)
         block_barrier()
         for turn in range(partial // threads + (partial % threads > 0)):
@@ -243,12 +172,13 @@ def matmul_narrow(
                 value = np.float32(0)
                 for other in range(WARPS):
                     value += shared[place + _u32(other * partial)]
-                scale = scale_of(terms, column)
-                store(result, np.float32(0) if scale == np.float32(0) else value * scale, batch, row, column, e)
+                scale = right[SCALE]
+                value = np.float32(0) if scale == np.float32(0) else value * scale
+                at = batch * result[OUT_BATCH] + row * result[OUT_STRIDE] + column
+                store(result[OUT], at, finish(value, batch, row, column, e))
 
     pointer = ELEMENTS[kind].pointer
-    term = types.Tuple((pointer, i64, i64, i64, f32))
-    left = types.Tuple((pointer, i64, i64, i64))
-    parameters = (result_parameters(out), left, types.Tuple((term,) * len(tiles)), epilogue(steps).parameters)
-    options = {"threads": threads, "shared_bytes": 4 * WARPS * partial, "min_blocks": 2 if column_tiles <= 4 else 1}
-    return kernel, parameters, options | ({"architectures": (9, 0, "a")} if early else {})
+    left, right = types.Tuple((pointer, i64, i64, i64)), types.Tuple((pointer, i64, i64, f32))
+    parameters = (result_parameters(out), left, right, epilogue(steps).parameters)
+    options = {"threads": threads, "shared_bytes": 4 * WARPS * partial, "min_blocks": 2 if tiles <= 4 else 1}
+    return kernel, parameters, options | (HOPPER if early else {})

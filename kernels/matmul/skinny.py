@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from kernels import memory, tensor_core, warp
-from kernels.barrier import next_grid_may_begin, wait_for_previous_grid
+from kernels.barrier import HOPPER, next_grid_may_begin, wait_for_previous_grid
 from kernels.matmul.epilogue import epilogue
 from kernels.matmul.problem import (
     A_BATCH,
@@ -241,4 +241,4 @@ def matmul_skinny(problem, tile):
         epilogue(problem.steps).parameters,
     )
     options = {"threads": tile.threads, "min_blocks": tile.blocks}
-    return kernel, parameters, options | ({"architectures": (9, 0, "a")} if problem.waits is not None else {})
+    return kernel, parameters, options | (HOPPER if problem.waits is not None else {})

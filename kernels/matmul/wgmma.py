@@ -258,7 +258,7 @@ def persistent(
 
     parameters = (i64p, i64, i64, i64, i64, types.Tuple((pointer, i64)), f32, epilogue(steps).parameters, shape)
     options = {"threads": THREADS, "shared_bytes": tile.shared_bytes(staging), "cluster": tile.cluster}
-    return kernel, parameters, options | {"architectures": (9, 0, "a")}
+    return kernel, parameters, options | barrier.HOPPER
 
 
 def _example(columns: int, cluster: int, *, out: str = "bf16", mode: str = "tma", steps: tuple = (), **tile) -> tuple:

@@ -267,26 +267,33 @@ def _sender(where: Rows) -> Callable:
     return send
 
 
-def _packed_chunk(kind: str, tile_columns: int, steps: tuple, number: int, slot_of: Callable, where: Rows) -> _Chunk:
-    """16-bit results: 32 columns, four products' widths, two stmatrix."""
-    first_half, second_half = _values(tile_columns, steps, 16 * number, 16)
-    pairs, pack, start, send = _Pairs.of(steps, where), _PACK[kind], _u32(32 * number), _sender(where)
-    fetch_pair, finish = pairs.fetch, pairs.finish
+def _square(fetch_pair: Callable) -> Callable:
+    """A device function: what the epilogue reads for the lane's four pairs of a warp's rows and 16 columns."""
 
     @device
-    def fetch_quarter(top, left, rows, columns, batch, p, q):
+    def fetch(row, column, rows, columns, batch, p, q):
+        lane = _u32(thread_index() & _u32(31))
+        top, left = _u32(_first_row(row) + (lane >> _u32(2))), _u32(column + ((lane & _u32(3)) << _u32(1)))
         below, right = _u32(top + _u32(8)), _u32(left + _u32(8))
         return (
             fetch_pair(top, left, rows, columns, batch, p, q), fetch_pair(below, left, rows, columns, batch, p, q),
             fetch_pair(top, right, rows, columns, batch, p, q), fetch_pair(below, right, rows, columns, batch, p, q),
         )  # fmt: skip
 
+    return fetch
+
+
+def _packed_chunk(kind: str, tile_columns: int, steps: tuple, number: int, slot_of: Callable, where: Rows) -> _Chunk:
+    """16-bit results: 32 columns, four products' widths, two stmatrix."""
+    first_half, second_half = _values(tile_columns, steps, 16 * number, 16)
+    pairs, pack, start, send = _Pairs.of(steps, where), _PACK[kind], _u32(32 * number), _sender(where)
+    fetch_square, finish = _square(pairs.fetch), pairs.finish
+
     @device
     def fetch(row, column, rows, columns, batch, p, q):
-        lane = _u32(thread_index() & _u32(31))
-        top, left = _u32(_first_row(row) + (lane >> _u32(2))), _u32(column + start + ((lane & _u32(3)) << _u32(1)))
-        first = fetch_quarter(top, left, rows, columns, batch, p, q)
-        return first, fetch_quarter(top, _u32(left + _u32(16)), rows, columns, batch, p, q)
+        left = _u32(column + start)
+        first = fetch_square(row, left, rows, columns, batch, p, q)
+        return first, fetch_square(row, _u32(left + _u32(16)), rows, columns, batch, p, q)
 
     @device
     def store_quarter(a, b, i, slot, p, words):
@@ -316,7 +323,7 @@ def _wide_chunk(kind: str, tile_columns: int, steps: tuple, number: int, slot_of
     """fp32 results: 16 columns, two products' widths, 8-byte stores."""
     first_half, second_half = _values(tile_columns, steps, 8 * number, 8)
     pairs, start, send = _Pairs.of(steps, where), _u32(16 * number), _sender(where)
-    fetch_pair, finish = pairs.fetch, pairs.finish
+    fetch_square, finish = _square(pairs.fetch), pairs.finish
 
     @device
     def put(slot, line, unit, half, pair):
@@ -325,13 +332,7 @@ def _wide_chunk(kind: str, tile_columns: int, steps: tuple, number: int, slot_of
 
     @device
     def fetch(row, column, rows, columns, batch, p, q):
-        lane = _u32(thread_index() & _u32(31))
-        top, left = _u32(_first_row(row) + (lane >> _u32(2))), _u32(column + start + ((lane & _u32(3)) << _u32(1)))
-        below, right = _u32(top + _u32(8)), _u32(left + _u32(8))
-        return (
-            fetch_pair(top, left, rows, columns, batch, p, q), fetch_pair(below, left, rows, columns, batch, p, q),
-            fetch_pair(top, right, rows, columns, batch, p, q), fetch_pair(below, right, rows, columns, batch, p, q),
-        )  # fmt: skip
+        return fetch_square(row, _u32(column + start), rows, columns, batch, p, q)
 
     @device
     def store(sums, staging, row, column, rows, columns, batch, out, p, q, words):

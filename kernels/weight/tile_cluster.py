@@ -18,6 +18,7 @@ from kernels.barrier import (
     cluster_barrier,
     cluster_rank,
     cluster_wait,
+    early_options,
     entrance,
     shared_address,
     shared_load_remote,
@@ -172,4 +173,4 @@ def dora_cluster(base, out, sources, magnitude, check, tile, cluster, teams):
     )  # fmt: skip
     warps = tile.warps * teams
     options = {"threads": 32 * warps, "min_blocks": max(1, warps_on_multiprocessor(sources, tile) // warps)}
-    return kernel, parameters, options | {"cluster": cluster, "early": True, "architectures": (9, 0, "a")}
+    return kernel, parameters, options | {"cluster": cluster} | early_options(True)

@@ -67,7 +67,7 @@ class NarrowProgram(MatmulProgram):
         early = descriptor.early and device.arch >= ArchSku.SM90A.value
         by_lines = not descriptor.segments[0].b_transposed
         steps = kernel_steps(descriptor)
-        kernel = matmul_narrow(kind, descriptor.out.value, (tiles,), steps, 1, early, by_lines)
+        kernel = matmul_narrow(kind, descriptor.out.value, tiles, steps, early, by_lines)
         batches = 1 if descriptor.batch is None else descriptor.batch
         self.launch = kernel.launcher((-(-descriptor.m // ROWS), batches, 1))
 
@@ -78,8 +78,8 @@ class NarrowProgram(MatmulProgram):
         (a, b), scale, depth = args.segments[0], args.scales[0], self.descriptor.segments[0].k
         a_stride, b_stride, a_batch, b_batch = self.strides[0]
         left = (a.data, a_stride, a_batch, depth if scale else 0)
-        term = (b.data, b_stride, b_batch, self.descriptor.n, np.float32(scale))
-        return [(self.launch, (*self.result_arguments(args), *left, *term, *self.epilogue_arguments(args)))]
+        right = (b.data, b_stride, b_batch, np.float32(scale))
+        return [(self.launch, (*self.result_arguments(args), *left, *right, *self.epilogue_arguments(args)))]
 
 
 NARROW = Sku(
