@@ -1,12 +1,14 @@
 """Compiled kernels on disk, so that a second process starts without compiling.
 
 A file holds the digest of the rest, one line of JSON and the cubin. Its name is the digest of what made it:
-the sources of this package, the kernel's key and options, the architecture, and the versions of the
-compilers. ``LYCORIS_CACHE_DIR`` moves the folder; set to the empty string it turns the cache off.
+the source of the kernel's module and of all that it imports of this package, the kernel's key and options, the
+architecture, and the versions of the compilers. ``LYCORIS_CACHE_DIR`` moves the folder; set to the empty string it
+turns the cache off.
 """
 
 from __future__ import annotations
 
+import ast
 import functools
 import hashlib
 import json
@@ -31,6 +33,7 @@ class Compilable(Protocol):
     """What the cache asks of a kernel: everything its binary depends on, and how to make it."""
 
     key: str
+    module: str
     parameters: tuple
     threads: int
     min_blocks: int
@@ -58,11 +61,38 @@ def folder() -> Path | None:
 
 
 @functools.cache
-def sources_digest() -> str:
-    """The digest of this package's sources and the compilers' versions."""
+def _imported(source: bytes) -> frozenset[str]:
+    """Names that a source imports, wherever in it; of ``from a import b`` both a and a.b, whichever is a module."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names.update((node.module, *(f"{node.module}.{alias.name}" for alias in node.names)))
+    return frozenset(names)
+
+
+def _sources(module: str) -> list[Path]:
+    """The files of a module of this package, of all that it imports of it, and of the packages that they lie in."""
+    package = Path(__file__).parent
+    found: set[Path] = set()
+    todo = [module]
+    while todo:
+        first, *inner = todo.pop().split(".")
+        at = package.joinpath(*inner)
+        path = at / "__init__.py" if at.is_dir() else at.with_suffix(".py")
+        if first == package.name and path.is_file() and path not in found:
+            found.add(path)
+            todo += [*_imported(path.read_bytes()), ".".join([first, *inner[:-1]])]
+    return sorted(found)
+
+
+@functools.cache
+def sources_digest(module: str = "") -> str:
+    """The digest of the compilers' versions and of this package's sources: all, or those that a module is made of."""
     digest = hashlib.sha256()
     package = Path(__file__).parent
-    for path in sorted(package.rglob("*.py")):
+    for path in _sources(module) or sorted(package.rglob("*.py")):
         digest.update(str(path.relative_to(package)).encode() + b"\0" + path.read_bytes())
     for name in ("numba", "numba-cuda", "llvmlite", "numpy", "cuda-core", "cuda-bindings"):
         digest.update(f"{name}=={metadata.version(name)}".encode())
@@ -73,7 +103,7 @@ def sources_digest() -> str:
 
 
 def _file_name(kernel: Compilable, cc: tuple) -> str:
-    identity = (sources_digest(), kernel.key, str(kernel.parameters), kernel.threads, kernel.min_blocks,
+    identity = (sources_digest(kernel.module), kernel.key, str(kernel.parameters), kernel.threads, kernel.min_blocks,
                 kernel.max_registers, cc)  # fmt: skip
     return hashlib.sha256(repr(identity).encode()).hexdigest() + ".kernel"
 

@@ -69,14 +69,16 @@ class Kernel:
     """A kernel function with everything its compilation depends on.
 
     ``parameters`` are Numba types; tuples of types are passed flattened. ``key`` names the function and the
-    compile-time choices that made it: with the package's sources it is the disk cache's key. ``cluster`` blocks along x
-    run together (sm_90). An ``early`` kernel begins while the one before it ends, and waits for that itself (sm_90).
+    compile-time choices that made it: with the sources of ``module`` it is the disk cache's key. ``cluster`` blocks
+    along x run together (sm_90). An ``early`` kernel begins while the one before it ends, and waits for that itself
+    (sm_90).
     """
 
     function: Callable
     parameters: tuple
     threads: int
     key: str
+    module: str = ""
     min_blocks: int = 1
     max_registers: int | None = None
     shared_bytes: int = 0
@@ -270,7 +272,7 @@ def kernel_factory(*examples: tuple) -> Callable:
             key = f"{fn.__module__}.{fn.__qualname__}{choices!r}"
             assert " at 0x" not in key, f"{key}: choices name a binary on disk, so they must be plain data"
             function, parameters, options = fn(*choices)
-            return Kernel(function, parameters, key=key, **options)
+            return Kernel(function, parameters, key=key, module=fn.__module__, **options)
 
         functools.update_wrapper(make, fn)
         make.examples = examples

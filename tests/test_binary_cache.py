@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
+import plans.catalogue
 from kernels import binary_cache
-from kernels.target import Binary, Kernel, f32p, u16p
+from kernels.target import FACTORIES, Binary, Kernel, f32p, u16p
 
 ROOT = Path(__file__).parent.parent
 CC = (9, 0, "a")
@@ -72,28 +73,54 @@ def test_another_architecture_is_another_binary(folder, compilations):
     assert compilations() == 4
 
 
-def test_other_sources_or_libraries_are_another_binary(folder, compilations, monkeypatch, tmp_path):
+@pytest.fixture
+def package(monkeypatch, tmp_path):
+    """A copy of the package's sources, which the cache takes for them; its digests are not kept."""
     shutil.copytree(Path(binary_cache.__file__).parent, tmp_path / "kernels")
     monkeypatch.setattr(binary_cache, "__file__", str(tmp_path / "kernels" / "binary_cache.py"))
-    digest = binary_cache.sources_digest.__wrapped__
-    seen = {binary_cache.sources_digest(), digest()}
-    assert len(seen) == 1
-    (tmp_path / "kernels" / "bits.py").rename(tmp_path / "kernels" / "renamed.py")
-    seen.add(digest())
-    (tmp_path / "kernels" / "family").mkdir()
-    (tmp_path / "kernels" / "renamed.py").rename(tmp_path / "kernels" / "family" / "renamed.py")
-    seen.add(digest())
-    with (tmp_path / "kernels" / "warp.py").open("a") as file:
-        file.write("\n")
-    seen.add(digest())
-    monkeypatch.setattr(binary_cache.metadata, "version", lambda name: "0.0")
-    seen.add(digest())
-    assert len(seen) == 5
+    monkeypatch.setattr(binary_cache, "sources_digest", binary_cache.sources_digest.__wrapped__)
+    return tmp_path / "kernels"
 
+
+def add_line(path):
+    with path.open("a") as file:
+        file.write("\n")
+
+
+def test_other_sources_or_libraries_are_another_binary(folder, compilations, monkeypatch, package):
     binary_cache.load_or_compile(KERNEL, CC)
-    monkeypatch.setattr(binary_cache, "sources_digest", digest)
+    seen = {binary_cache.sources_digest()}
+    (package / "bits.py").rename(package / "renamed.py")
+    seen.add(binary_cache.sources_digest())
+    (package / "family").mkdir()
+    (package / "renamed.py").rename(package / "family" / "renamed.py")
+    seen.add(binary_cache.sources_digest())
+    add_line(package / "warp.py")
+    seen.add(binary_cache.sources_digest())
+    monkeypatch.setattr(binary_cache.metadata, "version", lambda name: "0.0")
+    seen.add(binary_cache.sources_digest())
+    assert len(seen) == 5
     binary_cache.load_or_compile(KERNEL, CC)
     assert compilations() == 2
+
+
+def test_a_kernel_is_compiled_again_where_its_module_or_what_that_imports_changed(folder, compilations, package):
+    """kernels/weight/tile.py imports bits.py by way of elements.py; it has nothing of rows.py."""
+    kernel = replace(KERNEL, module="kernels.weight.tile")
+    changes = {"rows.py": 1, "attention/__init__.py": 1, "weight/tile.py": 2, "bits.py": 3, "weight/__init__.py": 4}
+    binary_cache.load_or_compile(kernel, CC)
+    for path, wanted in changes.items():
+        add_line(package / path)
+        binary_cache.load_or_compile(kernel, CC)
+        assert compilations() == wanted, path
+
+
+def test_every_factory_names_its_module():
+    made = [factory(*factory.examples[0]) for factory in FACTORIES if factory.examples]
+    assert len(made) >= len({type_ for type_, *_ in plans.catalogue.EXAMPLES})
+    assert {kernel.module for kernel in made} <= set(sys.modules)
+    assert all(kernel.key.startswith(f"{kernel.module}.") for kernel in made)
+    assert all(binary_cache._sources(kernel.module) for kernel in made)
 
 
 def flip(data, at):
