@@ -23,14 +23,19 @@ TITLES = {
     "whole checkpoint": "A whole checkpoint",
     "lycoris merge": "`lycoris merge`",
     "beside lycoris-lora": "Beside lycoris-lora",
+    "launch cost": "Cost of a launch, CPU time",
     "products": "Products, beside cuBLAS",
+    "convolutions": "Convolutions, beside cuDNN",
+    "gradients of convolutions": "Gradients of convolutions, beside cuDNN",
     "layers": "Linear layers with live adapters, beside the bare one by cuBLAS",
     "layers beside peers": "Linear layers with live adapters, beside lycoris-lora and PEFT",
-    "convolutions": "Convolutions, beside cuDNN",
     "attention": "Attention, beside PyTorch's flash attention",
-    "launch cost": "Cost of a launch, CPU time",
+    "training layers": "Layers with a trained adapter, forward and backward",
+    "training kernels": "Kernels of training",
+    "training steps": "Whole steps of training",
     "hyper-connections": "Hyper-connections",
     "hyper-connections beside torch": "Hyper-connections beside torch",
+    "hyper-connections beside Liger-Kernel": "Hyper-connections beside Liger-Kernel",
     "sinkhorn": "Sinkhorn alone",
 }
 """pytest-benchmark's groups, in the page's order."""
@@ -132,6 +137,7 @@ def report(entries: list[Entry], unmeasured: dict[str, str]) -> str:
     """The verdicts and all tables, as Markdown."""
     first, *others = verdicts(entries, unmeasured)
     lines = [first, "", *(f"- {line}" for line in others), *[""] * bool(others)]
+    assert not (unknown := {entry.record["group"] for entry in entries} - set(TITLES)), unknown
     for group, title in TITLES.items():
         members = [entry for entry in entries if entry.record["group"] == group]
         if members:
