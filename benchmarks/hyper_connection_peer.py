@@ -1,21 +1,20 @@
-"""torch's own times of hyper-connections, in a process of its own: the formula in ordinary operations, and compiled.
+"""torch's own times of a hyper-connection, in a process of its own: the formula in ordinary operations, and compiled.
 
-Reads a JSON list of problems on stdin: ``id``, ``form`` ("static" or "dynamic"), ``batch``, ``channels``, ``streams``,
-``iterations``, ``eps``, ``dtype``, ``sets`` of operands to rotate over. The last line on stdout is a JSON object:
-versions, and by id the median device seconds of a forward ("forward naive", "forward compiled") and the median wall
-seconds of a forward and backward ("step naive", "step compiled").
+Takes a problem in its turn (`turns.py`): ``form`` ("static" or "dynamic"), ``batch``, ``channels``, ``streams``,
+``iterations``, ``eps``, ``dtype``, ``sets`` of operands to rotate over. Answers ``versions`` and ``seconds``: the
+median device seconds of a forward ("forward naive", "forward compiled") and the median wall seconds of a forward and
+backward ("step naive", "step compiled").
 """
 
 from __future__ import annotations
 
-import json
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from turns import measure_in_turn
 
 ROUNDS = 7
 
@@ -84,43 +83,53 @@ def wall_seconds(call: Callable[[], Any]) -> float:
     return statistics.median(times[3:])
 
 
-def measure(problem: dict[str, Any]) -> dict[str, float]:
-    n, channels, batch = problem["streams"], problem["channels"], problem["batch"]
-    dtype = getattr(torch, problem["dtype"])
-    gamma = torch.randn(channels, device="cuda", dtype=torch.bfloat16)
+def operands(problem: dict[str, Any]) -> tuple[Callable, list[torch.Tensor], tuple]:
+    """The formula, its parameters and what else it takes."""
+    n, channels = problem["streams"], problem["channels"]
     if problem["form"] == "static":
-        function, shapes, dtypes = static, [(n,), (n,), (n, n)], [torch.float32] * 3
+        function, shapes, dtypes, first = static, [(n,), (n,), (n, n)], [torch.float32] * 3, ()
     else:
         m = n * (n + 2)
-        function, shapes, dtypes = dynamic, [(m, n * channels), (3,), (m,)], [dtype, torch.float32, torch.float32]
+        function, shapes = dynamic, [(m, n * channels), (3,), (m,)]
+        dtypes = [getattr(torch, problem["dtype"]), torch.float32, torch.float32]
+        # Which alpha each row has; made here, since a graph cannot capture a copy from the host.
+        first = (torch.tensor([0] * n + [1] * n + [2] * n * n, device="cuda"),)
     parameters = [
         (0.02 * torch.randn(shape, device="cuda")).to(kind) for shape, kind in zip(shapes, dtypes, strict=True)
     ]
-    xs = [torch.randn(batch, n, channels, device="cuda", dtype=dtype) for _ in range(problem["sets"])]
-    more = (problem["iterations"], problem["eps"])
-    if problem["form"] == "dynamic":
-        # Which alpha each row has; made here, since a graph cannot capture a copy from the host.
-        more = (torch.tensor([0] * n + [1] * n + [2] * n * n, device="cuda"), *more)
-    found = {}
-    for name, run in (("naive", function), ("compiled", torch.compile(function, dynamic=False))):
-        with torch.no_grad():
-            calls = [lambda x=x, run=run: run(x, gamma, *parameters, *more) for x in xs]
-            found[f"forward {name}"] = device_seconds(calls)
-        leaves = [leaf.detach().requires_grad_() for leaf in (xs[0], gamma, *parameters)]
-        d_out = torch.randn_like(xs[0])
-
-        def step(run: Callable = run, leaves: list = leaves, d_out: torch.Tensor = d_out) -> None:
-            torch.autograd.grad(run(*leaves, *more), leaves, d_out)
-
-        found[f"step {name}"] = wall_seconds(step)
-        torch.cuda.empty_cache()
-    return found
+    gamma = torch.randn(channels, device="cuda", dtype=torch.bfloat16)
+    return function, [gamma, *parameters], (*first, problem["iterations"], problem["eps"])
 
 
-def main() -> None:
-    seconds = {problem["id"]: measure(problem) for problem in json.load(sys.stdin)}
-    print(json.dumps({"versions": {"torch": torch.__version__}, "seconds": seconds}), flush=True)
+def prepare(problem: dict[str, Any]) -> Callable[[], dict[str, Any]]:
+    """Compile both passes; what is returned measures them."""
+    function, parameters, more = operands(problem)
+    shape, dtype = (problem["batch"], problem["streams"], problem["channels"]), getattr(torch, problem["dtype"])
+    x, d_out = (torch.randn(shape, device="cuda", dtype=dtype) for _ in range(2))
+    leaves = [leaf.detach().requires_grad_() for leaf in (x, *parameters)]
+    forms = {"naive": function, "compiled": torch.compile(function, dynamic=False)}
+
+    def step(run: Callable) -> None:
+        torch.autograd.grad(run(*leaves, *more), leaves, d_out)
+
+    with torch.no_grad():
+        forms["compiled"](x, *parameters, *more)
+    step(forms["compiled"])
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+
+    def measure() -> dict[str, Any]:
+        xs, found = [x, *(torch.randn_like(x) for _ in range(problem["sets"] - 1))], {}
+        for name, run in forms.items():
+            with torch.no_grad():
+                calls = [lambda x=x, run=run: run(x, *parameters, *more) for x in xs]
+                found[f"forward {name}"] = device_seconds(calls)
+            found[f"step {name}"] = wall_seconds(lambda run=run: step(run))
+            torch.cuda.empty_cache()
+        return {"versions": {"torch": torch.__version__}, "seconds": found}
+
+    return measure
 
 
 if __name__ == "__main__":
-    main()
+    measure_in_turn(prepare)

@@ -15,7 +15,7 @@ import pytest
 from cases import Limit
 from cuda.core import EventOptions
 from measure import Result, record, side_by_side
-from problem import fill_random
+from problem import fill_random, repeats
 from right import assert_layer
 from timing import rotations
 from torch_limit import TorchReplay
@@ -112,16 +112,18 @@ class LayerReplay:
         inputs = [random_tensor(device, rng, (row.tokens, row.channels)) for _ in range(count)]
         self.kernel = row.mode
 
+        rounds = repeats(count)
+
         def work() -> list:
-            outputs = []
-            for number, x in enumerate(inputs):
-                layer = layers[number % len(layers)]
+            outputs: list[tensor.Tensor] = []
+            for number, x in enumerate(inputs * rounds):
+                layer = layers[number % count % len(layers)]
                 if row.rebuilt:
                     layer.set_strength("0", 0.5)
-                outputs.append(layer(x))
+                outputs = [*outputs, layer(x)][-count:]
             return outputs
 
-        self._graph, self._count, self._held = capture(work, device), count, (layers, inputs)
+        self._graph, self._count, self._held = capture(work, device), count * rounds, (layers, inputs)
 
     def assert_right(self, rng: np.random.Generator) -> None:
         """The last call's output, some rows of it, against float64."""

@@ -1,7 +1,8 @@
 """Attention beside PyTorch's flash attention: device time of the result alone, and with the gradients of q, k and v.
 
-Both sides multiply by `mma.sync` and walk over keys by the same algorithm (FlashAttention-2), so that forward gates are
-what other tiles may cost. Our gradients make the scores twice, for results without atomic sums: seven products to five.
+PyTorch's multiplies by `mma.sync` and walks over keys by the same algorithm as ours does (FlashAttention-2), so that
+forward gates are what other tiles may cost; ours multiplies by `wgmma` where heads are of 64. Our gradients make the
+scores twice, for results without atomic sums: seven products to five.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from plans.attention import (
     AttentionDescriptor,
     AttentionPlan,
 )
-from plans.core import BackendKind, Device, PlanPreference
+from plans.core import Device
 
 SHAPES = {
     "training gate, 4 x 16 heads of 64": AttentionDescriptor(4, 16, 1024, 1024, 64),
@@ -38,7 +39,6 @@ SHAPES = {
 }
 FORWARD_GATE = {64: 1.25, 80: 1.25, 128: 1.45}
 BOTH_GATE = {64: 1.6, 80: 1.6, 128: 1.8}
-MMA = PlanPreference(prefer_backend=BackendKind.MMA)
 
 
 class _Sum:
@@ -96,14 +96,12 @@ def _assert_right(runs: Rotated, plan: AttentionPlan, gradients: bool) -> None:
 def test_attention(name: str, gradients: bool, device: Device, rng: np.random.Generator, benchmark: Any):
     descriptor = SHAPES[name]
     limit = _limit(descriptor, gradients)
-    plan = AttentionPlan.select(None, descriptor, MMA, device)
+    plan = AttentionPlan.select(None, descriptor, device=device)
 
     def make(tensors: list) -> AttentionBackwardArgs:
         return AttentionBackwardArgs(tensors[:3], tensors[3:])
 
-    with Rotated(
-        device, AttentionBackwardPlan, AttentionBackwardDescriptor(descriptor), make, rng, preference=MMA
-    ) as runs:
+    with Rotated(device, AttentionBackwardPlan, AttentionBackwardDescriptor(descriptor), make, rng) as runs:
         forward = Replay(device, _forward_calls(runs, plan))
         forward.seconds()  # what the gradients read
         ours = _Sum(forward, Replay(device, runs.calls)) if gradients else forward

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import statistics
-import subprocess
-import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +30,7 @@ from hyper_connection_problem import HyperConnectionProblem
 from measure import ROUNDS, WARMUP_ROUNDS, Result, record, side_by_side
 from problem import LEAST_CALLS
 from timing import Replay, copy_call, graph_of, rotations
+from turns import Turns
 
 from plans.core import Device, Workspace
 from plans.sinkhorn import SinkhornArgs, SinkhornBackwardArgs, SinkhornPlan
@@ -81,26 +80,22 @@ PEER_ROWS = tuple(Row(form, *shape) for form in ("static", "dynamic") for shape 
 
 
 @pytest.fixture(scope="module")
-def peer(device: Device, request: pytest.FixtureRequest) -> dict[str, Any]:
-    """torch's times of the rows that were selected."""
+def peer(device: Device, request: pytest.FixtureRequest) -> Iterator[Turns]:
+    """A process of torch for every row that was selected."""
     if importlib.util.find_spec("torch") is None:
         pytest.skip("torch is not there to be compared with")
     chosen = [item.callspec.params.get("peer_row") for item in request.session.items if item.path == request.path]
-    problems = [
-        {
-            "id": str(row), "form": row.work, "batch": row.batch, "channels": row.channels, "streams": STREAMS,
+    problems = {
+        str(row): {
+            "form": row.work, "batch": row.batch, "channels": row.channels, "streams": STREAMS,
             "iterations": ITERATIONS, "eps": EPS, "dtype": "bfloat16",
             "sets": min(24, rotations(4 * row.batch * row.channels * STREAMS)),
         }
         for row in chosen
         if row is not None
-    ]  # fmt: skip
-    done = subprocess.run(
-        [sys.executable, str(PEER)], input=json.dumps(problems), capture_output=True, text=True, check=False,
-        timeout=SECONDS_ALLOWED,
-    )  # fmt: skip
-    assert done.returncode == 0, f"{PEER.name} failed:\n{done.stderr}"
-    return json.loads(done.stdout.splitlines()[-1])
+    }  # fmt: skip
+    with Turns(PEER, problems, SECONDS_ALLOWED) as turns:
+        yield turns
 
 
 def step_seconds(device: Device, row: Row, rng: np.random.Generator) -> float:
@@ -119,17 +114,16 @@ def step_seconds(device: Device, row: Row, rng: np.random.Generator) -> float:
 
 @pytest.mark.benchmark(group="hyper-connections beside torch")
 @pytest.mark.parametrize("peer_row", PEER_ROWS, ids=str)
-def test_beside_torch(peer_row: Row, device: Device, peer: dict[str, Any], rng: np.random.Generator, benchmark: Any):
-    found: list[float] = []
+def test_beside_torch(peer_row: Row, device: Device, peer: Turns, rng: np.random.Generator, benchmark: Any):
+    answer, found = peer.take(str(peer_row)), []
     with HyperConnectionProblem(device, peer_row, rng) as problem:
         ours = Replay(device, problem.calls)
         benchmark.pedantic(lambda: found.append(ours.seconds()), rounds=ROUNDS, warmup_rounds=WARMUP_ROUNDS)
     seconds, step = statistics.median(found[WARMUP_ROUNDS:]), step_seconds(device, peer_row, rng)
-    theirs, name = peer["seconds"][str(peer_row)], problem.plan.chosen.name
-    gated = peer_row.work == "static"
+    theirs, name = answer["seconds"], problem.plan.chosen.name
     results = [
         Result(f"{peer_row.work} {what}", peer_row.shape, how, name, own, Limit.TORCH, theirs[f"{what} {how}"],
-               1 / gate if gated and gate else None)
+               1 / gate if gate else None)
         for what, how, own, gate in (
             ("forward", "naive", seconds, FORWARD_OVER_NAIVE),
             ("forward", "compiled", seconds, FORWARD_OVER_COMPILED),
@@ -137,7 +131,7 @@ def test_beside_torch(peer_row: Row, device: Device, peer: dict[str, Any], rng: 
             ("step", "compiled", step, STEP_OVER_COMPILED),
         )
     ]  # fmt: skip
-    record(benchmark, *results, peer=peer["versions"])
+    record(benchmark, *results, peer=answer["versions"])
 
 
 @pytest.mark.benchmark(group="hyper-connections")

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
 import statistics
-import subprocess
-import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +18,7 @@ from hyper_connection_cases import BF16, EPS, ITERATIONS, LARGE, SMALL, STREAMS
 from measure import ROUNDS, WARMUP_ROUNDS, Result, record
 from problem import POISON, fill_random, random_values, repeats
 from timing import Replay, rotations
+from turns import Turns
 
 from plans.core import Device, DeviceBuffer, Operand, Workspace
 from plans.hyper_connection import (
@@ -37,8 +35,9 @@ from plans.hyper_connection.common import NamedArguments
 from plans.sinkhorn import SinkhornMode
 
 PEER = Path(__file__).with_name("liger_peer.py")
-SECONDS_ALLOWED = 300
+SECONDS_ALLOWED = 500
 GATE = 1 / 1.2
+PARTS = ("forward", "step")
 SHAPES = (*SMALL, LARGE)
 FORWARD, BACKWARD = 2, 4
 """How many of the plans are the forward, and how many there are."""
@@ -142,41 +141,40 @@ class Connection(HeldBuffers):
 
 
 @pytest.fixture(scope="module")
-def liger(device: Device, request: pytest.FixtureRequest) -> dict[str, Any]:
-    """Liger-Kernel's times of the shapes that were selected."""
+def liger(device: Device, request: pytest.FixtureRequest) -> Iterator[Turns]:
+    """A process of Liger-Kernel for either part of every shape that was selected."""
     if "LYCORIS_PEER_SITE" not in os.environ:
         pytest.skip("LYCORIS_PEER_SITE is not set; wanted the folder that holds liger-kernel (docs/benchmarks.md)")
     if importlib.util.find_spec("torch") is None:
         pytest.skip("liger-kernel needs torch, which this Python does not have")
     shapes = [item.callspec.params["shape"] for item in request.session.items if item.path == request.path]
-    problems = [
-        {
-            "id": f"{batch}x{channels}", "batch": batch, "channels": channels, "streams": STREAMS,
-            "iterations": ITERATIONS, "eps": EPS, "sets": min(24, rotations(4 * batch * channels * STREAMS)),
+    problems = {
+        f"{batch}x{channels} {part}": {
+            "part": part, "batch": batch, "channels": channels, "streams": STREAMS, "iterations": ITERATIONS,
+            "eps": EPS, "sets": min(24, rotations(4 * batch * channels * STREAMS)),
         }
         for batch, channels in shapes
-    ]  # fmt: skip
-    command, text = [sys.executable, str(PEER)], json.dumps(problems)
-    done = subprocess.run(command, input=text, capture_output=True, text=True, check=False, timeout=SECONDS_ALLOWED)
-    assert done.returncode == 0, f"{PEER.name} failed:\n{done.stderr}"
-    return json.loads(done.stdout.splitlines()[-1])
+        for part in PARTS
+    }  # fmt: skip
+    with Turns(PEER, problems, SECONDS_ALLOWED) as turns:
+        yield turns
 
 
 @pytest.mark.benchmark(group="hyper-connections beside Liger-Kernel")
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: f"{shape[0]}x{shape[1]}")
-def test_beside_liger(
-    shape: tuple[int, int], device: Device, liger: dict[str, Any], rng: np.random.Generator, benchmark: Any
-):
+def test_beside_liger(shape: tuple[int, int], device: Device, liger: Turns, rng: np.random.Generator, benchmark: Any):
     found, name = [], f"{shape[0]}x{shape[1]}"
+    answers = {part: liger.take(f"{name} {part}") for part in PARTS}
     with Connection(device, *shape, rng) as connection:
         connection.check()
         ours = Replay(device, connection.forward_calls)
         benchmark.pedantic(lambda: found.append(ours.seconds()), rounds=ROUNDS, warmup_rounds=WARMUP_ROUNDS)
         step, skus = connection.step_seconds(), [plan.chosen.name for plan in connection.plans]
-    forward, theirs = statistics.median(found[WARMUP_ROUNDS:]), liger["seconds"][name]
+    forward = statistics.median(found[WARMUP_ROUNDS:])
     names = {"forward": ", ".join(skus[:FORWARD]), "step": ", ".join(skus)}
     results = [
-        Result(f"dynamic split {what}", name, f"n={STREAMS}, bf16", names[what], own, Limit.LIGER, theirs[what], GATE)
-        for what, own in (("forward", forward), ("step", step))
-    ]
-    record(benchmark, *results, peer=liger["versions"])
+        Result(f"dynamic split {what}", name, f"n={STREAMS}, bf16", names[what], own, Limit.LIGER,
+               answers[what]["seconds"], GATE)
+        for what, own in zip(PARTS, (forward, step), strict=True)
+    ]  # fmt: skip
+    record(benchmark, *results, peer=answers["step"]["versions"])

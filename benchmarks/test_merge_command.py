@@ -30,7 +30,7 @@ from lycoris.checkpoint.staging import StagedFile
 from lycoris.merge.pipeline import GPU_SIZES
 
 ROOT = Path(__file__).parents[1]
-ROUNDS = 3
+ROUNDS = 5
 RANK = 16
 
 

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import numpy as np
 
 from kernels import simulator_hopper as twins
-from kernels.ptx import SHARED, instruction
+from kernels.ptx import GLOBAL, SHARED, instruction
 from kernels.target import device
 
 shared_address = instruction("mov.u32 $0, $1;", (SHARED,), "r", twin=twins.shared_address, pure=True)
@@ -106,6 +106,14 @@ shared_load_remote = instruction(
     "rr",
     "r",
     twin=twins.shared_load_remote,
+)
+
+
+# (shared address, pointer, element, bytes, barrier): a copy of a multiple of 16 bytes, counted at the barrier.
+bulk_load = instruction(
+    "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [$0], [$1], $2, [$3];",
+    ("r", GLOBAL, "r", "r"),
+    twin=twins.bulk_load,
 )
 
 

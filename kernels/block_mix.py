@@ -18,30 +18,21 @@ from kernels.elements import ELEMENTS
 from kernels.target import SIMULATOR, cuda, device, f32, i64, kernel_factory
 from kernels.warp import block_barrier, block_x, grid_x, thread_index
 
-WARPS = 2 if SIMULATOR else 8
-THREADS = 32 * WARPS
+PORTABLE_THREADS = 64 if SIMULATOR else 256
 SPAN = 64
 """Values of e that a warp takes at once: an item, with its row."""
 
 MOST_GROUPS = 16
 """Groups of 8 blocks m that fit into registers."""
 
-_STAGED = 8
-"""Elements of w that a thread has on the way at once."""
+_OTHER_REGISTERS = 80
+"""Registers of a thread besides its words of x."""
 
-_WORDS_AHEAD = 40
-"""Words of x that a thread can hold while w is staged, without spills."""
+PREFETCH = True
 
 _MMA = {"bf16": tensor_core.mma_bf16, "f16": tensor_core.mma_f16}
 _PACK = {"bf16": bits.pack_bf16, "f16": bits.pack_f16}
 _u32 = np.uint32
-
-
-def weight_pitch(groups: int) -> int:
-    """Elements from a row of w to the next in shared memory: 16 bytes beyond whole steps of 16, so rows differ in
-    bank.
-    """
-    return 16 * (-(-groups // 2)) + 8
 
 
 def items_at_once(groups: int) -> int:
@@ -49,37 +40,42 @@ def items_at_once(groups: int) -> int:
     return max(1, 4 // groups)
 
 
-def blocks_at_once(groups: int) -> int:
-    """Blocks of threads on a multiprocessor: what their registers allow."""
-    return 2 if 8 * groups * items_at_once(groups) <= 64 else 1
+def warps_of(groups: int) -> int:
+    """Warps of a block, which has a multiprocessor to itself: as many as registers allow."""
+    registers = 8 * groups * items_at_once(groups) + _OTHER_REGISTERS
+    return 2 if SIMULATOR else min(16, (1 << 11) // registers // 4 * 4)
 
 
-def _weight_stager(groups: int, transposed: bool) -> Callable:
-    """A device function that puts w into shared memory, with zeros up to whole tiles."""
-    pitch = weight_pitch(groups)
+def weight_vector(columns: int) -> int:
+    """Elements of w, whose rows as they are stored have so many, that are copied at once."""
+    return next(vector for vector in (8, 2, 1) if columns % vector == 0)
+
+
+def weight_places(rows: int, columns: int) -> tuple[int, int]:
+    """Rows of w in shared memory, and elements from one to the next: whole tiles, and 16 bytes for other banks."""
+    return -(-rows // 16) * 16, -(-columns // 16) * 16 + 8
+
+
+def _weight_stager(vector: int, threads: int) -> Callable:
+    """A device function that asks for w, as it is stored, in shared memory, with zeros up to whole tiles."""
+    copy = memory.copy_async_fill(2 * vector) if vector > 1 else None
 
     @device
-    def stage(shared, w, out_blocks, in_blocks, thread):
-        values = cuda.local.array(_STAGED, np.uint16)
-        padded = _u32(_u32(_u32(out_blocks + np.int64(15)) >> _u32(4)) << _u32(4))
-        units, zero = _u32(padded * _u32(pitch // 8)), _u32(0)
-        for turn in range(_u32((units + _u32(THREADS - 1)) // _u32(THREADS))):
-            place = _u32(_u32(turn) * _u32(THREADS) + thread)
-            if place < units:
-                memory.shared_store128(shared, np.int64(_u32(place << _u32(3))), zero, zero, zero, zero)
-        block_barrier()
-        inner, count = _u32(out_blocks if transposed else in_blocks), _u32(out_blocks * in_blocks)
-        for turn in range(_u32((count + _u32(THREADS * _STAGED - 1)) // _u32(THREADS * _STAGED))):
-            first = _u32(_u32(turn) * _u32(THREADS * _STAGED) + thread)
-            for i in range(_STAGED):
-                values[i] = w[np.int64(min(_u32(first + _u32(i * THREADS)), _u32(count - _u32(1))))]
-            for i in range(_STAGED):
-                place = _u32(first + _u32(i * THREADS))
-                row = _u32(place // inner)
-                column = _u32(place - _u32(row * inner))
-                if place < count:
-                    at = _u32(column * _u32(pitch) + row) if transposed else _u32(row * _u32(pitch) + column)
-                    shared[np.int64(at)] = values[i]
+    def stage(shared, w, rows, columns, pitch, thread):
+        units = _u32(_u32(pitch - _u32(8)) // _u32(vector))
+        total = _u32(_u32(_u32(_u32(rows + _u32(15)) >> _u32(4)) << _u32(4)) * units)
+        for turn in range(_u32((total + _u32(threads - 1)) // _u32(threads))):
+            place = _u32(_u32(turn) * _u32(threads) + thread)
+            row = _u32(place // units)
+            column = _u32(_u32(place - _u32(row * units)) * _u32(vector))
+            inside = row < rows and column < columns
+            source = np.int64(_u32(row * columns + column)) if inside else np.int64(0)
+            if place < total:
+                target = np.int64(_u32(row * pitch + column))
+                if vector > 1:
+                    copy(shared, target, w, source, _u32(2 * vector) if inside else _u32(0))
+                else:
+                    shared[target] = w[source] if inside else np.uint16(0)
 
     return stage
 
@@ -114,18 +110,22 @@ def _movers(groups: int) -> tuple[Callable, Callable]:
     return fetch, pair
 
 
-def _multiplier(kind: str, groups: int) -> Callable:
+def _multiplier(kind: str, groups: int, transposed: bool) -> Callable:
     """A device function: the lane's sums of 16 blocks l, of paired words."""
-    mma, pitch = _MMA[kind], weight_pitch(groups)
+    mma, load = _MMA[kind], tensor_core.ldmatrix_transposed if transposed else tensor_core.ldmatrix
 
     @device
-    def multiply(sums, shared, words, at, block0, lane):
+    def multiply(sums, shared, words, at, block0, pitch, lane):
         for i in range(32):
             sums[i] = np.float32(0)
-        row = _u32(block0 + (lane & _u32(15)))
-        place = _u32(row * _u32(pitch) + ((lane >> _u32(4)) << _u32(3)))
+        if transposed:
+            row = _u32((lane & _u32(7)) + _u32((lane >> _u32(4)) << _u32(3)))
+            place, further = _u32(row * pitch + block0 + (lane & _u32(8))), _u32(pitch << _u32(4))
+        else:
+            row = _u32(block0 + (lane & _u32(15)))
+            place, further = _u32(row * pitch + ((lane >> _u32(4)) << _u32(3))), _u32(16)
         for step in range(-(-groups // 2)):
-            a0, a1, a2, a3 = tensor_core.ldmatrix(shared, np.int64(_u32(place + _u32(16 * step))))
+            a0, a1, a2, a3 = load(shared, np.int64(_u32(place + _u32(step) * further)))
             for j in range(8):
                 second = words[at + 16 * step + 8 + j] if 2 * step + 1 < groups else _u32(0)
                 sums[4 * j], sums[4 * j + 1], sums[4 * j + 2], sums[4 * j + 3] = mma(
@@ -137,40 +137,55 @@ def _multiplier(kind: str, groups: int) -> Callable:
 
 
 def _storer(kind: str, early: bool) -> Callable:
-    """A device function: one block's sums, 4 j + 2 half + side, which are e + 32 side + j; e is the lane's."""
+    """A device function: the sums of two blocks, 8 apart, which are 4 j + 2 half + side of e + 32 side + j.
+
+    Of the lane's e on, in the row at ``start``; of those blocks and e's that there are.
+    """
     pack, store128 = _PACK[kind], memory.store128 if early else memory.store128_stream
 
     @device
-    def store(out, start, sums, scale, block, out_blocks, width, e, half):
-        if block < out_blocks:
+    def store(out, start, sums, scale, block, out_blocks, width, e):
+        for half in range(2):
+            line = start + np.int64(block + _u32(8 * half)) * width
             for side in range(2):
-                first, at = 2 * half + side, e + np.int64(32 * side)
-                if at < width:
-                    store128(
-                        out,
-                        start + block * width + at,
-                        pack(scale * sums[first], scale * sums[first + 4]),
-                        pack(scale * sums[first + 8], scale * sums[first + 12]),
-                        pack(scale * sums[first + 16], scale * sums[first + 20]),
-                        pack(scale * sums[first + 24], scale * sums[first + 28]),
-                    )
+                first, at = 2 * half + side, _u32(e + _u32(32 * side))
+                a = pack(scale * sums[first], scale * sums[first + 4])
+                b = pack(scale * sums[first + 8], scale * sums[first + 12])
+                c = pack(scale * sums[first + 16], scale * sums[first + 20])
+                d = pack(scale * sums[first + 24], scale * sums[first + 28])
+                if block + _u32(8 * half) < out_blocks and np.int64(at) < width:
+                    store128(out, line + np.int64(at), a, b, c, d)
 
     return store
 
 
-@kernel_factory(("bf16", 1, False), ("bf16", 6, True), ("f16", 16, False), ("bf16", 5, False, True))
-def mix_blocks(kind: str, groups: int, transposed: bool, early: bool = False):
-    """Parameters: out, x, w, scale, rows, blocks of out, blocks of x, width e, row strides of out and x.
+@kernel_factory(("bf16", 1, False, 8), ("bf16", 6, True, 8), ("f16", 16, False, 2), ("bf16", 5, False, 1, True))
+def mix_blocks(kind: str, groups: int, transposed: bool, vector: int, early: bool = False):
+    """Parameters: out, x, w, scale, rows, blocks of out, blocks of x, width e, row strides of out and x; how many items
+    the first blocks of threads take, and how many these are: the others take the rest.
 
     ``groups`` are groups of 8 blocks of x. w is [blocks of out, blocks of x], or stored the other way round if
-    ``transposed``. Widths and strides are multiples of eight elements. With ``early`` the next grid, which reads out,
-    may begin at once (sm_90), and out stays in L2 for it.
+    ``transposed``, and copied by ``vector`` elements. Widths and strides are multiples of eight elements. With
+    ``early`` the kernel may begin before the grid before has ended, and the next one, which reads out, before this has
+    (sm_90), and out stays in L2 for it.
     """
-    element, several = ELEMENTS[kind], items_at_once(groups)
+    element, several, warps = ELEMENTS[kind], items_at_once(groups), warps_of(groups)
     words_of_item = 8 * groups if several > 1 else 0  # a place that is known keeps words in registers
-    stage_weight, (fetch_item, pair) = _weight_stager(groups, transposed), _movers(groups)
-    multiply, store, all_words = _multiplier(kind, groups), _storer(kind, early), several * 8 * groups
-    ahead = all_words <= _WORDS_AHEAD
+    stage_weight, (fetch_item, pair) = _weight_stager(vector, 32 * warps), _movers(groups)
+    multiply, store, all_words = _multiplier(kind, groups, transposed), _storer(kind, early), several * 8 * groups
+    enter, prefetching = barrier.entrance(early), PREFETCH
+
+    @device
+    def prefetch(x, first, items, spans, x_stride, in_blocks, width, lane):
+        for i in range(several):
+            item = _u32(first + _u32(i))
+            if item < items:
+                row = _u32(item // spans)
+                start = np.int64(row) * x_stride + np.int64(_u32(_u32(item - _u32(row * spans)) * _u32(SPAN)))
+                for turn in range(-(-groups // 4)):
+                    block = np.int64(lane + _u32(32 * turn))
+                    if block < in_blocks:
+                        memory.prefetch(x, start + block * width)
 
     @device
     def fetch(words, x, first, items, spans, x_stride, in_blocks, width, own, t):
@@ -181,44 +196,48 @@ def mix_blocks(kind: str, groups: int, transposed: bool, early: bool = False):
             place = min(e, width - np.int64(8))
             fetch_item(words, i * words_of_item, x, np.int64(row) * x_stride, in_blocks, width, place, t)
 
-    def kernel(out, x, w, scale, rows, out_blocks, in_blocks, width, out_stride, x_stride):
-        if early:
-            barrier.next_grid_may_begin()
+    def kernel(out, x, w, scale, rows, out_blocks, in_blocks, width, out_stride, x_stride, quick_items, quick):
+        enter()
         shared = cuda.shared.array(0, np.uint16, alignment=16)
         words, sums = cuda.local.array(all_words, np.uint32), cuda.local.array(32, np.float32)
         thread = thread_index()
         lane, number = _u32(thread & _u32(31)), _u32(thread >> _u32(5))
         g, t = _u32(lane >> _u32(2)), _u32(lane & _u32(3))
         own = _u32(_u32(_u32(_u32(g & _u32(1)) << _u32(2)) + _u32(g >> _u32(1))) << _u32(3))
+        lines, line = (in_blocks, out_blocks) if transposed else (out_blocks, in_blocks)
+        pitch = _u32(_u32(_u32(_u32(_u32(line) + _u32(15)) >> _u32(4)) << _u32(4)) + _u32(8))
         spans = _u32((width + np.int64(SPAN - 1)) // np.int64(SPAN))
-        items = _u32(_u32(rows) * spans)
-        first = _u32(_u32(_u32(block_x()) * _u32(WARPS) + number) * _u32(several))
-        if ahead:
-            fetch(words, x, first, items, spans, x_stride, in_blocks, width, own, t)
-        stage_weight(shared, w, out_blocks, in_blocks, thread)
+        block, blocks, begin, items = _u32(block_x()), _u32(quick), _u32(0), _u32(quick_items)
+        if block >= blocks:
+            begin, items = items, _u32(_u32(rows) * spans)
+            block, blocks = _u32(block - blocks), _u32(grid_x() - blocks)
+        stride = _u32(blocks * _u32(warps * several))
+        first = _u32(begin + _u32(_u32(block * _u32(warps) + number) * _u32(several)))
+        fetch(words, x, first, items, spans, x_stride, in_blocks, width, own, t)
+        stage_weight(shared, w, _u32(lines), _u32(line), pitch, thread)
+        memory.copy_async_wait_all()
         block_barrier()
-        if not ahead:
-            fetch(words, x, first, items, spans, x_stride, in_blocks, width, own, t)
         while first < items:
+            following = _u32(first + stride)
+            if prefetching:
+                prefetch(x, following, items, spans, x_stride, in_blocks, width, lane)
             for i in range(several):
+                item = _u32(first + _u32(i))
+                row = _u32(item // spans)
+                e = _u32(_u32(_u32(item - _u32(row * spans)) * _u32(SPAN)) + _u32(t << _u32(3)))
+                start, count = np.int64(row) * out_stride, _u32(out_blocks) if item < items else _u32(0)
                 pair(words, i * words_of_item)
-            for tile in range(_u32((out_blocks + np.int64(15)) >> np.int64(4))):
-                block0 = _u32(_u32(tile) << _u32(4))
-                for i in range(several):
-                    item = _u32(first + _u32(i))
-                    row = _u32(item // spans)
-                    e = np.int64(_u32(_u32(_u32(item - _u32(row * spans)) * _u32(SPAN)) + _u32(t << _u32(3))))
-                    start, count = np.int64(row) * out_stride, out_blocks if item < items else np.int64(0)
-                    multiply(sums, shared, words, i * words_of_item, block0, lane)
-                    store(out, start, sums, scale, np.int64(block0 + g), count, width, e, 0)
-                    store(out, start, sums, scale, np.int64(block0 + g + _u32(8)), count, width, e, 1)
-            first = _u32(first + _u32(grid_x()) * _u32(WARPS * several))
+                for tile in range(_u32((out_blocks + np.int64(15)) >> np.int64(4))):
+                    block0 = _u32(_u32(tile) << _u32(4))
+                    multiply(sums, shared, words, i * words_of_item, block0, pitch, lane)
+                    store(out, start, sums, scale, _u32(block0 + g), count, width, e)
+            first = following
             if first < items:
                 fetch(words, x, first, items, spans, x_stride, in_blocks, width, own, t)
 
     pointer = element.pointer
-    parameters = (pointer, pointer, pointer, f32, i64, i64, i64, i64, i64, i64)
-    options = {"threads": THREADS, "min_blocks": blocks_at_once(groups)}
+    parameters = (pointer, pointer, pointer, f32, *(i64,) * 8)
+    options = {"threads": 32 * warps, "min_blocks": 1}
     return kernel, parameters, options | (barrier.HOPPER if early else {})
 
 
@@ -228,7 +247,7 @@ def mix_blocks_portable(out_kind: str, kind: str, weight_kind: str, transposed: 
     store_one, load_one, load_weight = ELEMENTS[out_kind].store, ELEMENTS[kind].load, ELEMENTS[weight_kind].load
 
     def kernel(out, x, w, scale, rows, out_blocks, in_blocks, width, out_stride, x_stride):
-        index = _u32(_u32(block_x()) * _u32(THREADS) + thread_index())
+        index = _u32(_u32(block_x()) * _u32(PORTABLE_THREADS) + thread_index())
         of_row = _u32(out_blocks * width)
         if np.int64(index) < rows * np.int64(of_row):
             row = np.int64(index // of_row)
@@ -244,4 +263,4 @@ def mix_blocks_portable(out_kind: str, kind: str, weight_kind: str, transposed: 
             store_one(out, row * out_stride + np.int64(inside), scale * value)
 
     pointers = (ELEMENTS[out_kind].pointer, ELEMENTS[kind].pointer, ELEMENTS[weight_kind].pointer)
-    return kernel, (*pointers, f32, i64, i64, i64, i64, i64, i64), {"threads": THREADS}
+    return kernel, (*pointers, f32, i64, i64, i64, i64, i64, i64), {"threads": PORTABLE_THREADS}

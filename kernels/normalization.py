@@ -76,9 +76,11 @@ def norm_backward(centred, biased, added, kinds, team, early=False):
             fetch_w(w, at, raw, 0)
             unpack_w(raw, 0, c, 0)
         row, slot = first, np.int64(0)
+        mean, rstd = means[row] if centred else np.float32(0), rstds[row]
         while row < count:  # a range would divide
-            mean, rstd = means[row] if centred else np.float32(0), rstds[row]
-            later = row + np.int64(_STAGES) * step
+            later, following = row + np.int64(_STAGES) * step, min(row + step, count - np.int64(1))
+            # A row ahead: this chain of latencies is as long as a row may take.
+            next_mean, next_rstd = means[following] if centred else np.float32(0), rstds[following]
             wait()
             if at < n:
                 unpark_x(shared, 0, slot, thread, a, 0)
@@ -111,7 +113,7 @@ def norm_backward(centred, biased, added, kinds, team, early=False):
                     for k in range(RUN):
                         b[k] += a[k]
                 store_x(d_x, row * n + at, b, 0, np.uint32(0))
-            row, slot = row + step, np.int64(1) - slot
+            row, slot, mean, rstd = row + step, np.int64(1) - slot, next_mean, next_rstd
         memory.copy_async_wait_all()
         if at < n:
             store32(d_w, first * n + at, sums_w, 0, np.uint32(0))

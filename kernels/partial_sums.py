@@ -1,7 +1,8 @@
 """The second stage of long sums: their parts added up in order, scaled, rounded once.
 
-A few thousand elements in hundreds of parts: a warp takes 32 neighbours, and the warps of a block share the parts. Or
-few parts, or elements enough to fill the chip: a thread takes all of an element's.
+A few thousand elements in hundreds of parts: a warp takes 32 neighbours, and the warps of a block share the parts; the
+more warps, the fewer loads one after the other. Or few parts, or elements enough to fill the chip: a thread takes all
+of an element's.
 """
 
 from __future__ import annotations
@@ -10,23 +11,39 @@ from collections.abc import Callable
 
 import numpy as np
 
+from kernels.barrier import early_options, entrance
 from kernels.elements import ELEMENTS
 from kernels.target import SIMULATOR, cuda, device, f32, f32p, i64, kernel_factory, types
 from kernels.warp import block_barrier, block_x, thread_index
 
-WARPS = 2 if SIMULATOR else 8
-THREADS = 32 * WARPS
+ALONE, SOME, ALL = (0, 2, 4) if SIMULATOR else (0, 8, 32)
+"""Warps of a block that share an element's parts."""
+_ALONE_THREADS = 64 if SIMULATOR else 256
 FEW, MANY = 16, 1 << 16
 """Parts that a thread adds up alone, and elements of which each has a thread, however many parts there are."""
+MANY_PARTS, FEW_ELEMENTS = 64, 1 << 13
+"""Parts that are worth a block's most warps, and elements that leave each block a multiprocessor at once."""
 
 OUT, PARTS, NUMBER, ROWS, COLUMNS = range(5)
 """Positions of a result's parameters: it, its parts, how many there are, the extents of each."""
 _u32 = np.uint32
 
 
-def elements_of_block(alone: bool) -> int:
-    """Elements of a block of threads."""
-    return THREADS if alone else 32
+def warps_of(elements: int, parts: int) -> int:
+    """How many warps share the parts, for so many elements of so many parts at most."""
+    if parts <= FEW or elements >= MANY:
+        return ALONE
+    return ALL if parts >= MANY_PARTS and elements <= FEW_ELEMENTS else SOME
+
+
+def threads_of(warps: int) -> int:
+    """Threads of a block."""
+    return 32 * warps or _ALONE_THREADS
+
+
+def elements_of_block(warps: int) -> int:
+    """Elements of a block."""
+    return 32 if warps else _ALONE_THREADS
 
 
 def _emitter(out: str, transposed: tuple[bool, ...], elements: int, add_up: Callable) -> Callable:
@@ -73,38 +90,46 @@ def _alone(shared, parts, number, count, at, thread):
     return value
 
 
-@device
-def _together(shared, parts, number, count, at, thread):
-    """A warp's elements, by all warps of the block."""
-    warp = _u32(thread >> _u32(5))
-    value = np.float32(0)
-    if at < count:
-        for turn in range(_u32(_u32(_u32(number) + _u32(WARPS - 1) - warp) // _u32(WARPS))):
-            part = np.int64(_u32(_u32(_u32(turn) * _u32(WARPS)) + warp))
-            value += parts[part * count + at]
-    shared[thread] = value
-    block_barrier()
-    value = np.float32(0)
-    if thread < _u32(32):
-        for other in range(WARPS):
-            value += shared[_u32(thread + _u32(32 * other))]
-    return value
+def _together(warps: int) -> Callable:
+    """The same of a warp's elements, by all warps of the block."""
+
+    @device
+    def add_up(shared, parts, number, count, at, thread):
+        warp = _u32(thread >> _u32(5))
+        value = np.float32(0)
+        if at < count:
+            for turn in range(_u32(_u32(_u32(number) + _u32(warps - 1) - warp) // _u32(warps))):
+                part = np.int64(_u32(_u32(_u32(turn) * _u32(warps)) + warp))
+                value += parts[part * count + at]
+        shared[thread] = value
+        block_barrier()
+        value = np.float32(0)
+        if thread < _u32(32):
+            for other in range(warps):
+                value += shared[_u32(thread + _u32(32 * other))]
+        return value
+
+    return add_up
 
 
 @kernel_factory(
-    ("f32", (False,)), ("bf16", (True, False)), ("f16", (False, False, False, False)), ("bf16", (True, False), True)
-)
-def sum_parts(out: str, transposed: tuple[bool, ...], alone: bool = False):
+    ("f32", (False,), SOME), ("bf16", (True, False), SOME), ("f16", (False, False, False, False), SOME),
+    ("bf16", (True, False), ALONE), ("f32", (False, False), ALL, True),
+)  # fmt: skip
+def sum_parts(out: str, transposed: tuple[bool, ...], warps: int, early: bool = False):
     """Parameters: a tuple of each result's, and the scale. Blocks of `elements_of_block` of each result in turn.
 
     Parts are [number, rows, columns] in fp32; the result is [rows, columns], or [columns, rows] where ``transposed``.
-    ``alone``: a thread adds up all parts of its element.
+    ``warps`` share the parts of an element, or none: then a thread adds up all of them.
     """
-    emit = _emitter(out, transposed, elements_of_block(alone), _alone if alone else _together)
+    emit = _emitter(out, transposed, elements_of_block(warps), _together(warps) if warps else _alone)
+    threads, enter = threads_of(warps), entrance(early)
 
     def kernel(results, scale):
-        shared = cuda.shared.array(THREADS, np.float32)
+        shared = cuda.shared.array(threads, np.float32)
+        enter()
         emit(shared, results, _u32(block_x()), scale, thread_index())
 
     result = types.Tuple((ELEMENTS[out].pointer, f32p, i64, i64, i64))
-    return kernel, (types.Tuple((result,) * len(transposed)), f32), {"threads": THREADS}
+    parameters = (types.Tuple((result,) * len(transposed)), f32)
+    return kernel, parameters, {"threads": threads} | early_options(early)

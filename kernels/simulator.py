@@ -57,6 +57,7 @@ class _Thread(greenlet):
         self.copy_groups: list[list] = []
         self.stores: list[Callable[[], None]] = []
         self.store_groups: list[list] = []
+        self.products: list[Any] = []
         self.ready: Callable[[], bool] | None = None
 
     def _execute(self) -> None:

@@ -221,6 +221,17 @@ def tma_load(address, tensor_map, barrier, coordinates) -> None:
     _load([current_thread().block], address, tensor_map, barrier, coordinates)
 
 
+def bulk_load(address, pointer, index, nbytes, barrier) -> None:
+    """Bytes to the block's shared memory."""
+    block, nbytes, first = current_thread().block, int(nbytes), int(index)
+    source = pointer[first : first + nbytes // pointer.itemsize].view(np.uint8)
+    assert len(source) == nbytes and not (int(address) | source.ctypes.data | nbytes) % 16, (address, index, nbytes)
+    _dynamic(block)[_bytes_at(block, np.array([int(address)]), nbytes)[0]] = source
+    counted = _barrier(block, barrier)
+    counted.transactions -= nbytes
+    counted.settle()
+
+
 def tma_load_multicast(address, tensor_map, barrier, coordinates, mask) -> None:
     """A box to several blocks of the cluster."""
     cluster = current_thread().block.cluster
@@ -305,13 +316,15 @@ class Sums:
 def _operand(block, descriptor: int, k_major: bool, extent: int, to_f32) -> np.ndarray:
     """The extent x 16 values that a descriptor names, in fp32; the address arithmetic is the PTX ISA's."""
     start, leading, stride = ((descriptor >> shift & 0x3FFF) << 4 for shift in (0, 16, 32))
-    assert descriptor >> 62 == 1, "twins know the 128-byte swizzle only"
+    span = {1: 128, 2: 64, 3: 32}[descriptor >> 62]
+    assert span == 128 or not k_major, "twins know K-major operands of 128 bytes only"
     along, k = np.arange(extent)[:, None], np.arange(16)[None, :]
     if k_major:
         addresses = start + along // 8 * stride + along % 8 * 128 + 2 * k
     else:
-        addresses = start + along // 64 * leading + k // 8 * stride + k % 8 * 128 + along % 64 * 2
-    raw = _dynamic(block)[_bytes_at(block, _swizzled(addresses, 128), 2)]
+        line = along % (span // 2) * 2
+        addresses = start + along // (span // 2) * leading + k // 8 * stride + k % 8 * span + line
+    raw = _dynamic(block)[_bytes_at(block, _swizzled(addresses, span), 2)]
     return to_f32(np.ascontiguousarray(raw).view(np.uint16)[..., 0])
 
 

@@ -22,12 +22,15 @@ DEPTH = 64
 STEPS = DEPTH // 16
 """Instructions to go through it."""
 
-_SWIZZLE_128 = 1 << 62
-_ATOM = 1024 >> 4
+_SWIZZLE = {128: 1 << 62, 64: 2 << 62, 32: 3 << 62}
 # Encoded (16-byte) distances. K-major: 8 rows of 128 bytes are an atom, a step of 16 values is 32 bytes along the row.
-# MN-major: 64 values of M or N by 8 of K are an atom, a step is two atoms, the next 64 values are 64 rows away.
-_K_MAJOR = (_SWIZZLE_128 | _ATOM << 32 | 1 << 16, 2)
-_MN_MAJOR = (_SWIZZLE_128 | _ATOM << 32 | (DEPTH * 128 >> 4) << 16, 2 * _ATOM)
+_K_MAJOR = (_SWIZZLE[128] | (1024 >> 4) << 32 | 1 << 16, 2)
+
+
+def _mn_major(span: int) -> tuple[int, int]:
+    """Lines of ``span`` bytes of M or N by 8 of K are an atom, a step is two atoms, the next lines are 64 lines away."""
+    atom = 8 * span >> 4
+    return _SWIZZLE[span] | atom << 32 | DEPTH * span >> 4 << 16, 2 * atom
 
 
 # In a block of a cluster a shared address has the block's rank above these bits, which a descriptor has no room for.
@@ -36,9 +39,12 @@ _u32 = np.uint32
 
 
 @functools.cache
-def operand_descriptor(k_major: bool) -> Callable:
-    """A device function: the descriptor, uint64, of an operand at a shared address."""
-    constant = np.uint64((_K_MAJOR if k_major else _MN_MAJOR)[0])
+def operand_descriptor(k_major: bool, span: int = 128) -> Callable:
+    """A device function: the descriptor, uint64, of an operand at a shared address.
+
+    Lines of an MN-major one may be narrower than 128 bytes, ``span`` of 64 or 32, and are swizzled by that.
+    """
+    constant = np.uint64((_K_MAJOR if k_major else _mn_major(span))[0])
 
     @device
     def describe(address):
@@ -47,9 +53,9 @@ def operand_descriptor(k_major: bool) -> Callable:
     return describe
 
 
-def step_words(k_major: bool) -> int:
+def step_words(k_major: bool, span: int = 128) -> int:
     """What 16 further values of K add to a descriptor."""
-    return (_K_MAJOR if k_major else _MN_MAJOR)[1]
+    return (_K_MAJOR if k_major else _mn_major(span))[1]
 
 
 def _accumulators(columns: int) -> types.Type:
@@ -96,12 +102,12 @@ def zero_sums(columns: int) -> Callable:
 
 
 @functools.cache
-def multiply_add(columns: int, steps: int, a_k_major: bool, b_k_major: bool, kind: str) -> Callable:
+def multiply_add(columns: int, steps: int, a_k_major: bool, b_k_major: bool, kind: str, b_span: int = 128) -> Callable:
     """A primitive ``sums = f(sums, a, b)``: issues ``steps`` products of 16 and commits them as a group.
 
     ``a`` and ``b`` are descriptors. The sums may be used after :func:`wait_products`.
     """
-    step_a, step_b = step_words(a_k_major), step_words(b_k_major)
+    step_a, step_b = step_words(a_k_major), step_words(b_k_major, b_span)
     if SIMULATOR:
 
         def multiply_twin(sums, a, b):
@@ -109,7 +115,7 @@ def multiply_add(columns: int, steps: int, a_k_major: bool, b_k_major: bool, kin
             return twins.Sums(sums.matrix, (*sums.pending, group))
 
         return multiply_twin
-    text = _products(columns, steps, a_k_major, b_k_major, kind, 2 * (columns // 2))
+    text = _products(columns, steps, (a_k_major, b_k_major), (step_a, step_b), kind, 2 * (columns // 2))
 
     def code(signature, generate):
         def multiply_add(_context, _sums, _a, _b):
@@ -121,17 +127,18 @@ def multiply_add(columns: int, steps: int, a_k_major: bool, b_k_major: bool, kin
 
 
 def _products(
-    columns: int, steps: int, a_k_major: bool, b_k_major: bool, kind: str, operand: int, adds: bool = True
-) -> str:
+    columns: int, steps: int, majors: tuple[bool, bool], words: tuple[int, int], kind: str, operand: int,
+    adds: bool = True,
+) -> str:  # fmt: skip
     """The instructions of a group of products up to its commit; ``operand`` is the number of A's descriptor."""
     registers = "{" + ",".join(f"${i}" for i in range(columns // 2)) + "}"
     lines = ["{ .reg .b64 a, b; wgmma.fence.sync.aligned;"]
     for step in range(steps):
-        lines.append(f"add.u64 a, ${operand}, {step * step_words(a_k_major)};")
-        lines.append(f"add.u64 b, ${operand + 1}, {step * step_words(b_k_major)};")
+        lines.append(f"add.u64 a, ${operand}, {step * words[0]};")
+        lines.append(f"add.u64 b, ${operand + 1}, {step * words[1]};")
         lines.append(
             f"wgmma.mma_async.sync.aligned.m64n{columns}k16.f32.{kind}.{kind} {registers}, a, b, "
-            f"{int(adds or step > 0)}, 1, 1, {int(not a_k_major)}, {int(not b_k_major)};"
+            f"{int(adds or step > 0)}, 1, 1, {int(not majors[0])}, {int(not majors[1])};"
         )
     return " ".join([*lines, "wgmma.commit_group.sync.aligned;"])
 
@@ -146,7 +153,10 @@ def product(columns: int, steps: int, kind: str) -> Callable:
     from numba.cuda.extending import intrinsic
 
     count, tuple_type = columns // 2, _accumulators(columns)
-    text = _products(columns, steps, True, True, kind, count, adds=False) + " wgmma.wait_group.sync.aligned 0; }"
+    text = (
+        _products(columns, steps, (True, True), (step_words(True),) * 2, kind, count, adds=False)
+        + " wgmma.wait_group.sync.aligned 0; }"
+    )
 
     def product(_context, _a, _b):
         def generate(context, builder, _signature, arguments):

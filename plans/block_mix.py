@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from kernels import block_mix as kernel
+from kernels.target import Kernel
 from plans.core.device import Device
 from plans.core.errors import InvalidProblem
 from plans.core.operand import Operand
@@ -22,6 +23,8 @@ from plans.core.workspace import Workspace
 
 _FLOATS = (ElementKind.BF16, ElementKind.F16, ElementKind.F32)
 _UNIT = 8
+BYTES_A_CYCLE = 20.0
+"""That a multiprocessor reads and writes here while others multiply."""
 _SHARED_BYTES = 48 * 1024
 _LARGEST = 1 << 31
 
@@ -42,6 +45,8 @@ class BlockMixDescriptor:
         x_stride: Elements from a row of x to the next; 0 where it is contiguous.
         early: The next launch takes the result as a ``late`` operand and needs nothing else that is newer: it may
             begin before this one ends, where the device can.
+        spare: Multiprocessors that the next launch needs later than the others, and by how many cycles: they do what
+            they can in that time, and the others, which it finds free early, the rest.
     """
 
     rows: int
@@ -54,14 +59,15 @@ class BlockMixDescriptor:
     transposed: bool = False
     x_stride: int = 0
     early: bool = False
+    spare: tuple[int, float] = (0, 0.0)
 
     category = OpCategory.MATMUL
 
     def __post_init__(self) -> None:
-        if min(self.rows, self.out_blocks, self.in_blocks, self.width) < 0:
+        if min(self.rows, self.out_blocks, self.in_blocks, self.width, *self.spare) < 0:
             raise InvalidProblem(
-                f"block mix: {self.rows} rows, {self.out_blocks} x {self.in_blocks} blocks of {self.width}: wanted "
-                "none negative; give the tensors' own extents"
+                f"block mix: {self.rows} rows, {self.out_blocks} x {self.in_blocks} blocks of {self.width}, spare "
+                f"{self.spare}: wanted none negative; give the tensors' own extents"
             )
         if self.x_stride and self.x_stride < self.in_blocks * self.width:
             wanted = self.in_blocks * self.width
@@ -122,7 +128,8 @@ def _groups(descriptor: BlockMixDescriptor) -> int:
 
 
 def _shared_bytes(descriptor: BlockMixDescriptor) -> int:
-    return 2 * -(-descriptor.out_blocks // 16) * 16 * kernel.weight_pitch(_groups(descriptor))
+    rows, pitch = kernel.weight_places(*descriptor.operands()[2].shape)
+    return 2 * rows * pitch
 
 
 def _mma_refuses(descriptor: BlockMixDescriptor) -> str:
@@ -144,33 +151,55 @@ def _mma_refuses(descriptor: BlockMixDescriptor) -> str:
 class _Program:
     """One launch of either kernel."""
 
-    def __init__(self, descriptor: BlockMixDescriptor, made: object, blocks: int, shared_bytes: int = 0) -> None:
-        self.numbers = (descriptor.rows, descriptor.out_blocks, descriptor.in_blocks, descriptor.width)
+    def __init__(
+        self,
+        descriptor: BlockMixDescriptor,
+        made: Kernel,
+        blocks: int,
+        shared_bytes: int = 0,
+        overlaps: bool = False,
+        quick: tuple[int, ...] = (),
+    ) -> None:
         out, x, _ = descriptor.operands()
-        self.strides = (out.shape[1], x.strides[0])
-        self.launch = made.launcher((blocks, 1, 1), shared_bytes) if out.count else None
+        extents = (descriptor.rows, descriptor.out_blocks, descriptor.in_blocks, descriptor.width)
+        self.numbers = (*extents, out.shape[1], x.strides[0], *quick)
+        self.launch = made.launcher((blocks, 1, 1), shared_bytes, overlaps) if out.count else None
 
     def bind(self, args: BlockMixArgs, workspace: Workspace) -> Launches:
         """The launch; none where the result is empty."""
         if self.launch is None:
             return []
         pointers = (args.out.data, args.x.data, args.w.data, np.float32(args.scale))
-        return [(self.launch, (*pointers, *self.numbers, *self.strides))]
+        return [(self.launch, (*pointers, *self.numbers))]
+
+
+def shares(descriptor: BlockMixDescriptor, items: int, device: Device) -> tuple[int, int, int]:
+    """How many items and multiprocessors are of those that the next launch needs early, and multiprocessors in all."""
+    spare, cycles = descriptor.spare
+    out, x, _ = descriptor.operands()
+    share = min(1.0, spare * cycles * BYTES_A_CYCLE / max(1, out.nbytes + x.nbytes))
+    if share <= spare / device.multiprocessors:
+        return 0, 0, device.multiprocessors
+    quick = items - round(share * items)
+    return (quick, device.multiprocessors - spare, device.multiprocessors) if quick else (0, 0, spare)
 
 
 def _build_mma(descriptor: BlockMixDescriptor, device: Device) -> _Program:
     early = descriptor.early and device.arch >= ArchSku.SM90A.value
-    made = kernel.mix_blocks(descriptor.element.value, _groups(descriptor), descriptor.transposed, early)
+    groups, vector = _groups(descriptor), kernel.weight_vector(descriptor.operands()[2].shape[1])
+    made = kernel.mix_blocks(descriptor.element.value, groups, descriptor.transposed, vector, early)
     items = descriptor.rows * -(-descriptor.width // kernel.SPAN)
-    of_block = kernel.WARPS * kernel.items_at_once(_groups(descriptor))
-    blocks = min(-(-items // of_block), kernel.blocks_at_once(_groups(descriptor)) * device.multiprocessors)
-    return _Program(descriptor, made, blocks, _shared_bytes(descriptor))
+    of_block = kernel.warps_of(groups) * kernel.items_at_once(groups)
+    quick_items, quick_blocks, blocks = shares(descriptor, items, device)
+    if not quick_blocks:
+        blocks = min(-(-items // of_block), blocks)
+    return _Program(descriptor, made, blocks, _shared_bytes(descriptor), early, (quick_items, quick_blocks))
 
 
 def _build_portable(descriptor: BlockMixDescriptor, device: Device) -> _Program:
     kinds = (descriptor.out.value, descriptor.element.value, descriptor.weight.value)
     made = kernel.mix_blocks_portable(*kinds, descriptor.transposed)
-    return _Program(descriptor, made, -(-math.prod(descriptor.operands()[0].shape) // kernel.THREADS))
+    return _Program(descriptor, made, -(-math.prod(descriptor.operands()[0].shape) // kernel.PORTABLE_THREADS))
 
 
 def _portable_refuses(descriptor: BlockMixDescriptor) -> str:

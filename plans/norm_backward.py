@@ -141,9 +141,9 @@ class _Program:
     """Two launches: rows with parts of the sums, and the sums."""
 
     def __init__(self, d: NormBackwardDescriptor, device: Device) -> None:
-        self.descriptor, self.sums = d, Sums(d.partials, d.out)
-        kinds, added = tuple(kind.value for kind in d.kinds), d.added.value if d.added else ""
         early = device.arch >= ArchSku.SM90A.value
+        self.descriptor, self.sums = d, Sums(d.partials, d.out, early)
+        kinds, added = tuple(kind.value for kind in d.kinds), d.added.value if d.added else ""
         self.launch = kernel.norm_backward(d.centred, d.bias, added, kinds, d.team, early).launcher((d.blocks, 1, 1))
 
     def bind(self, args: NormBackwardArgs, workspace: Workspace) -> list[tuple[Callable, tuple]]:

@@ -42,16 +42,16 @@ def partial_bytes(partials: tuple[Partial, ...]) -> int:
 
 
 class Sums:
-    """The launch that adds up the parts of some results of one kind."""
+    """The launch that adds up the parts of some results of one kind; ``early`` it takes its places before (sm_90)."""
 
-    def __init__(self, partials: tuple[Partial, ...], out: ElementKind) -> None:
+    def __init__(self, partials: tuple[Partial, ...], out: ElementKind, early: bool = False) -> None:
         self.partials = partials
         self._starts = [partial_bytes(partials[:i]) for i in range(len(partials))]
         self._numbers = [(partial.number, partial.rows, partial.columns) for partial in partials]
-        few = max(partial.number for partial in partials) <= kernel.FEW
-        alone = few or sum(partial.count for partial in partials) >= kernel.MANY
-        made = kernel.sum_parts(out.value, tuple(partial.transposed for partial in partials), alone)
-        blocks = sum(-(-partial.count // kernel.elements_of_block(alone)) for partial in partials)
+        elements, most = sum(partial.count for partial in partials), max(partial.number for partial in partials)
+        warps = kernel.warps_of(elements, most)
+        made = kernel.sum_parts(out.value, tuple(partial.transposed for partial in partials), warps, early)
+        blocks = sum(-(-partial.count // kernel.elements_of_block(warps)) for partial in partials)
         self.launch = made.launcher((blocks, 1, 1)) if blocks else None
 
     def pointers(self, workspace: Workspace) -> list[object]:

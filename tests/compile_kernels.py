@@ -95,13 +95,22 @@ EXPECTED: dict[str, tuple[tuple[str, str], ...]] = {
         ("", r"LDG\.E\..*128"),
         ("wide=True", r"STG\.E\..*128"),
     ),
+    **dict.fromkeys(
+        ("kernels.matmul.low_rank_streamed.low_rank_streamed", "kernels.matmul.narrow_streamed.narrow_streamed"),
+        (("'bf16'", r"HGMMA\.64x\d+x16\.F32\.BF16"), ("", r"UTMALDG\.3D"), ("parts=2", r"UCGABAR_ARV")),
+    ),
     "kernels.adapter_gradient.low_rank.low_rank_gradient": (
         ("'bf16'", r"HMMA\.16816\.F32\.BF16"),
         ("", r"LDSM\.16\.MT88\.4"),
         ("", r"LDGSTS\.E\..*128"),
         ("", r"STG\.E\..*128"),
     ),
-    "kernels.adapter_gradient.blocks.block_mix_gradient": (("", r"HMMA\.16816\.F32"), ("", r"LDG\.E\..*128")),
+    "kernels.adapter_gradient.blocks.block_mix_gradient": (("", r"HMMA\.16816\.F32"), ("", r"LDGSTS\.E\..*128")),
+    "kernels.adapter_gradient.dense.contract_hadamard": (
+        ("", r"HMMA\.16816\.F32\.BF16"),
+        ("", r"MOVM\.16\.MT88"),
+        ("", r"LDG\.E\..*128"),
+    ),
     "kernels.adapter_gradient.hadamard.hadamard_gradient": (
         ("", r"HMMA\.16816\.F32\.BF16"),
         ("", r"LDSM\.16\.MT88\.4"),
@@ -119,6 +128,20 @@ EXPECTED: dict[str, tuple[tuple[str, str], ...]] = {
             ("", r"LDSM\.16\.M88\.4"),
             ("", r"LDSM\.16\.MT88\.4"),
             ("", r"LDGSTS\.E\..*128"),
+            ("", r"STG\.E\..*128"),
+            ("", r"MUFU\.EX2"),
+        ),
+    ),
+    **dict.fromkeys(
+        (
+            "kernels.attention.forward_wgmma.attention_forward_wgmma",
+            "kernels.attention.key_gradients_wgmma.attention_key_gradients_wgmma",
+            "kernels.attention.query_gradient_wgmma.attention_query_gradient_wgmma",
+        ),
+        (
+            ("'bf16'", r"HGMMA\.64x64x16\.F32\.BF16"),
+            ("'f16'", r"HGMMA\.64x64x16\.F32\b"),
+            ("", r"UTMALDG\.4D"),
             ("", r"STG\.E\..*128"),
             ("", r"MUFU\.EX2"),
         ),

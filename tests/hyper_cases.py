@@ -1,4 +1,7 @@
-"""Running the plans of hyper-connections over arrays by name, and holding their results against their guarantees."""
+"""Running the plans of hyper-connections over arrays by name, and holding their results against their guarantees.
+
+And the gradient of Sinkhorn as it was published, which is wrong.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,9 @@ import numpy as np
 from plans.core import ElementKind, Workspace
 from plans.core.precision import round_to
 from plans.hyper_connection.common import NamedArguments
+from plans.hyper_connection.static import HyperConnectionArgs, HyperConnectionDescriptor
+from plans.hyper_connection.static_backward import HyperConnectionBackwardArgs, HyperConnectionBackwardDescriptor
+from plans.sinkhorn import SinkhornArgs, SinkhornBackwardArgs, SinkhornBackwardDescriptor, SinkhornDescriptor
 
 SCALED = ("h_", "alpha", "bias")
 
@@ -32,24 +38,42 @@ def tensors_of(device, poisoned, descriptor, arrays):
     return tensors
 
 
-def run(device, poisoned, plan_class, descriptor, arrays, preference=None):
-    """The plan and everything that it wrote, by name."""
-    plan = plan_class.select(None, descriptor, preference, device=device)
-    tensors, stream = tensors_of(device, poisoned, descriptor, arrays), device.stream()
-    workspace = Workspace(poisoned(plan.workspace_size()))
-    plan.run(stream, workspace, NamedArguments(descriptor, **tensors))
-    device.synchronize(stream)
+def arguments_of(descriptor, tensors):
+    """The arguments object of the descriptor's plan."""
+    made = {
+        HyperConnectionDescriptor: HyperConnectionArgs,
+        HyperConnectionBackwardDescriptor: HyperConnectionBackwardArgs,
+        SinkhornDescriptor: SinkhornArgs,
+        SinkhornBackwardDescriptor: SinkhornBackwardArgs,
+    }.get(type(descriptor))
+    return made(**tensors) if made else NamedArguments(descriptor, **tensors)
+
+
+def written(device, descriptor, tensors, stream):
+    """Everything that a plan writes, by name."""
     found = {}
     for operand in descriptor.operands():
         if operand.writes:
             kind = operand.element
             raw = device.download(tensors[operand.name].owner, kind.storage, operand.shape, stream)
             found[operand.name] = raw.view(kind.values)
-    return plan, found
+    return found
+
+
+def run(device, poisoned, plan_class, descriptor, arrays, preference=None):
+    """The plan and everything that it wrote, by name."""
+    plan = plan_class.select(None, descriptor, preference, device=device)
+    tensors, stream = tensors_of(device, poisoned, descriptor, arrays), device.stream()
+    workspace = Workspace(poisoned(plan.workspace_size()))
+    plan.run(stream, workspace, arguments_of(descriptor, tensors))
+    device.synchronize(stream)
+    return plan, written(device, descriptor, tensors, stream)
 
 
 def assert_kept(plan, found, expected):
-    """Every result keeps the plan's guarantee."""
+    """Every result keeps the plan's guarantee; a reference of one result may be that alone."""
+    if not isinstance(expected, dict):
+        expected = {"out": expected}
     kinds = {operand.name: operand.element for operand in plan.operands if operand.writes}
     assert found.keys() == expected.keys() == kinds.keys()
     for name, (exact, magnitude) in expected.items():
@@ -73,3 +97,18 @@ def refusals(device, poisoned, good):
     if good.count > 1:
         strided = type(good)(good.data, shape, strides, kind, good.available, device.ordinal, good.owner)
         yield strided, InvalidProblem, "wanted it contiguous, copy it first"
+
+
+def faulty_gradient(logits, d_out, iterations):
+    """What mHC.cu computes for logits [..., n, n]: the matrix after the row step in both steps back, no division."""
+    x = np.exp(logits.astype(np.float64))
+    after_rows = []
+    for _ in range(iterations):
+        x = x / x.sum(-1, keepdims=True)
+        after_rows.append(x)
+        x = x / x.sum(-2, keepdims=True)
+    d = d_out.astype(np.float64)
+    for a in reversed(after_rows):
+        d = d - (d * a).sum(-2, keepdims=True)
+        d = d - (d * a).sum(-1, keepdims=True)
+    return d * np.exp(logits.astype(np.float64))

@@ -17,7 +17,7 @@ from plans.adapter_gradient import (
 from plans.core import BackendKind, ElementKind, InvalidProblem, NoSku, PlanPreference
 
 BF16, F16, F32 = ElementKind.BF16, ElementKind.F16, ElementKind.F32
-MMA, PORTABLE = BackendKind.MMA, BackendKind.PORTABLE
+CLUSTER, MMA, PORTABLE = BackendKind.CLUSTER, BackendKind.MMA, BackendKind.PORTABLE
 
 LOW_RANK = [
     (1, 8, 8, 8, {}),
@@ -47,10 +47,16 @@ def low_rank_arguments(tensors, scale):
 
 @pytest.mark.parametrize(
     ("case", "backend"),
-    [*((case, MMA) for case in LOW_RANK + LARGE), *((case, PORTABLE) for case in LOW_RANK[2:])],
+    [
+        *((case, MMA) for case in LOW_RANK + LARGE),
+        *((case, CLUSTER) for case in LOW_RANK[1:] + LARGE[:3]),
+        *((case, PORTABLE) for case in LOW_RANK[2:]),
+    ],
     ids=str,
 )
 def test_low_rank_factors(device, poisoned, rng, case, backend):
+    if backend is CLUSTER and device.arch < (9, 0):
+        pytest.skip("clusters are sm_90's")
     *extents, options = case
     descriptor = LowRankGradientDescriptor(*extents, **options)
     check(device, poisoned, LowRankGradientPlan, descriptor, low_rank_arguments, rng.standard_normal, backend)
@@ -64,7 +70,7 @@ def test_low_rank_factors_of_any_extent_and_kind(device, poisoned, rng):
         LowRankGradientPlan.select(None, descriptor, PlanPreference(prefer_backend=MMA), device)
 
 
-@pytest.mark.parametrize("backend", [PORTABLE, MMA], ids=lambda backend: backend.value)
+@pytest.mark.parametrize("backend", [PORTABLE, MMA, CLUSTER], ids=lambda backend: backend.value)
 @pytest.mark.parametrize("extents", [(0, 8, 16, 8), (16, 8, 8, 0), (8, 0, 0, 8)], ids=str)
 def test_no_low_rank_rows_ranks_or_sides(device, poisoned, rng, extents, backend):
     descriptor = LowRankGradientDescriptor(*extents)
@@ -90,6 +96,7 @@ BLOCKS = [
     (1, 1, 1, 8, {}),
     (3, 8, 8, 72, {}),
     (5, 17, 3, 40, {"out": BF16}),
+    (5, 17, 70, 40, {"beside": True}),
     (7, 33, 9, 8, {"element": F16, "out": F16, "g_stride": 272, "x_stride": 80}),
     (2, 5, 70, 24, {}),
     (0, 3, 4, 8, {}),

@@ -40,9 +40,29 @@ def test_factors(device, poisoned, rng, case, backend):
     check(device, poisoned, HadamardGradientPlan, descriptor, arguments, rng.standard_normal, backend)
 
 
-def test_factors_by_a_dense_gradient_of_the_weight(device, poisoned, rng):
-    extents = (16, 16, 64, 4) if SIMULATOR else (4096, 3072, 1288, 24)
-    descriptor = HadamardGradientDescriptor(*extents)
+DENSE = [
+    (16, 16, 64, 4, {}),
+    (9, 70, 44, 16, {"out": BF16, "g_stride": 72, "x_stride": 48}),
+    (8, 24, 72, 21, {}),
+    (4, 0, 8, 4, {}),
+    (4, 8, 0, 4, {}),
+    *(
+        []
+        if SIMULATOR
+        else [
+            (4096, 3072, 3072, 16, {}),
+            (4096, 3072, 1288, 24, {}),
+            (999, 1288, 5128, 64, {"out": BF16}),
+            (72, 8, 8, 1, {}),
+        ]
+    ),
+]
+
+
+@pytest.mark.parametrize("case", DENSE, ids=str)
+def test_factors_by_a_dense_gradient_of_the_weight(device, poisoned, rng, case):
+    *extents, options = case
+    descriptor = HadamardGradientDescriptor(*extents, **options)
     check(device, poisoned, HadamardGradientPlan, descriptor, arguments, rng.standard_normal, WGMMA)
 
 

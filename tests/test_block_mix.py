@@ -7,7 +7,7 @@ import pytest
 from matmul_cases import gather, scatter
 
 from kernels.target import SIMULATOR
-from plans.block_mix import BlockMixArgs, BlockMixDescriptor, BlockMixPlan
+from plans.block_mix import BYTES_A_CYCLE, BlockMixArgs, BlockMixDescriptor, BlockMixPlan, shares
 from plans.core import BackendKind, ElementKind, InvalidProblem, NoSku, PlanPreference
 
 BF16, F16, F32 = ElementKind.BF16, ElementKind.F16, ElementKind.F32
@@ -45,6 +45,20 @@ def test_a_pass_that_lets_the_next_launch_begin(device, rng):
     run(device, rng, BlockMixDescriptor(9, 4, 6, 24, early=True), BackendKind.MMA)
 
 
+@pytest.mark.parametrize("shape", [(9, 4, 6, 24), (300, 4, 6, 24), *LARGE], ids=str)
+@pytest.mark.parametrize("part", [0.05, 0.4, 1.0])
+def test_multiprocessors_with_time_to_spare(device, rng, shape, part):
+    """They take what they can in that time, if it is more than the share that all would have."""
+    everything, items = device.multiprocessors, shape[0]
+    few = max(1, everything // 3)
+    nbytes = 2 * shape[0] * (shape[1] + shape[2]) * shape[3]
+    descriptor = BlockMixDescriptor(*shape, early=True, spare=(few, part * nbytes / few / BYTES_A_CYCLE))
+    if few < everything:
+        wanted = {0.05: (0, 0, everything), 0.4: (items - round(0.4 * items), everything - few, everything)}
+        assert shares(descriptor, items, device) == wanted.get(part, (0, 0, few))
+    run(device, rng, descriptor, BackendKind.MMA)
+
+
 def test_mixed_kinds_are_for_the_portable_sku(device, rng):
     descriptor = BlockMixDescriptor(4, 3, 5, 7, BF16, F32, F32)
     run(device, rng, descriptor, None)
@@ -61,6 +75,7 @@ def test_empty(device, rng, shape):
     ("reason", "make"),
     [
         ("none negative", lambda: BlockMixDescriptor(-1, 1, 1, 1)),
+        ("spare .-4, 0.0.: wanted none negative", lambda: BlockMixDescriptor(1, 1, 1, 8, spare=(-4, 0.0))),
         ("row stride 8, wanted at least its 16 elements", lambda: BlockMixDescriptor(1, 1, 2, 8, x_stride=8)),
         ("w of i32", lambda: BlockMixDescriptor(1, 1, 2, 8, weight=ElementKind.I32)),
     ],

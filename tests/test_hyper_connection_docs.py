@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hyper_cases import faulty_gradient
 
 from plans.core import PlanPreference
 from plans.sinkhorn import (
@@ -49,3 +50,22 @@ def test_the_implicit_gradient_is_not_that_of_twenty_steps(device, size, least, 
     guarantee = SinkhornBackwardPlan.choose(descriptor, PlanPreference(), device).guarantee(descriptor)
     share = (np.abs(found - exact) <= guarantee.bound(magnitude)).all((1, 2)).mean()
     assert least <= share <= most
+
+
+def test_the_published_gradient_is_as_wrong_as_the_page_says():
+    """Its length and its direction beside the gradient's: medians over random matrices."""
+
+    def cells(start):
+        (line,) = re.findall(rf"^\| {start}.*$", PAGE, re.MULTILINE)
+        return [cell.strip() for cell in line.strip("|").split("|")][1:]
+
+    sizes = [float(cell.removeprefix("+-")) for cell in re.findall(r"\+-[\d.]+", PAGE.split("published code")[1])[:4]]
+    said = zip(sizes, cells("length, as"), cells("cosine with"), strict=True)
+    rng, settings = np.random.default_rng(3), (20, 1e-5, SinkhornMode.EXP)
+    for size, length, cosine in said:
+        logits, d = size * rng.uniform(-1, 1, (2000, 4, 4)), rng.standard_normal((2000, 4, 4))
+        exact, found = sinkhorn_backward_reference(logits, d, *settings)[0], faulty_gradient(logits, d, settings[0])
+        lengths = [np.sqrt((gradient * gradient).sum((1, 2))) for gradient in (exact, found)]
+        assert np.median(lengths[1] / lengths[0]) == pytest.approx(float(length), rel=0.1)
+        directions = (exact * found).sum((1, 2)) / (lengths[0] * lengths[1])
+        assert np.median(directions) == pytest.approx(float(cosine), abs=0.02)

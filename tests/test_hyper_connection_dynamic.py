@@ -143,7 +143,7 @@ def test_without_alpha_the_bias_is_a_static_h(device, poisoned, rng, mode):
 
 @MODES
 @pytest.mark.parametrize("name", GRADIENT_OF)
-@pytest.mark.parametrize("n", [1, 2, 3, 4, 8, 16, 17, 31])
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 8, 16, 17, 31, 32])
 def test_the_reference_gradients_are_those_of_finite_differences(rng, n, name, mode):
     forward, backward = both(2, max(n, 5), n, 20 if n <= 8 else 3, EPS, F32, F32, F32, mode)
     arrays = {key: value.astype(np.float64) for key, value in problem(rng, forward).items()}
@@ -156,6 +156,22 @@ def test_the_reference_gradients_are_those_of_finite_differences(rng, n, name, m
         ends = [forward.reference(**m)["out"][0] for m in moved]
         slope = ((ends[0] - ends[1]) * d_out).sum() / (2 * step)
         assert (gradient * direction).sum() == pytest.approx(slope, rel=1e-5, abs=1e-6 * n)
+
+
+@MODES
+def test_the_reference_gradients_of_64_streams(rng, mode):
+    """All operands are moved at once: the projection alone has 17 million elements."""
+    forward, backward = both(1, 64, 64, 2, EPS, F32, F32, F32, mode)
+    arrays = {key: value.astype(np.float64) for key, value in problem(rng, forward).items()}
+    d_out, step = rng.standard_normal(forward.shape), 1e-5
+    exact = {key: pair[0] for key, pair in forward.reference(**arrays).items() if key != "out"}
+    gradients = backward.reference(d_out=d_out, **arrays, **exact)
+    directions = {operand: rng.standard_normal(arrays[operand].shape) for operand in GRADIENT_OF.values()}
+    moved = [{name: arrays[name] + s * directions[name] for name in arrays} for s in (step, -step)]
+    ends = [forward.reference(**m)["out"][0] for m in moved]
+    slope = ((ends[0] - ends[1]) * d_out).sum() / (2 * step)
+    found = sum((gradients[name][0] * directions[operand]).sum() for name, operand in GRADIENT_OF.items())
+    assert found == pytest.approx(slope, rel=1e-5, abs=1e-4)
 
 
 def test_two_runs_have_the_same_bits(device, poisoned, rng):

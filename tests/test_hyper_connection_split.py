@@ -100,7 +100,7 @@ def float64_problem(rng, descriptor):
 
 @MODES
 @pytest.mark.parametrize(("gamma", "projection"), FORMS, ids=lambda kind: getattr(kind, "value", "none"))
-@pytest.mark.parametrize("n", [1, 3, 4, 8, 17])
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 8, 16, 17, 31])
 def test_the_reference_gradients_before_are_those_of_finite_differences(rng, n, gamma, projection, mode):
     settings = (2, max(n, 5), n, 20 if n <= 8 else 3, EPS, F32, gamma, projection, mode)
     forward, backward = HyperConnectionPreDescriptor(*settings), HyperConnectionPreBackwardDescriptor(*settings)
@@ -123,9 +123,9 @@ def test_the_reference_gradients_before_are_those_of_finite_differences(rng, n, 
 
 
 @pytest.mark.parametrize("per_sample", [False, True], ids=["static", "dynamic"])
-@pytest.mark.parametrize("n", [1, 3, 8])
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 8, 16, 17, 31, 32, 64])
 def test_the_reference_gradients_after_are_those_of_finite_differences(rng, n, per_sample):
-    settings = (3, 9, n, F32, per_sample)
+    settings = (3, max(n, 9), n, F32, per_sample)
     forward, backward = HyperConnectionPostDescriptor(*settings), HyperConnectionPostBackwardDescriptor(*settings)
     arrays, d_out = float64_problem(rng, forward), rng.standard_normal(forward.shape)
     gradients = backward.reference(d_out=d_out, **arrays)

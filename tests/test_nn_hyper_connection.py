@@ -5,10 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from lycoris import tensor
+from lycoris import optim, tensor
 from lycoris.errors import RefusedInput
+from lycoris.graph import capture
 from lycoris.nn import HyperConnection, Linear
-from plans.core import ElementKind
+from lycoris.tensor import Generator
+from plans.core import ElementKind, InvalidProblem
 from plans.hyper_connection.common import weight_line
 from plans.hyper_connection.math import Projection, aggregate_of, logits_of, mixed_of, projected_of, weights_of
 from plans.sinkhorn import SinkhornMode
@@ -85,6 +87,46 @@ def test_bf16_streams_train(rng, hidden_dim):
         assert np.isfinite(part.grad.numpy()).all(), name
 
 
+class Training:
+    """Two connections in a row, learning to map streams to others; what a call returns is the loss before its step."""
+
+    def __init__(self, hidden_dim, mode):
+        generator = Generator(3)
+        self.layers = [
+            HyperConnection(Linear(C, C, generator=generator), N, hidden_dim, mode=mode, sinkhorn_iters=5,
+                            generator=generator)
+            for _ in range(2)
+        ]  # fmt: skip
+        self.parameters = [part for layer in self.layers for part in layer.tensors().values()]
+        self.x, self.wanted = (tensor.randn((6, N, C), seed=seed) for seed in (1, 2))
+        self.optimizer = optim.AdamW(self.parameters, 0.05)
+
+    def __call__(self):
+        with tensor.enable_grad():
+            self.optimizer.zero_grad()
+            loss = tensor.mse_loss(self.layers[1](self.layers[0](self.x)), self.wanted)
+            loss.backward()
+            self.optimizer.step()
+            return loss.detach()
+
+
+@pytest.mark.parametrize(
+    ("hidden_dim", "mode"), [(None, SinkhornMode.EXP), (C, SinkhornMode.SOFTMAX)], ids=["static", "dynamic"]
+)
+def test_it_learns_and_a_recorded_step_is_the_eager_one(hidden_dim, mode):
+    eager, recorded, steps = Training(hidden_dim, mode), Training(hidden_dim, mode), 5
+    started = [part.numpy().copy() for part in eager.parameters]
+    losses = [eager().item() for _ in range(steps)]
+    assert losses[-1] < 0.9 * losses[0]
+    assert all((part.numpy() != before).any() for part, before in zip(eager.parameters, started, strict=True))
+    graph = capture(recorded)  # makes the first step
+    for loss in losses[1:]:
+        graph.replay()
+        assert graph.result.item() == loss
+    for one, other in zip(eager.parameters, recorded.parameters, strict=True):
+        assert one.numpy().tobytes() == other.numpy().tobytes()
+
+
 def test_layers_in_a_row(rng):
     """The gradient of one layer's streams is that of the next one's input; the graph is walked once."""
     layers = [layer_of(rng)[0] for _ in range(2)]
@@ -144,7 +186,10 @@ def test_what_starts_a_layer():
     np.testing.assert_array_equal(layer.alpha.numpy(), np.float32(0.01))
     assert not layer.bias.numpy().any()
     assert sorted(layer.tensors()) == ["alpha", "bias", "projection"]
-    assert sorted(HyperConnection(Linear(8, 8), 2).tensors()) == [
+    static = HyperConnection(Linear(8, 8), 60)
+    assert not static.h_pre.numpy().any() and not static.h_post.numpy().any()
+    assert 0.009 < static.h_res.numpy().std() < 0.011
+    assert sorted(static.tensors()) == [
         "h_post", "h_pre", "h_res", "sublayer.bias", "sublayer.weight",
     ]  # fmt: skip
 
@@ -165,3 +210,17 @@ def test_what_does_not_fit_is_refused(rng):
     ):
         with pytest.raises(RefusedInput, match=message):
             call()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"hidden_dim": 0}, "hidden_dim 0 and n_streams 3, wanted all positive"),
+        ({"hidden_dim": 2}, "hidden_dim 2 < n_streams 3, wanted at least one channel a stream"),
+        ({"sinkhorn_iters": 1001}, "sinkhorn iterations 1001, wanted 1 to 1000"),
+        ({"eps": 0.0}, r"eps 0.0, wanted a finite number in \(0, 1\)"),
+    ],
+)
+def test_settings_that_contradict_themselves_are_refused_at_once(settings, message):
+    with pytest.raises(InvalidProblem, match=message):
+        HyperConnection(lambda x: x, N, **settings)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from hyper_cases import faulty_gradient
 
 from kernels.sinkhorn_thread import MAX_N
 from plans.core import (
@@ -100,21 +101,6 @@ def test_the_reference_gradient_is_that_of_finite_differences(rng, n, scale, mod
         ends = [sinkhorn_reference(logits + sign * step * direction, iterations, EPS, mode) for sign in (1, -1)]
         slope = ((ends[0] - ends[1]) * d_out).sum() / (2 * step)
         assert (gradient * direction).sum() == pytest.approx(slope, rel=1e-5, abs=1e-7 * n)
-
-
-def faulty_gradient(logits, d_out, iterations):
-    """What mHC.cu computes: the matrix after the row step in both steps back, and no division by the sums."""
-    x = np.exp(logits.astype(np.float64))
-    after_rows = []
-    for _ in range(iterations):
-        x = x / x.sum(-1, keepdims=True)
-        after_rows.append(x)
-        x = x / x.sum(-2, keepdims=True)
-    d = d_out.astype(np.float64)
-    for a in reversed(after_rows):
-        d = d - (d * a).sum(-2, keepdims=True)
-        d = d - (d * a).sum(-1, keepdims=True)
-    return d * np.exp(logits.astype(np.float64))
 
 
 @pytest.mark.parametrize("scale", [0.01, 1.0])

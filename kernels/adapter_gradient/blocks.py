@@ -1,18 +1,23 @@
 """The gradient of a matrix that mixes blocks of rows: d_w[l, m] = sum_{t, e} g[t, l, e] x[t, m, e].
 
-For LoKr's w1. A small result over a long sum: reading g and x is all the work. Neither passes through shared memory, as
-both lie with e contiguous and a sum does not ask in which order its terms come (see ``matmul.narrow``). Warps and
-blocks share the pairs of a row and 32 of its e, and add up in order (``partial_sums``).
+For LoKr's w1. A small result over a long sum: reading g and x is all the work. Both lie with e contiguous, and a sum
+does not ask in which order its terms come (see ``matmul.narrow``): what a lane wants of them are pieces of 16 bytes,
+which it copies asynchronously to places of its own in a ring of several steps, so that nobody waits for anybody. Warps
+and blocks share the pairs of a row and 32 of its e, and add up in order (``partial_sums``).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
+from kernels import memory
+from kernels.barrier import HOPPER, early_options, entrance, wait_for_previous_grid
 from kernels.elements import ELEMENTS
-from kernels.matmul.narrow import row_fetcher, row_multiplier
-from kernels.target import SIMULATOR, cuda, device, f32p, i64, kernel_factory, types
-from kernels.warp import block_barrier, block_x, block_y, thread_index, warp_sum
+from kernels.matmul.narrow import row_multiplier
+from kernels.target import SIMULATOR, blocks_by_shared, cuda, device, f32p, i64, kernel_factory, types
+from kernels.warp import block_barrier, block_x, block_y, grid_x, thread_index, warp_sum
 
 WARPS = 2 if SIMULATOR else 8
 THREADS = 32 * WARPS
@@ -24,48 +29,116 @@ MOST_ROW_TILES, MOST_COLUMN_TILES = 4, 8
 
 POINTER, STRIDE, BLOCKS = range(3)
 """Positions of g's and x's parameters: it, elements from a row to the next, and its blocks."""
+_RING_BYTES = {False: (24 if SIMULATOR else 96) << 10, True: 200 << 10}
+"""Of a multiprocessor's shared memory for what is under way, by whether it is one of Hopper's."""
+
 _u32 = np.uint32
 
 
-def items_at_once(row_tiles: int, column_tiles: int) -> int:
-    """Pairs of a row and 32 of its e that a warp loads before it multiplies: as many as registers have room for."""
-    return max(1, 48 // (8 * row_tiles + 4 * column_tiles))
+def blocks_at_once(row_tiles: int, column_tiles: int) -> int:
+    """Blocks of threads on a multiprocessor: what their registers have room for."""
+    return 2 if 4 * row_tiles * column_tiles + 8 * row_tiles + 4 * column_tiles <= 56 else 1
 
 
-@kernel_factory(("bf16", 1, 1), ("bf16", 3, 6), ("bf16", 4, 8), ("f16", 2, 2))
-def block_mix_gradient(kind: str, row_tiles: int, column_tiles: int):
-    """Parameters: parts of the sum, g's, x's, rows, width of a block, items of a block of threads, tiles along m.
+def _stages(row_tiles: int, column_tiles: int, ring_bytes: int) -> tuple[int, int]:
+    """Steps under way, and words of shared memory of one of a warp's."""
+    words = 32 * 4 * (2 * row_tiles + column_tiles)
+    return max(2, min(8, ring_bytes // blocks_at_once(row_tiles, column_tiles) // (4 * WARPS * words))), words
 
-    Parts are [block of items, l, m] in fp32. Blocks: items along x, tiles of the result along y. Widths and strides are
-    multiples of eight elements.
+
+def _stager(tiles: int) -> Callable:
+    """``stage(shared, at, pointer, start, width, row0, rows, row, e)``: a lane's piece of its row in each tile.
+
+    The pieces are 128 words apart. Zeros beyond the last row and e.
     """
-    unroll = items_at_once(row_tiles, column_tiles)
-    fetch_a, fetch_b = row_fetcher(2 * row_tiles, 8), row_fetcher(column_tiles, 8)
-    multiply = row_multiplier(kind, row_tiles, column_tiles)
-    a_words, b_words, sum_count = 8 * row_tiles, 4 * column_tiles, 4 * row_tiles * column_tiles
-    all_a, all_b, width_of_tile = unroll * a_words, unroll * b_words, 8 * column_tiles
-    parked = 16 * width_of_tile
+    copy_some = memory.copy_async_fill(16)
 
     @device
-    def accumulate(sums, g, x, l0, m0, rows, width, first, end, lane, number):
-        a = cuda.local.array(all_a, np.uint32)
-        b = cuda.local.array(all_b, np.uint32)
+    def stage(shared, at, pointer, start, width, row0, rows, row, e):
+        for tile in range(tiles):
+            line = row0 + np.int64(8 * tile) + row
+            nbytes = _u32(16) if line < rows and e < width else _u32(0)
+            copy_some(shared, np.int64(_u32(at + _u32(128 * tile))), pointer, start + line * width + e, nbytes)
+
+    return stage
+
+
+def _accumulator(kind: str, row_tiles: int, column_tiles: int, stages: int, staged: int) -> Callable:
+    """A device function: a warp's sums over its items, which come in runs of two: neighbours in memory.
+
+    ``stages`` of them are under way, each ``staged`` words of shared memory.
+    """
+    stage_g, stage_x = _stager(2 * row_tiles), _stager(column_tiles)
+    multiply, arrived = row_multiplier(kind, row_tiles, column_tiles), memory.copy_async_wait(stages - 2)
+    a_words, b_words, sum_count, g_words = (
+        8 * row_tiles,
+        4 * column_tiles,
+        4 * row_tiles * column_tiles,
+        256 * row_tiles,
+    )
+
+    @device
+    def stage(shared, at, g, x, l0, m0, width, chunks, item, end, lane):
+        if item < end:
+            row = np.int64(lane >> _u32(2))
+            t = _u32(item // chunks)
+            e = np.int64(_u32(_u32(_u32(item - _u32(t * chunks)) * _u32(DEPTH)) + _u32((lane & _u32(3)) << _u32(3))))
+            t, place = np.int64(t), _u32(at + _u32(lane << _u32(2)))
+            stage_g(shared, place, g[POINTER], t * g[STRIDE], width, l0, g[BLOCKS], row, e)
+            stage_x(shared, _u32(place + _u32(g_words)), x[POINTER], t * x[STRIDE], width, m0, x[BLOCKS], row, e)
+        memory.copy_async_commit()
+
+    @device
+    def take(words, shared, at, tiles):
+        for tile in range(tiles):
+            found = memory.shared_load128(shared, np.int64(_u32(at + _u32(128 * tile))))
+            for i in range(4):
+                words[4 * tile + i] = found[i]
+
+    @device
+    def following(item, first):
+        return _u32(item + (_u32(1) if _u32(item - first) & _u32(1) == _u32(0) else _u32(2 * WARPS - 1)))
+
+    @device
+    def accumulate(sums, shared, g, x, l0, m0, width, first, end, lane, number):
+        a, b = cuda.local.array(a_words, np.uint32), cuda.local.array(b_words, np.uint32)
         for i in range(sum_count):
             sums[i] = np.float32(0)
-        row, own = np.int64(lane >> _u32(2)), np.int64((lane & _u32(3)) << _u32(3))
-        chunks = _u32(_u32(width + np.int64(DEPTH - 1)) // _u32(DEPTH))
-        item = _u32(first + number)
+        chunks, ring = _u32(_u32(width + np.int64(DEPTH - 1)) // _u32(DEPTH)), _u32(number * _u32(stages * staged))
+        item = _u32(first + _u32(number << _u32(1)))
+        ahead, now, last = item, _u32(0), _u32((stages - 1) * staged)
+        for i in range(stages - 1):
+            stage(shared, _u32(ring + _u32(i * staged)), g, x, l0, m0, width, chunks, ahead, end, lane)
+            ahead = following(ahead, first)
+        free = last
         while item < end:
-            for i in range(unroll):
-                t = _u32(item // chunks)
-                k = np.int64(_u32(_u32(item - _u32(t * chunks)) * _u32(DEPTH))) + own
-                k = k if item < end else width
-                t = np.int64(min(t, _u32(_u32(rows) - _u32(1))))
-                fetch_a(a, i * a_words, g[POINTER], t * g[STRIDE], width, l0, g[BLOCKS], row, k, width)
-                fetch_b(b, i * b_words, x[POINTER], t * x[STRIDE], width, m0, x[BLOCKS], row, k, width)
-                item = _u32(item + _u32(WARPS))
-            for i in range(unroll):
-                multiply(sums, a, i * a_words, b, i * b_words)
+            arrived()
+            stage(shared, _u32(ring + free), g, x, l0, m0, width, chunks, ahead, end, lane)
+            at = _u32(_u32(ring + now) + _u32(lane << _u32(2)))
+            take(a, shared, at, 2 * row_tiles)
+            take(b, shared, _u32(at + _u32(g_words)), column_tiles)
+            multiply(sums, a, 0, b, 0)
+            free, now = now, _u32(now + _u32(staged)) if now != last else _u32(0)
+            item, ahead = following(item, first), following(ahead, first)
+
+    return accumulate
+
+
+@kernel_factory(
+    ("bf16", 1, 1), ("bf16", 3, 6), ("bf16", 4, 8), ("f16", 2, 2), ("bf16", 3, 6, "early"), ("bf16", 1, 1, "beside")
+)
+def block_mix_gradient(kind: str, row_tiles: int, column_tiles: int, order: str = ""):
+    """Parameters: parts of the sum, g's, x's, rows, width of a block, items of a block of threads, tiles along m.
+
+    Parts are [block of items, l, m] in fp32. Blocks: tiles of the result along x, items along y. Widths and strides are
+    multiples of eight elements. On sm_90 the grid takes its places "early", or runs "beside" the one before it, none of
+    whose results it takes, and ends after that one.
+    """
+    stages, staged = _stages(row_tiles, column_tiles, _RING_BYTES[order != ""])
+    accumulate, enter = _accumulator(kind, row_tiles, column_tiles, stages, staged), entrance(order == "early")
+    beside = order == "beside"
+    sum_count, width_of_tile = 4 * row_tiles * column_tiles, 8 * column_tiles
+    parked = 16 * width_of_tile
 
     @device
     def park(shared, sums, row_tile, lane, number):
@@ -89,29 +162,39 @@ def block_mix_gradient(kind: str, row_tiles: int, column_tiles: int):
                 parts[start + to * m_count + across] = value
 
     def kernel(parts, g, x, rows, width, items_of_block, tiles_across):
+        enter()
         shared = cuda.shared.array(0, np.float32, alignment=16)
         sums = cuda.local.array(sum_count, np.float32)
         thread = thread_index()
         lane, number = _u32(thread & _u32(31)), _u32(thread >> _u32(5))
-        tile = _u32(block_y())
+        tile = _u32(block_x())
         down = _u32(tile // _u32(tiles_across))
         l0 = np.int64(_u32(down * _u32(16 * row_tiles)))
         m0 = np.int64(_u32(_u32(tile - _u32(down * _u32(tiles_across))) * _u32(8 * column_tiles)))
         items = _u32(_u32(rows) * _u32(_u32(width + np.int64(DEPTH - 1)) // _u32(DEPTH)))
-        first = _u32(_u32(block_x()) * _u32(items_of_block))
+        first = _u32(_u32(block_y()) * _u32(items_of_block))
         end = _u32(min(_u32(first + _u32(items_of_block)), items))
-        accumulate(sums, g, x, l0, m0, rows, width, first, end, lane, number)
-        start = block_x() * g[BLOCKS] * x[BLOCKS]
+        accumulate(sums, shared, g, x, l0, m0, width, first, end, lane, number)
+        memory.copy_async_wait_all()
+        start = block_y() * g[BLOCKS] * x[BLOCKS]
         for row_tile in range(row_tiles):
             block_barrier()
             park(shared, sums, row_tile, lane, number)
             block_barrier()
             add_up(shared, parts, start, l0 + np.int64(16 * row_tile), g[BLOCKS], m0, x[BLOCKS], thread)
+        # One block that waits is enough, and more would keep others from multiprocessors that are free.
+        if beside and end == items and block_x() == grid_x() - 1:
+            wait_for_previous_grid()
 
     side = types.Tuple((ELEMENTS[kind].pointer, i64, i64))
-    words = all_a + all_b + sum_count
-    options = {"threads": THREADS, "shared_bytes": 4 * WARPS * parked, "min_blocks": 2 if words <= 56 else 1}
-    return kernel, (f32p, side, side, i64, i64, i64, i64), options
+    shared_bytes = 4 * WARPS * max(stages * staged, parked)
+    blocks = min(blocks_at_once(row_tiles, column_tiles), blocks_by_shared(shared_bytes))
+    options = {"threads": THREADS, "shared_bytes": shared_bytes, "min_blocks": blocks}
+    return (
+        kernel,
+        (f32p, side, side, i64, i64, i64, i64),
+        options | (HOPPER if beside else early_options(order == "early")),
+    )
 
 
 @kernel_factory(("bf16", "bf16"), ("f32", "f16"))

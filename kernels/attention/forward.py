@@ -90,7 +90,7 @@ def hider(tile: Tile, causal: bool) -> Callable:
     return hide
 
 
-def _online_softmax(tile: Tile) -> Callable:
+def online_softmax(tile: Tile) -> Callable:
     """``soften(scores, most, totals, out, factor)``: scores become powers; maxima, sums and the result follow."""
     blocks, width_blocks = tile.columns // 8, tile.width // 8
 
@@ -140,7 +140,7 @@ def _walker(kind: str, tile: Tile, causal: bool) -> Callable:
     word_count = score_count // 2
     fetch_tile = loader(tile.columns, tile.width, tile.threads)
     scores_of, packed, multiply = score_multiplier(kind, tile), packer(kind, tile), register_multiplier(kind, tile)
-    clear, hide, soften = clearer(score_count), hider(tile, causal), _online_softmax(tile)
+    clear, hide, soften = clearer(score_count), hider(tile, causal), online_softmax(tile)
     arrived, where = memory.copy_async_wait(0), lane_of(tile)
 
     @device
@@ -183,7 +183,7 @@ def _walker(kind: str, tile: Tile, causal: bool) -> Callable:
     return walk
 
 
-def _finisher(tile: Tile) -> Callable:
+def finisher(tile: Tile) -> Callable:
     """``finish(most, totals, lse, at, left, factor, line0, lane)``: sums to reciprocals, and log-sum-exps to memory."""
 
     def finished(number: int) -> Callable:
@@ -233,7 +233,7 @@ def attention_forward(kind: str, tile: Tile, causal: bool, early: bool = False):
     out_count, row_count, rows = tile.row_blocks * tile.width // 2, 2 * tile.row_blocks, tile.rows
     fetch, walk, edge_at = loader(tile.rows, tile.width, tile.threads), _walker(kind, tile, causal), edge_of(tile)
     clear_out, clear_totals, clear_most = clearer(out_count), clearer(row_count), clearer(row_count, -math.inf)
-    finish, store, where = _finisher(tile), storer(kind, tile), lane_of(tile)
+    finish, store, where = finisher(tile), storer(kind, tile), lane_of(tile)
 
     def kernel(out, lse, q, k, v, queries, keys, width, heads, group, diagonal, factor):
         enter()

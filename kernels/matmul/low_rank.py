@@ -6,9 +6,8 @@ width], so that all terms of one A are one segment of the product.
 
 Reading A is all the work. As in `narrow` a lane takes eight neighbouring values of its rows for those that the tensor
 core wants of it; here it copies them to a place of its own in shared memory, several steps ahead, so that much is on
-the way and nobody waits for anybody. Groups of warps walk over tiles of rows, each by itself, so that some load while
-others add up. A block fills a multiprocessor: the fewer blocks there are, the more multiprocessors are left to the
-product, which begins beside them (sm_90).
+the way and nobody waits for anybody. The warps of a block share the depth of a tile of rows. For many rows Hopper has
+`low_rank_streamed`.
 """
 
 from __future__ import annotations
@@ -22,9 +21,8 @@ from kernels import barrier, memory
 from kernels.elements import ELEMENTS
 from kernels.matmul.narrow import A_BATCH, A_STRIDE, DEPTH, DEPTH_OF_A, A, row_multiplier
 from kernels.matmul.problem import COLUMNS, OUT, OUT_BATCH, OUT_STRIDE, ROWS, result_parameters
-from kernels.matmul.wgmma_tile import WARPGROUP
 from kernels.target import cuda, device, f32, i64, kernel_factory, types
-from kernels.warp import block_barrier, block_x, grid_x, sync_warp, thread_index, warpgroup_barrier
+from kernels.warp import block_barrier, block_x, grid_x, sync_warp, thread_index
 
 UNIT = 8
 D, RANK, SCALE, U, U_STRIDE = range(5)
@@ -40,15 +38,11 @@ _copy = memory.copy_async_fill(16)
 
 @dataclass(frozen=True)
 class InnerTile:
-    """How a block works: ``groups`` of ``warps`` that share the depth of a tile of 16 ``row_tiles`` rows, each with
-    ``ahead`` steps on the way; ``cluster`` blocks are placed on neighbouring multiprocessors.
-    """
+    """How a block works: ``warps`` share the depth of a tile of 16 ``row_tiles`` rows, each ``ahead`` steps ahead."""
 
     warps: int
-    groups: int
     row_tiles: int
     ahead: int
-    cluster: int = 1
 
     @property
     def rows(self) -> int:
@@ -58,14 +52,14 @@ class InnerTile:
     @property
     def threads(self) -> int:
         """Threads of a block."""
-        return 32 * self.warps * self.groups
+        return 32 * self.warps
 
     def elements(self, column_tiles: int) -> int:
         """16-bit elements of a warp's place in shared memory: what is on the way, and later its sums."""
         return self.ahead * (2 * self.row_tiles + column_tiles) * _STEP
 
 
-def _terms(tiles: tuple[int, ...]) -> tuple[Callable, Callable]:
+def terms_of(tiles: tuple[int, ...]) -> tuple[Callable, Callable]:
     """Device functions over all terms: ask for their D's tiles; the scale of a column, 0 for one that none makes."""
 
     @device
@@ -176,20 +170,16 @@ def _accumulator(kind: str, column_tiles: int, tile: InnerTile, request_terms: C
 
 
 def _finisher(kind: str, column_tiles: int, tile: InnerTile, scale_of: Callable) -> Callable:
-    """A device function: a group's sums added up in order, scaled, in two parts to memory.
-
-    ``base`` is where the group's places begin in shared memory.
-    """
-    width, row_tiles, warps, threads = UNIT * column_tiles, tile.row_tiles, tile.warps, 32 * tile.warps
+    """A device function: the warps' sums added up in order, scaled, in two parts to memory."""
+    width, row_tiles, warps, threads = UNIT * column_tiles, tile.row_tiles, tile.warps, tile.threads
     partial, element, place_elements = tile.rows * width, ELEMENTS[kind], tile.elements(column_tiles) // 2
     store, rounded = element.store, element.rounded
-    assert (tile.groups == 1 or threads == WARPGROUP) and partial <= place_elements, tile
-    wait = block_barrier if tile.groups == 1 else warpgroup_barrier
+    assert partial <= place_elements, tile
 
     @device
-    def park(shared, base, sums, lane, number):
+    def park(shared, sums, lane, number):
         """The warp's sums as [rows, columns] in its place of shared memory."""
-        at = _u32(base + number * _u32(place_elements))
+        at = _u32(number * _u32(place_elements))
         at = _u32(at + (lane >> _u32(2)) * _u32(width) + ((lane & _u32(3)) << _u32(1)))
         for row_tile in range(row_tiles):
             for column_tile in range(column_tiles):
@@ -199,9 +189,9 @@ def _finisher(kind: str, column_tiles: int, tile: InnerTile, scale_of: Callable)
                     shared[at + _u32(row * width + column)] = value
 
     @device
-    def finish(shared, base, sums, result, terms, row0, batch, lane, number):
-        park(shared, base, sums, lane, number)
-        wait()
+    def finish(shared, sums, result, terms, row0, batch, lane, number):
+        park(shared, sums, lane, number)
+        block_barrier()
         own = _u32(number * _u32(32) + lane)
         for turn in range(partial // threads + (partial % threads > 0)):
             place = _u32(_u32(turn) * _u32(threads) + own)
@@ -210,13 +200,13 @@ def _finisher(kind: str, column_tiles: int, tile: InnerTile, scale_of: Callable)
             if place < _u32(partial) and row < result[ROWS]:
                 value = np.float32(0)
                 for other in range(warps):
-                    value += shared[_u32(base + place + _u32(other * place_elements))]
+                    value += shared[_u32(place + _u32(other * place_elements))]
                 scale = scale_of(terms, column)
                 value = np.float32(0) if scale == np.float32(0) else value * scale
                 at = batch * result[OUT_BATCH] + row * result[OUT_STRIDE] + np.int64(column)
                 store(result[OUT], at, value)
                 store(result[OUT], at + np.int64(width), value - rounded(value))
-        wait()
+        block_barrier()
 
     return finish
 
@@ -226,7 +216,7 @@ def _no_columns(beside, terms, row, width):
     pass
 
 
-def _columns(tiles: tuple[int, ...], whole: bool) -> Callable:
+def columns_copier(tiles: tuple[int, ...], whole: bool) -> Callable:
     """A device function: a row of every term's U to both of its places, zeros where there is no rank or no scale."""
     copy, position = _no_columns, sum(tiles)
     for number in reversed(range(len(tiles))):
@@ -269,10 +259,9 @@ def _columns_of_term(number: int, position: int, count: int, whole: bool, rest: 
 
 
 @kernel_factory(
-    ("bf16", (2,), InnerTile(4, 4, 2, 4, 2), True, True, True),
-    ("bf16", (2, 2, 2), InnerTile(16, 1, 2, 2, 2), True, True, True),
-    ("f16", (2, 1), InnerTile(16, 1, 2, 1), True, False, False),
-    ("bf16", (2,), InnerTile(16, 1, 1, 6), False, True, True),
+    ("bf16", (2,), InnerTile(16, 2, 2), True),
+    ("f16", (2, 1), InnerTile(16, 2, 1), True, False),
+    ("bf16", (2,), InnerTile(16, 1, 6), False, True, True),
 )
 def low_rank_inner(
     kind: str, tiles: tuple[int, ...], tile: InnerTile, beside: bool, whole: bool = True, overlaps: bool = False
@@ -285,11 +274,11 @@ def low_rank_inner(
     its rows. A and D begin at, and their lines are apart by, multiples of eight elements; so is K.
     """
     column_tiles = sum(tiles)
-    request_terms, scale_of = _terms(tiles)
+    request_terms, scale_of = terms_of(tiles)
     accumulate = _accumulator(kind, column_tiles, tile, request_terms)
     finish, elements = _finisher(kind, column_tiles, tile, scale_of), tile.elements(column_tiles)
-    copy, groups, warps, height, threads = _columns(tiles, whole), tile.groups, tile.warps, tile.rows, tile.threads
-    sum_count, group_floats = 4 * tile.row_tiles * column_tiles, tile.warps * elements // 2
+    copy, height, threads = columns_copier(tiles, whole), tile.rows, tile.threads
+    sum_count = 4 * tile.row_tiles * column_tiles
 
     def kernel(result, left, batches, terms, columns, n):
         if overlaps:
@@ -299,19 +288,16 @@ def low_rank_inner(
         ring = cuda.shared.array(0, np.uint16, alignment=16)
         sums = cuda.local.array(sum_count, np.float32)
         thread = thread_index()
-        lane, warp = _u32(thread & _u32(31)), _u32(thread >> _u32(5))
-        group = _u32(warp // _u32(warps))
-        number, base = _u32(warp - group * _u32(warps)), _u32(group * _u32(group_floats))
-        at = np.int64(_u32(warp * _u32(elements) + lane * _u32(UNIT)))
+        lane, number = _u32(thread & _u32(31)), _u32(thread >> _u32(5))
+        at = np.int64(_u32(number * _u32(elements) + lane * _u32(UNIT)))
         of_one = _u32(_u32(result[ROWS] + np.int64(height - 1)) // _u32(height))
-        # Neighbouring tiles to different blocks, so that few tiles are spread over all of them.
-        tile_number = _u32(_u32(block_x()) + group * _u32(grid_x()))
+        tile_number = _u32(block_x())
         while tile_number < _u32(of_one * _u32(batches)):
             batch = _u32(tile_number // of_one)
             row0 = np.int64(_u32(tile_number - _u32(batch * of_one))) * np.int64(height)
             accumulate(sums, ring, at, left, terms, result[ROWS], row0, np.int64(batch), lane, number)
-            finish(shared, base, sums, result, terms, row0, np.int64(batch), lane, number)
-            tile_number = _u32(tile_number + _u32(_u32(grid_x()) * _u32(groups)))
+            finish(shared, sums, result, terms, row0, np.int64(batch), lane, number)
+            tile_number = _u32(tile_number + _u32(grid_x()))
         if beside:
             row = block_x() * np.int64(threads) + np.int64(thread)
             while row < n:
@@ -322,5 +308,5 @@ def low_rank_inner(
     term = types.Tuple((pointer, i64, f32, pointer, i64))
     left = types.Tuple((pointer, i64, i64, i64))
     parameters = (result_parameters(kind), left, i64, types.Tuple((term,) * len(tiles)), pointer, i64)
-    options = {"threads": threads, "shared_bytes": 2 * elements * warps * groups, "cluster": tile.cluster}
+    options = {"threads": threads, "shared_bytes": 2 * elements * tile.warps}
     return kernel, parameters, options | (barrier.HOPPER if overlaps else {})

@@ -7,7 +7,17 @@ from collections.abc import Callable
 import numpy as np
 
 from kernels import barrier
-from kernels.matmul.wgmma_tile import DIAGONAL, PART_WORDS, ROWS, SEGMENT_WORDS, WAITS, WgmmaTile, placement, work_of
+from kernels.matmul.wgmma_tile import (
+    DIAGONAL,
+    GROUPS,
+    PART_WORDS,
+    ROWS,
+    SEGMENT_WORDS,
+    WAITS,
+    WgmmaTile,
+    placement,
+    work_of,
+)
 from kernels.target import device
 from kernels.warp import block_x, grid_x
 from kernels.wgmma import DEPTH
@@ -16,9 +26,14 @@ _u32 = np.uint32
 
 
 @device
+def _upper_half(word):
+    return _u32(np.uint64(word) >> np.uint64(32))
+
+
+@device
 def flags_of(word):
     """The flags of a segment, from its last word."""
-    return _u32(np.uint64(word) >> np.uint64(32))
+    return _upper_half(word)
 
 
 def next_stage(stages: int) -> Callable:
@@ -59,22 +74,40 @@ def _operand_loader(k_major: bool, extent: int, multicast: int) -> Callable:
     return load
 
 
-def _stage_loader(tile: WgmmaTile) -> Callable:
-    """A device function that asks for the block's share of one stage of A and B."""
-    piece = tile.columns // tile.pieces
-    load_a, load_b = _operand_loader(tile.a_k_major, ROWS, 1), _operand_loader(tile.b_k_major, piece, tile.cluster)
-    a_bytes, stage_bytes, piece_bytes = _u32(tile.a_bytes), _u32(tile.stage_bytes), _u32(piece * DEPTH * 2)
-    own = tile.pieces // tile.cluster
+def _share_loader(tile: WgmmaTile) -> Callable:
+    """A device function that asks for the block's share of a stage of B: columns of it, or part of its depth."""
+    piece, own = tile.columns // tile.pieces, tile.pieces // tile.cluster
+    load_columns, load_depth = (
+        _operand_loader(tile.b_k_major, extent, tile.cluster) for extent in (piece, tile.columns)
+    )
+    piece_bytes, share, line_bytes = _u32(piece * DEPTH * 2), _u32(DEPTH // tile.depth_shares), _u32(128)
     shared_b, piece_columns, gated = tile.cluster > 1, _u32(piece), tile.gated
 
     @device
-    def load(target, full, map_a, map_b, row, column, k, columns):
-        barrier.barrier_expect_bytes(full, stage_bytes)
-        load_a(target, map_a, full, row, k)
+    def by_columns(target, full, map_b, column, k, columns):
         for i in range(own):
             number = barrier.cluster_rank() if shared_b else _u32(i)
             start = _u32(column + number * (columns if gated else piece_columns))
-            load_b(_u32(target + a_bytes + number * piece_bytes), map_b, full, start, k)
+            load_columns(_u32(target + number * piece_bytes), map_b, full, start, k)
+
+    @device
+    def by_depth(target, full, map_b, column, k, columns):
+        first = _u32(barrier.cluster_rank() * share)
+        load_depth(_u32(target + first * line_bytes), map_b, full, column, _u32(k + first))
+
+    return by_depth if tile.depth_shares > 1 else by_columns
+
+
+def _stage_loader(tile: WgmmaTile) -> Callable:
+    """A device function that asks for the block's share of one stage of A, from K's value k + shift on, and B."""
+    load_a, load_b = _operand_loader(tile.a_k_major, ROWS, 1), _share_loader(tile)
+    a_bytes, stage_bytes = _u32(tile.a_bytes), _u32(tile.stage_bytes)
+
+    @device
+    def load(target, full, map_a, map_b, row, column, k, shift, columns):
+        barrier.barrier_expect_bytes(full, stage_bytes)
+        load_a(target, map_a, full, row, _u32(k + shift))
+        load_b(_u32(target + a_bytes), full, map_b, column, k, columns)
 
     return load
 
@@ -91,7 +124,7 @@ def _diagonal_loader(tile: WgmmaTile) -> Callable:
     following = next_stage(tile.stages)
 
     @device
-    def load_diagonal(base, barriers, map_a, map_b, k_tiles, row, column, stage, phase):
+    def load_diagonal(base, barriers, map_a, map_b, k_tiles, row, column, shift, stage, phase):
         rank = barrier.cluster_rank() if several else _u32(0)
         for number in range(blocks):
             start = _u32(column + _u32(number) * block_columns)
@@ -100,7 +133,7 @@ def _diagonal_loader(tile: WgmmaTile) -> Callable:
                 full, target = _u32(barriers + stage * _u32(16)), _u32(base + stage * stage_bytes)
                 barrier.barrier_wait(_u32(full + _u32(8)), phase)
                 barrier.barrier_expect_bytes(full, nbytes)
-                load_a(target, map_a, full, row, k)
+                load_a(target, map_a, full, row, _u32(k + shift))
                 place = _u32(target + a_bytes + rank * share * _u32(DEPTH * 2))
                 load_b(place, map_b, full, _u32(start + rank * share), k)
                 k = _u32(k + _u32(DEPTH))
@@ -111,7 +144,7 @@ def _diagonal_loader(tile: WgmmaTile) -> Callable:
 
 
 @device
-def _nothing_diagonal(base, barriers, map_a, map_b, k_tiles, row, column, stage, phase):
+def _nothing_diagonal(base, barriers, map_a, map_b, k_tiles, row, column, shift, stage, phase):
     return stage, phase
 
 
@@ -124,16 +157,20 @@ def segment_loader(tile: WgmmaTile) -> Callable:
     @device
     def load_segment(base, barriers, table, at, row, column, columns, q, stage, phase):
         map_a, map_b = np.uint64(table[at]), np.uint64(table[at + np.int64(1)])
-        k_tiles, k = _u32(table[at + np.int64(2)]), _u32(table[at + np.int64(4)])
-        flags = flags_of(table[at + np.int64(5)])
+        k_tiles, word = _u32(table[at + np.int64(2)]), table[at + np.int64(4)]
+        k, shift, flags = _u32(word), _u32(0), flags_of(table[at + np.int64(5)])
+        if flags & _u32(GROUPS) != _u32(0):
+            group = _u32(column // _u32(word))
+            column = _u32(column - group * _u32(word))
+            k, shift = _u32(0), _u32(group * _upper_half(word))
         if flags & _u32(WAITS) != _u32(0):
             barrier.wait_for_previous_grid()
         if diagonal and flags & _u32(DIAGONAL) != _u32(0):
-            return load_diagonal(base, barriers, map_a, map_b, k_tiles, row, column, stage, phase)
+            return load_diagonal(base, barriers, map_a, map_b, k_tiles, row, column, shift, stage, phase)
         for _ in range(k_tiles):
             full, target = _u32(barriers + stage * _u32(16)), _u32(base + stage * stage_bytes)
             barrier.barrier_wait(_u32(full + _u32(8)), phase)
-            load(target, full, map_a, map_b, row, column, k, columns)
+            load(target, full, map_a, map_b, row, column, k, shift, columns)
             k = _u32(k + _u32(DEPTH))
             stage, phase = following(stage, phase)
         return stage, phase

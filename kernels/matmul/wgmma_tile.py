@@ -17,13 +17,14 @@ how many elements its result lies after the first part's."""
 
 SEGMENT_WORDS = 6
 """Words of a segment: the maps of A and B; tiles of K, and products of 16 in the last of them; the first value of K;
-the fp32 bits of a factor for what the segments before have summed, and in the word's upper half :data:`WAITS` and
-:data:`DIAGONAL`. A segment without tiles only scales."""
+the fp32 bits of a factor for what the segments before have summed, and in the word's upper half its flags, as below.
+A segment without tiles only scales."""
 
-WAITS, DIAGONAL, LETS = 1, 2, 4
+WAITS, DIAGONAL, LETS, GROUPS = 1, 2, 4, 8
 """Flags of a segment: its loads wait until the grid before this one has ended, where this one may have begun earlier; B
 has the tile's diagonal blocks only (tiles are a block's); in the first segment of all, the next grid may begin once the
-one before this has ended.
+one before this has ended; groups of columns take columns of A one after the other, from the first on, and all the same
+B: the word of K's first value has a group's columns, and above them its depth.
 """
 
 DIAGONAL_COLUMNS = 64
@@ -59,6 +60,11 @@ class WgmmaTile:
         return 2 if self.gated or self.cluster == 2 else 1
 
     @property
+    def depth_shares(self) -> int:
+        """Blocks that share a stage of B by its depth, where it lies along N: halves of a tile's columns may be odd."""
+        return 1 if self.b_k_major or self.gated else self.cluster
+
+    @property
     def result_columns(self) -> int:
         """Columns of the result that a tile makes."""
         return self.columns // 2 if self.gated else self.columns
@@ -80,7 +86,8 @@ class WgmmaTile:
     def boxes(self, diagonal: bool = False) -> tuple[tuple[int, int], tuple[int, int]]:
         """(rows, columns) of the boxes that the maps of A and B have, in the order in which the matrices are stored."""
         piece = self.diagonal // self.cluster if diagonal else self.columns // self.pieces
-        return (ROWS, DEPTH) if self.a_k_major else (DEPTH, 64), (piece, DEPTH) if self.b_k_major else (DEPTH, 64)
+        a_box = (ROWS, DEPTH) if self.a_k_major else (DEPTH, 64)
+        return a_box, (piece, DEPTH) if self.b_k_major else (DEPTH // self.depth_shares, 64)
 
 
 def placement(tile: WgmmaTile) -> Callable:

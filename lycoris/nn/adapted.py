@@ -2,8 +2,9 @@
 
 Two ways to the same layer, with different promises:
 
-- "merged": x W'^T with W' = round(W + sum_i s_i dW_i), kept until a strength or a factor changes. W' is the exact sum
-  rounded once to W's kind: of a change below W's last bit nothing is left.
+- "merged": x W'^T with W' = round(W + sum_i s_i dW_i), kept until a strength or a factor changes. The sum keeps its
+  plan's guarantee and is rounded once to W's kind: of a change below W's last bit nothing is left. `merge` makes the
+  same W'. (Merges of files and of modules are settled besides: see `plans.weight`.)
 - "separate": x W^T + sum_i s_i x dW_i^T, summed in fp32 before the one rounding: changes of any size take part.
 
 The default is "separate" while training and "merged" otherwise.
@@ -319,7 +320,6 @@ class Adapted:
             base=base.kind,
             kernel=first.kernel,
             sink=Sink.MERGE,
-            settled=True,
         )
         scales = [adapter.strength * scale for adapter, (_, _, scale) in zip(found, terms, strict=True)]
         merged = evaluate(descriptor, [factors for _, factors, _ in terms], scales, base.reshape(descriptor.shape))

@@ -32,7 +32,7 @@ from plans.hyper_connection.split_backward import (
 )
 from plans.sinkhorn import SinkhornMode
 
-_ALPHA, _PROJECTION_DEVIATION = 0.01, 0.02
+_ALPHA, _PROJECTION_DEVIATION, _RESIDUAL_DEVIATION = 0.01, 0.02, 0.01
 
 
 class HyperConnection(Module):
@@ -40,9 +40,11 @@ class HyperConnection(Module):
 
     Without ``hidden_dim`` the mixing weights are static, made of ``h_pre`` [n], ``h_post`` [n] and ``h_res`` [n, n].
     With it they are made for every sample from its streams, by ``projection`` [n (n + 2), n C], ``alpha`` [3] and
-    ``bias`` [n (n + 2)]. Biases and static parameters start at 0, alpha at 0.01 and the projection normal with
-    deviation 0.02, as in mHC.cu's layer.py; all but the projection, of ``kind``, are fp32. With a ``norm_weight`` [C],
-    a tensor, F is given the RMS-normalised s_pre x. ``mode`` is Sinkhorn's (`plans.sinkhorn.SinkhornMode`).
+    ``bias`` [n (n + 2)]. As in mHC.cu's layer.py bias, h_pre and h_post start at 0, alpha at 0.01, h_res and the
+    projection as normal numbers with deviations 0.01 and 0.02; all but the projection, of ``kind``, are fp32. Equal
+    streams stay equal with a static H: give the first connection streams that differ, or use a dynamic H.
+    With a ``norm_weight`` [C], a tensor, F is given the RMS-normalised s_pre x. ``mode`` is Sinkhorn's
+    (`plans.sinkhorn.SinkhornMode`).
 
     Raises RefusedInput where streams or the norm's weight have another shape or a kind that is not fp32 or bf16, and
     plans.core.PlanError for sizes that contradict themselves.
@@ -64,6 +66,9 @@ class HyperConnection(Module):
     ) -> None:
         if n_streams < 1:
             raise RefusedInput(f"HyperConnection: {n_streams} streams, wanted 1 or more; give another number")
+        # Settings that contradict themselves are refused here, not at the first call.
+        channels = n_streams if hidden_dim is None else hidden_dim
+        HyperConnectionPreDescriptor(1, channels, n_streams, sinkhorn_iters, eps, kind)
         self.sublayer, self.norm_weight = sublayer, norm_weight
         self.n_streams, self.hidden_dim = n_streams, hidden_dim
         self.sinkhorn_iters, self.eps, self.mode = sinkhorn_iters, eps, mode
@@ -71,7 +76,7 @@ class HyperConnection(Module):
         if hidden_dim is None:
             self.h_pre = tensor.zeros((n_streams,), **options)
             self.h_post = tensor.zeros((n_streams,), **options)
-            self.h_res = tensor.zeros((n_streams, n_streams), **options)
+            self.h_res = tensor.randn((n_streams, n_streams), 0.0, _RESIDUAL_DEVIATION, generator=generator, **options)
         else:
             m = weights_count(n_streams)
             self.projection = tensor.randn(

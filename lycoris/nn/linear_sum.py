@@ -133,7 +133,8 @@ class LinearSum:
         plan = SegmentedMatmulPlan.select(None, descriptor, device=device)
         w1 = blocks[0].w1.shape
         early = plan.chosen.backend is BackendKind.WGMMA
-        mixing = BlockMixDescriptor(m, *w1, k // w1[1], kind, kind, kind, x_stride=a_stride, early=early)
+        spare = plan.program.spare() if early else (0, 0.0)
+        mixing = BlockMixDescriptor(m, *w1, k // w1[1], kind, kind, kind, x_stride=a_stride, early=early, spare=spare)
         mix = BlockMixPlan.select(None, mixing, device=device)
         one = -(-m * groups * depth * kind.itemsize // _ALIGNMENT) * _ALIGNMENT
         own = plan.workspace_size()

@@ -94,19 +94,22 @@ def _stride(x: Tensor | None) -> int:
 
 
 def mixing_gradient(
-    g: Tensor, x: Tensor, shape: tuple[int, int], width: int, kind: ElementKind, scale: float = 1.0
-) -> Tensor:
+    g: Tensor, x: Tensor, shape: tuple[int, int], width: int, kind: ElementKind, scale: float = 1.0, *,
+    beside: bool = False,
+) -> Tensor:  # fmt: skip
     """The sum over rows t of scale * g[t] x[t]^T, each seen as [blocks, width], as [l, m].
 
-    g [rows, l * width], x [rows, m * width].
+    g [rows, l * width], x [rows, m * width]. ``beside`` as of `low_rank_gradients`.
     """
+    given = g, x
     g, x = ready(g, transposed=False), ready(x, transposed=False)
+    beside = beside and g is given[0] and x is given[1]  # copies are launches
     out = empty(shape, kind, x.device)
-    key = ("block mix gradient", g.layout, x.layout, shape, width, kind, scale, x.device.ordinal)
+    key = ("block mix gradient", g.layout, x.layout, shape, width, kind, scale, beside, x.device.ordinal)
     found = kept(key)
     if found is None:
         descriptor = BlockMixGradientDescriptor(
-            x.shape[0], *shape, width, x.kind, kind, g_stride=_stride(g), x_stride=_stride(x)
+            x.shape[0], *shape, width, x.kind, kind, g_stride=_stride(g), x_stride=_stride(x), beside=beside
         )
         plan = BlockMixGradientPlan.select(None, descriptor, device=x.device)
         found = keep(key, plan, [out], [g, x], functools.partial(BlockMixGradientArgs, scale=scale))

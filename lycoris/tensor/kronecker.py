@@ -71,12 +71,15 @@ def kronecker_linear(
     def pull(g: Tensor, edges: Sequence[autograd.Node | None]) -> list[Tensor | None]:
         g = _ready(matrix_of(g, matrix.shape[0]))
         grown, d_x, d_w1 = [shaped(g, (count * a, c))], None, None
-        for factor in chain if edges[1] or (edges[0] and d < c) else chain[:-1]:
+        for factor in chain if edges[1] or (edges[0] and d <= c) else chain[:-1]:
             grown.append(product(grown[-1], factor, kind))
         pairs = shaped(g, (count * a, c)), shaped(inner, (count * a, d))
-        if edges[0] and d < c:  # mixed after w2, there is less to read and write
+        # Beside d_x's product, whose operands are held here, the first of the factors' gradients is made.
+        beside = bool(edges[0] and d <= c and any(edges[1:]))
+        if edges[0] and d <= c:  # mixed after w2, which w1 wants anyway, there is no more to read, and less to multiply
             back = mixed(shaped(grown[-1], (count, a * d)), mixing, d, kind, True, scale)
-            d_x = shaped(sum_of_products(((g, matrix),), (1.0,), edges[0].kind, None, back), x_shape)
+            d_x = sum_of_products(((g, matrix),), (1.0,), edges[0].kind, None, back, early=beside)
+            d_x = shaped(d_x, x_shape)
         elif edges[0]:
             tall = diagonal(second, together_of(b, d, x.device))
             outer = mixed(g, mixing, c, kind, True, scale, early=True)
@@ -84,24 +87,26 @@ def kronecker_linear(
             d_x = shaped(d_x, x_shape)
             if b < a:  # the same sum over fewer blocks
                 pairs = shaped(outer, (count * b, c)), shaped(rows, (count * b, d))
+        d_seconds = [None]
+        if len(chain) == 1 and edges[2] and min(c, d) <= _NARROW:
+            d_seconds, beside = [_second_gradient(*pairs, edges[2].kind, beside)], False
         if edges[1]:
-            d_w1 = mixing_gradient(shaped(grown[-1], (count, a * d)), rows, (a, b), d, edges[1].kind, scale)
-        if len(chain) == 1:
-            d_seconds = [_second_gradient(*pairs, edges[2].kind) if edges[2] else None]
-        else:
+            v = shaped(grown[-1], (count, a * d))
+            d_w1 = mixing_gradient(v, rows, (a, b), d, edges[1].kind, scale, beside=beside)
+        if len(chain) > 1:
             d_seconds = _factor_gradients(grown, shaped(inner, (count * a, d)), chain, edges[2:])
+        elif edges[2] and min(c, d) > _NARROW:
+            d_seconds = [product(flipped(pairs[0]), pairs[1], edges[2].kind)]
         return [d_x, d_w1, *d_seconds]
 
     return autograd.record("kronecker_linear", out, inputs, (rows, matrix, mixing, *chain), pull)
 
 
-def _second_gradient(g: Tensor, x: Tensor, kind: ElementKind) -> Tensor:
-    """The sum g.T @ x over many rows; where one of them is narrow, as a low-rank factor's, which reads each once."""
+def _second_gradient(g: Tensor, x: Tensor, kind: ElementKind, beside: bool) -> Tensor:
+    """The sum g.T @ x over many rows, one of them narrow, as a low-rank factor's, which reads each once."""
     if x.shape[1] <= _NARROW:
-        return low_rank_gradients(None, (g, x), kind, 1.0)[1]
-    if g.shape[1] <= _NARROW:
-        return low_rank_gradients((g, x), None, kind, 1.0)[0]
-    return product(flipped(g), x, kind)
+        return low_rank_gradients(None, (g, x), kind, 1.0, beside=beside)[1]
+    return low_rank_gradients((g, x), None, kind, 1.0, beside=beside)[0]
 
 
 def _factor_gradients(

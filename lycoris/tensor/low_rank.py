@@ -27,7 +27,7 @@ from lycoris.tensor.products import (
     ready,
     stored,
 )
-from lycoris.tensor.tensor import Layout, Tensor
+from lycoris.tensor.tensor import Layout, Tensor, layout_of
 from plans.core import ElementKind, TensorMut, TensorRef
 from plans.core.prepared import Prepared
 from plans.matmul import (
@@ -38,6 +38,7 @@ from plans.matmul import (
     SegmentedMatmulArgs,
     SegmentedMatmulDescriptor,
     SegmentedMatmulPlan,
+    blocks_beside,
 )
 
 _UNIT = 8
@@ -147,9 +148,12 @@ def _prepare_both(
     wanted = tuple([flipped(x) if turned and number else x for number, x in enumerate(given)])
     a, b, narrow, wide = operands = tuple([ready(x) for x in wanted])
     terms = [None if x is None else compact(x) for x in (bias, residual)]
-    first, t = prepared_sum((a, narrow), (scale,), a.kind, early=True)
+    t = layout_of((a.shape[0], narrow.shape[1]), a.kind)
     small = Tensor.placed(a.storage, t)  # only its layout counts
-    found = _Both(first, t, *prepared_sum((a, b, small, wide), (1.0, 1.0), kind, *terms, early=not turned, late=True))
+    second, out = prepared_sum((a, b, small, wide), (1.0, 1.0), kind, *terms, early=not turned, late=True)
+    beside = blocks_beside(second.plan.program, a.device, a.shape[0], 1, narrow.shape[1], a.shape[1])
+    first, _ = prepared_sum((a, narrow), (scale,), a.kind, early=True, beside=beside)
+    found = _Both(first, t, second, out)
     added = tuple([x for x in terms if x is not None])
     if all(x is y for x, y in zip((*operands, *terms), (*wanted, bias, residual), strict=True)):
         if len(_both_kept) >= _MOST_KEPT:

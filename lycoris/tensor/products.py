@@ -125,17 +125,21 @@ def prepared_sum(
     *,
     early: bool = False,
     late: bool = False,
+    beside: int = 0,
 ) -> tuple[Prepared, Layout]:
-    """What `sum_of_products` launches and the result's layout, for pairs one after the other, each `ready`."""
+    """What `sum_of_products` launches and the result's layout, for pairs one after the other, each `ready`.
+
+    The launch after an ``early`` one leaves it so many multiprocessors as ``beside`` says, if any.
+    """
     kinds = (bias is None or bias.kind, residual is None or residual.kind)
     ordinal = operands[0].device.ordinal
-    key = ("sum of products", kind, *kinds, *scales, early, late, ordinal, *[x.layout for x in operands])
-    return kept(key) or _keep_sum(key, operands, tuple(scales), kind, bias, residual, early, late)
+    key = ("sum of products", kind, *kinds, *scales, early, late, beside, ordinal, *[x.layout for x in operands])
+    return kept(key) or _keep_sum(key, operands, tuple(scales), kind, bias, residual, early, late, beside)
 
 
 def _keep_sum(
     key: tuple, operands: Sequence[Tensor], scales: tuple[float, ...], kind: ElementKind, bias: Tensor | None,
-    residual: Tensor | None, early: bool, late: bool,
+    residual: Tensor | None, early: bool, late: bool, beside: int,
 ) -> tuple[Prepared, Layout]:  # fmt: skip
     """The plan, and the result's layout."""
     pairs = list(zip(operands[0::2], operands[1::2], strict=True))
@@ -153,7 +157,7 @@ def _keep_sum(
     )  # fmt: skip
     steps = () if bias is None else (Bias(bias.kind),)
     steps = steps if residual is None else (*steps, Residual(residual.kind))
-    descriptor = SegmentedMatmulDescriptor(m, n, segments, kind, batch, steps, early=early)
+    descriptor = SegmentedMatmulDescriptor(m, n, segments, kind, batch, steps, early=early, beside=beside)
     plan = SegmentedMatmulPlan.select(None, descriptor, device=first.device)
     out = empty((m, n) if batch is None else (batch, m, n), kind, first.device)
     sources = [how.view(x) for how, x in zip((s for pair in taken for s in pair), operands, strict=True)]

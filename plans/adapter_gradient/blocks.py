@@ -24,7 +24,7 @@ from plans.partial_sums import SLOTS, Partial, Sums
 _FLOATS = (ElementKind.BF16, ElementKind.F16, ElementKind.F32)
 _UNIT = 8
 _LARGEST = 1 << 31
-_MOST_PARTS = 3 if SIMULATOR else SLOTS
+_MULTIPROCESSORS = 3 if SIMULATOR else SLOTS // 2
 _MOST_ROW_BLOCKS = 3 if SIMULATOR else 64
 _MOST_ELEMENTS = 1 << 20
 """Elements of all parts together that are worth another block: adding them up must stay small beside reading x."""
@@ -43,6 +43,8 @@ class BlockMixGradientDescriptor:
         out: The kind of d_w.
         g_stride: Elements from a row of g to the next; 0 where it is contiguous.
         x_stride: The same of x.
+        beside: The launch before this one makes nothing that is taken here, and waits itself for what came before: this
+            one may run beside it, where the device can, and ends after it.
     """
 
     rows: int
@@ -53,6 +55,7 @@ class BlockMixGradientDescriptor:
     out: ElementKind = ElementKind.F32
     g_stride: int = 0
     x_stride: int = 0
+    beside: bool = False
 
     category = OpCategory.MATMUL
 
@@ -125,10 +128,9 @@ def _partition(descriptor: BlockMixGradientDescriptor) -> tuple[int, int]:
     """Blocks that share the items, and the items of one."""
     row_tiles, down = _tiles(descriptor.out_blocks, 16, kernel.MOST_ROW_TILES)
     column_tiles, across = _tiles(descriptor.in_blocks, 8, kernel.MOST_COLUMN_TILES)
-    items = _items(descriptor)
-    least = kernel.WARPS * kernel.items_at_once(row_tiles, column_tiles)
+    items, slots = _items(descriptor), _MULTIPROCESSORS * kernel.blocks_at_once(row_tiles, column_tiles)
     elements = max(1, descriptor.out_blocks * descriptor.in_blocks)
-    wanted = max(1, min(-(-_MOST_PARTS // (down * across)), _MOST_ELEMENTS // elements, items // least))
+    wanted = max(1, min(slots // (down * across), _MOST_ELEMENTS // elements, items // (2 * kernel.WARPS)))
     of_block = max(1, -(-items // wanted))
     return max(1, -(-items // of_block)), of_block
 
@@ -169,11 +171,13 @@ class _Program:
         self.empty = not descriptor.out_blocks * descriptor.in_blocks
         if not self.empty:
             _, g, x = descriptor.operands()
+            self.early = device.arch >= ArchSku.SM90A.value
+            self.beside = descriptor.beside and self.early
             self.g = (g.strides[0], descriptor.out_blocks)
             self.x = (x.strides[0], descriptor.in_blocks)
             self.launch, partial, *rest = self._made(descriptor)
             self.rest = (descriptor.rows, descriptor.width, *rest)
-            self.sums = Sums((partial,), descriptor.out)
+            self.sums = Sums((partial,), descriptor.out, self.early)
 
     def bind(self, args: BlockMixGradientArgs, workspace: Workspace) -> Launches:
         """Both launches; none where d_w is empty."""
@@ -191,8 +195,10 @@ class _MmaProgram(_Program):
         row_tiles, down = _tiles(descriptor.out_blocks, 16, kernel.MOST_ROW_TILES)
         column_tiles, across = _tiles(descriptor.in_blocks, 8, kernel.MOST_COLUMN_TILES)
         number, items = _partition(descriptor)
-        made = kernel.block_mix_gradient(descriptor.element.value, row_tiles, column_tiles)
-        return made.launcher((number, down * across, 1)), _partial(descriptor, number), items, across
+        order = "beside" if self.beside else "early" if self.early else ""
+        made = kernel.block_mix_gradient(descriptor.element.value, row_tiles, column_tiles, order)
+        launch = made.launcher((down * across, number, 1), overlaps=self.beside)
+        return launch, _partial(descriptor, number), items, across
 
 
 def _row_blocks(descriptor: BlockMixGradientDescriptor) -> tuple[int, int]:

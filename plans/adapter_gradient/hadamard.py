@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from kernels.adapter_gradient import dense, hadamard
 from kernels.adapter_gradient.hadamard import TILE, HadamardTile
+from kernels.target import SIMULATOR
 from plans.core.device import ALIGNMENT, Device
 from plans.core.errors import InvalidProblem
 from plans.core.operand import Operand
@@ -30,7 +31,7 @@ from plans.core.workspace import NO_WORKSPACE, Workspace
 from plans.matmul.descriptor import Segment, SegmentedMatmulArgs, SegmentedMatmulDescriptor
 from plans.matmul.portable import PORTABLE as PORTABLE_MATMUL
 from plans.matmul.wgmma import WGMMA
-from plans.partial_sums import Partial, Sums, partial_bytes
+from plans.partial_sums import SLOTS, Partial, Sums, partial_bytes
 
 _FLOATS = (ElementKind.BF16, ElementKind.F16, ElementKind.F32)
 _UNIT = 8
@@ -150,15 +151,19 @@ def _tiles(descriptor: HadamardGradientDescriptor) -> tuple[int, int]:
     return -(-descriptor.out_features // TILE.rows), -(-descriptor.in_features // TILE.columns)
 
 
+def _rank_steps(descriptor: HadamardGradientDescriptor) -> int:
+    """Groups of 16 ranks: 1, 2 or 4, so that few kernels serve all ranks."""
+    return 1 << (-(-descriptor.rank // 16) - 1).bit_length()
+
+
 def _tile(descriptor: HadamardGradientDescriptor) -> HadamardTile:
     """The kernel's compile-time shape."""
     d = descriptor
     g, x = (operand.strides[0] for operand in d.operands()[4:6])
     g_vector, x_vector = math.gcd(_UNIT, g, d.out_features), math.gcd(_UNIT, x, d.in_features)
     whole = not (d.out_features % TILE.rows or d.in_features % TILE.columns or d.rows % TILE.depth)
-    steps = -(-d.rank // 16)
     return HadamardTile(
-        1 << (steps - 1).bit_length(),  # few kernels serve all ranks
+        _rank_steps(d),
         g_vector,
         x_vector,
         math.gcd(_UNIT, d.rank),
@@ -174,12 +179,27 @@ def _partials(descriptor: HadamardGradientDescriptor) -> tuple[Partial, ...]:
     return (a, b, a, b)
 
 
-def _contract_refuses(descriptor: HadamardGradientDescriptor) -> str:
+def _row_blocks(descriptor: HadamardGradientDescriptor) -> tuple[int, int]:
+    """Blocks that share D's rows where it lies in memory, and the rows of one: as many blocks as run at once."""
+    steps, across = -(-descriptor.out_features // dense.STEP), -(-descriptor.in_features // dense.SPAN)
+    wanted = 2 if SIMULATOR else max(1, SLOTS // max(1, across * -(-descriptor.rank // dense.STEP)))
+    of_block = max(1, -(-steps // wanted))
+    return -(-steps // of_block), of_block * dense.STEP
+
+
+def _dense_partials(descriptor: HadamardGradientDescriptor) -> tuple[Partial, ...]:
+    across, down = -(-descriptor.in_features // dense.SPAN), _row_blocks(descriptor)[0]
+    a = Partial(across, descriptor.out_features, descriptor.rank)
+    b = Partial(down, descriptor.rank, descriptor.in_features)
+    return (a, b, a, b)
+
+
+def _contract_refuses(partials: Callable, descriptor: HadamardGradientDescriptor) -> str:
     if descriptor.element is not ElementKind.BF16:
         return f"wants g, x and factors of bf16, found {descriptor.element.value}"
     if descriptor.rank > MOST_RANK:
         return f"wants a rank of at most {MOST_RANK}, found {descriptor.rank}"
-    elements = max(partial.number * partial.count for partial in _partials(descriptor))
+    elements = max(partial.number * partial.count for partial in partials(descriptor))
     if max(descriptor.rows, elements) >= _LARGEST or math.prod(_tiles(descriptor)) >= _LARGEST:
         return "wants fewer than 2**31 rows, tiles and elements of a gradient's parts"
     return ""
@@ -206,25 +226,14 @@ def _tile_guarantee(descriptor: HadamardGradientDescriptor) -> PrecisionGuarante
     return _guarantee(MathPrecision.BF16_TENSOR_CORE, units, text, descriptor)
 
 
-class _Contraction:
-    """Launches from D's tiles to gradients; the first one of a subclass's choice."""
-
-    def __init__(self, descriptor: HadamardGradientDescriptor) -> None:
-        d, (g, x) = descriptor, descriptor.operands()[4:6]
-        self.g, self.x = (g.strides[0], d.out_features), (x.strides[0], d.in_features)
-        self.rows, self.rank = d.rows, d.rank
-        self.sums = Sums(_partials(descriptor), descriptor.out)
-        self.blocks = math.prod(_tiles(descriptor))
-
-    def launches(self, launch: object, first: tuple, args: HadamardGradientArgs, workspace: Workspace) -> Launches:
-        """The contraction by ``launch``, whose parameters begin with ``first``, and the sums."""
-        parts = self.sums.pointers(workspace)
-        products = [
-            value for i in (0, 2) for value in (args.factors[i].data, args.factors[i + 1].data, parts[i], parts[i + 1])
-        ]
-        flat = (*first, args.g.data, *self.g, args.x.data, *self.x, self.rows, *products, self.rank)
-        sums = (self.sums.launch, self.sums.arguments(list(args.gradients), workspace, args.scale))
-        return [(launch, flat), sums] if self.blocks else [sums]
+def _contracted(sums: Sums, launch: object, first: tuple, args: HadamardGradientArgs, workspace: Workspace) -> Launches:
+    """The contraction by ``launch``, if there is anything, whose parameters begin with ``first``, and the sums."""
+    parts = sums.pointers(workspace)
+    products = [
+        value for i in (0, 2) for value in (args.factors[i].data, args.factors[i + 1].data, parts[i], parts[i + 1])
+    ]
+    added = (sums.launch, sums.arguments(list(args.gradients), workspace, args.scale))
+    return [(launch, (*first, *products, args.factors[0].shape[1])), added] if launch is not None else [added]
 
 
 class _FusedProgram:
@@ -234,13 +243,17 @@ class _FusedProgram:
         self.empty = descriptor.empty
         if self.empty:
             return
-        self.contraction = _Contraction(descriptor)
-        made = hadamard.hadamard_gradient(_tile(descriptor))
-        self.launch = made.launcher((max(1, self.contraction.blocks), 1, 1))
+        d, (g, x), blocks = descriptor, descriptor.operands()[4:6], math.prod(_tiles(descriptor))
+        self.g, self.x, self.rows = (g.strides[0], d.out_features), (x.strides[0], d.in_features), d.rows
+        self.sums, made = Sums(_partials(d), d.out), hadamard.hadamard_gradient(_tile(d))
+        self.launch = made.launcher((blocks, 1, 1)) if blocks else None
 
     def bind(self, args: HadamardGradientArgs, workspace: Workspace) -> Launches:
         """The launches."""
-        return [] if self.empty else self.contraction.launches(self.launch, (), args, workspace)
+        if self.empty:
+            return []
+        first = (args.g.data, *self.g, args.x.data, *self.x, self.rows)
+        return _contracted(self.sums, self.launch, first, args, workspace)
 
 
 def _dense_bytes(descriptor: HadamardGradientDescriptor) -> int:
@@ -248,7 +261,7 @@ def _dense_bytes(descriptor: HadamardGradientDescriptor) -> int:
 
 
 class _DenseProgram:
-    """D by another SKU of products to workspace, before its contraction."""
+    """D by another SKU of products to workspace, before its contraction (sm_90)."""
 
     def __init__(self, second: Sku, descriptor: HadamardGradientDescriptor, device: Device) -> None:
         self.descriptor, self.device, self.empty = descriptor, device, descriptor.empty
@@ -261,9 +274,11 @@ class _DenseProgram:
             self._build()
 
     def _build(self) -> None:
-        self.contraction = _Contraction(self.descriptor)
-        made = dense.contract_hadamard(_tile(self.descriptor))
-        self.launch = made.launcher((max(1, self.contraction.blocks), 1, 1))
+        d, (number, of_block) = self.descriptor, _row_blocks(self.descriptor)
+        across, ranks = -(-d.in_features // dense.SPAN), -(-d.rank // dense.STEP)
+        self.sums, self.numbers = Sums(_dense_partials(d), d.out, early=True), (d.out_features, d.in_features, of_block)
+        made = dense.contract_hadamard(_rank_steps(d), d.rank % 2 == 0)
+        self.launch = made.launcher((across, number, ranks)) if across * number else None
 
     def bind(self, args: HadamardGradientArgs, workspace: Workspace) -> Launches:
         """All launches; none where every gradient is empty."""
@@ -279,7 +294,7 @@ class _DenseProgram:
         return [*product, *self._contract(d, args, rest)]
 
     def _contract(self, d: TensorMut, args: HadamardGradientArgs, workspace: Workspace) -> Launches:
-        return self.contraction.launches(self.launch, (d.data,), args, workspace)
+        return _contracted(self.sums, self.launch, (d.data, *self.numbers), args, workspace)
 
 
 class _PortableProgram(_DenseProgram):
@@ -304,10 +319,21 @@ class _PortableProgram(_DenseProgram):
         return found
 
 
+def _dense_guarantee(descriptor: HadamardGradientDescriptor) -> PrecisionGuarantee:
+    number, of_block = _row_blocks(descriptor)
+    across = -(-descriptor.in_features // dense.SPAN)
+    units = 4.0 * max(of_block, dense.CELL) + dense.WARPS + max(number, across) + 80.0
+    text = (
+        "their product 1, what two bf16 parts leave of it 64, a contraction 4 for each of a block's rows or a warp's "
+        "columns, a unit a warp and a block, the scale 2"
+    )
+    return _guarantee(MathPrecision.BF16_TENSOR_CORE, units, text, descriptor)
+
+
 def _dense_refuses(descriptor: HadamardGradientDescriptor) -> str:
-    if reason := _contract_refuses(descriptor) or WGMMA.refuses(descriptor.weight_gradient):
+    if reason := _contract_refuses(_dense_partials, descriptor) or WGMMA.refuses(descriptor.weight_gradient):
         return reason
-    return f"wants an even number of columns, found {descriptor.in_features}" if descriptor.in_features % 2 else ""
+    return f"wants columns of a multiple of 4, found {descriptor.in_features}" if descriptor.in_features % 4 else ""
 
 
 def _portable_refuses(descriptor: HadamardGradientDescriptor) -> str:
@@ -332,9 +358,9 @@ class HadamardGradientPlan(Plan):
             backend=BackendKind.WGMMA,
             arch=ArchSku.SM90A,
             refuses=_dense_refuses,
-            guarantee=_tile_guarantee,
+            guarantee=_dense_guarantee,
             build=functools.partial(_DenseProgram, WGMMA),
-            workspace=lambda d: 0 if d.empty else _dense_bytes(d) + partial_bytes(_partials(d)),
+            workspace=lambda d: 0 if d.empty else _dense_bytes(d) + partial_bytes(_dense_partials(d)),
             alignment=16,
             suits=lambda d: WGMMA.suits(d.weight_gradient),
         ),
@@ -342,7 +368,7 @@ class HadamardGradientPlan(Plan):
             name="mma",
             backend=BackendKind.MMA,
             arch=ArchSku.SM80,
-            refuses=_contract_refuses,
+            refuses=functools.partial(_contract_refuses, _partials),
             guarantee=_tile_guarantee,
             build=_FusedProgram,
             workspace=lambda d: 0 if d.empty else partial_bytes(_partials(d)),

@@ -1,4 +1,4 @@
-"""Gradients of LoCon's factors in two launches that read g and x once each.
+"""Gradients of LoCon's factors in one launch, or two, that read g and x once each.
 
 For y = x W^T + s (x D^T) U^T with t = x D^T [rows, rank] and t_g = g U [rows, rank]:
 
@@ -13,12 +13,13 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from kernels.adapter_gradient import low_rank as kernel
+from kernels.adapter_gradient import low_rank_cluster as cluster
 from kernels.target import SIMULATOR
 from plans.core.device import Device
 from plans.core.errors import InvalidProblem
@@ -33,12 +34,12 @@ from plans.partial_sums import SLOTS, Partial, Sums, partial_bytes
 _FLOATS = (ElementKind.BF16, ElementKind.F16, ElementKind.F32)
 _UNIT = 8
 _LARGEST = 1 << 31
-_MOST_PARTS = SLOTS
+_MOST_PARTS, _MOST_GRID_ROWS = SLOTS, 65535
 _TURNS_A_BLOCK = 2
 """What a block's beginning and end cost, in turns of 128 rows."""
 
-_TURNS_A_PART = 0.5
-"""What it costs to write a block's part and to add it up: its bytes beside a turn's."""
+_TURNS_A_PART, _TURNS_A_LAUNCH = 0.5, 3
+"""What it costs to write a block's part and to add it up: its bytes beside a turn's; and the launch that adds up."""
 
 
 @dataclass(frozen=True)
@@ -152,20 +153,50 @@ class LowRankGradientArgs(Arguments):
         return [tensor for side in self.sides for tensor in side]
 
 
-@functools.lru_cache(maxsize=4096)
-def _row_blocks(descriptor: LowRankGradientDescriptor) -> tuple[int, int]:
-    """Blocks along the rows, and the rows of one: those that are done first, by a count of turns of 128 rows."""
-    turns = max(1, -(-descriptor.rows // kernel.ROWS_OF_TURN))
-    columns = max(1, sum(-(-side[2] // kernel.SPAN) for side in descriptor._sides()) * _rank_blocks(descriptor))
+def _turns(descriptor: LowRankGradientDescriptor) -> int:
+    return max(1, -(-descriptor.rows // kernel.ROWS_OF_TURN))
 
-    def time(number: int) -> float:
-        """Rounds of blocks, half of one at the end when not all multiprocessors have work, and the parts."""
-        of_block = -(-turns // number) + _TURNS_A_BLOCK
-        return (-(-columns * number // SLOTS) + 0.5) * of_block + _TURNS_A_PART * number * columns / SLOTS
 
-    wanted = 2 if SIMULATOR else min(range(1, min(_MOST_PARTS, turns) + 1), key=time)
+def _seconds(descriptor: LowRankGradientDescriptor, number: int) -> float:
+    """In turns of 128 rows: rounds of so many blocks along the rows, half of one where not all multiprocessors work."""
+    blocks = _column_blocks(descriptor) * _rank_blocks(descriptor) * number
+    of_block = -(-_turns(descriptor) // number) + _TURNS_A_BLOCK
+    return (max(1, -(-blocks // _slots(descriptor))) + 0.5) * of_block
+
+
+def _seconds_by_parts(descriptor: LowRankGradientDescriptor, number: int) -> float:
+    """With the parts, and the launch that adds them up."""
+    parts = _column_blocks(descriptor) * _rank_blocks(descriptor) * number
+    return _seconds(descriptor, number) + _TURNS_A_PART * parts / SLOTS + _TURNS_A_LAUNCH
+
+
+def _slots(descriptor: LowRankGradientDescriptor) -> int:
+    """Blocks that run at once: with many ranks one fills a multiprocessor."""
+    return SLOTS // 2 if _tiles(descriptor) == kernel.MOST_TILES else SLOTS
+
+
+def _shares(descriptor: LowRankGradientDescriptor, most: int, seconds: Callable) -> tuple[int, int]:
+    """Blocks along the rows, and the rows of one: those that are done first."""
+    turns = _turns(descriptor)
+    wanted = 2 if SIMULATOR else min(range(1, min(most, turns) + 1), key=functools.partial(seconds, descriptor))
     of_block = -(-turns // min(wanted, turns))
     return max(1, -(-turns // of_block)), of_block * kernel.ROWS_OF_TURN
+
+
+@functools.lru_cache(maxsize=4096)
+def _row_blocks(descriptor: LowRankGradientDescriptor) -> tuple[int, int]:
+    """Blocks that leave parts, and the rows of one."""
+    return _shares(descriptor, _MOST_PARTS, _seconds_by_parts)
+
+
+@functools.lru_cache(maxsize=4096)
+def _cluster_blocks(descriptor: LowRankGradientDescriptor) -> tuple[int, int]:
+    """Blocks of a cluster, and the rows of one."""
+    return _shares(descriptor, cluster.MOST_BLOCKS, _seconds)
+
+
+def _column_blocks(descriptor: LowRankGradientDescriptor) -> int:
+    return sum(-(-side[2] // kernel.SPAN) for side in descriptor._sides())
 
 
 def _tiles(descriptor: LowRankGradientDescriptor) -> int:
@@ -204,8 +235,19 @@ def _mma_refuses(descriptor: LowRankGradientDescriptor) -> str:
     return ""
 
 
+def _cluster_refuses(descriptor: LowRankGradientDescriptor) -> str:
+    if reason := _mma_refuses(descriptor):
+        return reason
+    together, apart = _cluster_blocks(descriptor)[0], _row_blocks(descriptor)[0]
+    if _column_blocks(descriptor) > _MOST_GRID_ROWS:
+        return f"wants at most {_MOST_GRID_ROWS} blocks of columns, found {_column_blocks(descriptor)}"
+    if _seconds(descriptor, together) > _seconds_by_parts(descriptor, apart):
+        return f"wants few rows for its columns: {apart} blocks are faster than {cluster.MOST_BLOCKS} of a cluster"
+    return ""
+
+
 def _guarantee(precision: MathPrecision, descriptor: LowRankGradientDescriptor) -> PrecisionGuarantee:
-    blocks = _row_blocks(descriptor)[0]
+    blocks = max(_row_blocks(descriptor)[0], cluster.MOST_BLOCKS)
     return PrecisionGuarantee(
         math_precision=precision,
         accumulator=ElementKind.F32,
@@ -236,13 +278,15 @@ class _MmaProgram:
         if self.empty:
             return
         number, rows_of_block = _row_blocks(descriptor)
-        beside = descriptor.beside and device.arch >= ArchSku.SM90A.value
+        hopper = device.arch >= ArchSku.SM90A.value
+        beside = descriptor.beside and hopper
         made = kernel.low_rank_gradient(descriptor.element.value, _tiles(descriptor), descriptor.parts, beside)
-        columns = [-(-side[2] // kernel.SPAN) for side in descriptor._sides()]
+        of_first = -(-descriptor._sides()[0][2] // kernel.SPAN)
         self.numbers = _side_numbers(descriptor)
-        self.rest = (descriptor.rows, rows_of_block, descriptor.rank, columns[0])
-        self.multiply = made.launcher((sum(columns), number, _rank_blocks(descriptor)), overlaps=beside)
-        self.sums = Sums(_partials(descriptor), descriptor.out)
+        self.rest = (descriptor.rows, rows_of_block, descriptor.rank, of_first)
+        grid = (_column_blocks(descriptor), number, _rank_blocks(descriptor))
+        self.multiply = made.launcher(grid, overlaps=beside)
+        self.sums = Sums(_partials(descriptor), descriptor.out, early=hopper)
 
     def bind(self, args: LowRankGradientArgs, workspace: Workspace) -> Launches:
         """Both launches; none where there is nothing to write."""
@@ -257,6 +301,34 @@ class _MmaProgram:
         flat = (*sides[0], *sides[-1], *self.rest)
         results = [side[0] for side in args.sides]
         return [(self.multiply, flat), (self.sums.launch, self.sums.arguments(results, workspace, args.scale))]
+
+
+class _ClusterProgram:
+    """One launch, whose clusters add up the sums of their blocks."""
+
+    def __init__(self, descriptor: LowRankGradientDescriptor, device: Device) -> None:
+        d, self.empty = descriptor, _empty(descriptor)
+        if self.empty:
+            return
+        (number, of_block), sides = _cluster_blocks(d), d._sides()
+        turned = (sides[0][4], sides[-1][4])
+        made = cluster.low_rank_gradient_cluster(
+            d.element.value, d.out.value, _tiles(d), d.parts, number, turned, d.beside
+        )
+        columns = _column_blocks(d)
+        self.numbers = _side_numbers(d)
+        self.rest = (d.rows, of_block, d.rank, -(-sides[0][2] // kernel.SPAN), columns)
+        self.launch = made.launcher((number, columns, _rank_blocks(d)), overlaps=d.beside)
+
+    def bind(self, args: LowRankGradientArgs, workspace: Workspace) -> Launches:
+        """The launch; none where there is nothing to write."""
+        if self.empty:
+            return []
+        sides = [
+            (*(tensor.data for tensor in side), *numbers)
+            for side, numbers in zip(args.sides, self.numbers, strict=True)
+        ]
+        return [(self.launch, (*sides[0], *sides[-1], *self.rest, np.float32(args.scale)))]
 
 
 class _PortableProgram:
@@ -290,6 +362,15 @@ class LowRankGradientPlan(Plan):
 
     name = "low-rank gradient"
     skus = (
+        Sku(
+            name="cluster",
+            backend=BackendKind.CLUSTER,
+            arch=ArchSku.SM90A,
+            refuses=_cluster_refuses,
+            guarantee=lambda d: _guarantee(MathPrecision.BF16_TENSOR_CORE, d),
+            build=_ClusterProgram,
+            alignment=16,
+        ),
         Sku(
             name="mma",
             backend=BackendKind.MMA,

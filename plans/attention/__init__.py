@@ -8,7 +8,8 @@ from plans.attention.descriptor import (
     AttentionDescriptor,
     Mask,
 )
-from plans.attention.forward import MOST_WIDTH, AttentionPlan
+from plans.attention.forward import AttentionPlan
+from plans.attention.problem import MOST_WIDTH
 
 __all__ = [
     "MOST_WIDTH",

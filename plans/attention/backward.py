@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -15,8 +16,10 @@ from kernels.attention.statistics import STATISTICS, attention_statistics
 from kernels.attention.tiles import UNIT, Tile, gradient_shared_bytes
 from kernels.attention.tiles import padded as padded_width
 from kernels.target import SIMULATOR
+from plans.attention import wgmma
 from plans.attention.descriptor import AttentionBackwardArgs, AttentionBackwardDescriptor
-from plans.attention.forward import (
+from plans.attention.guarantee import backward_guarantee
+from plans.attention.problem import (
     begins_early,
     blocks_of,
     factor_of,
@@ -27,12 +30,11 @@ from plans.attention.forward import (
     tile_of,
     unfit,
 )
-from plans.attention.guarantee import backward_guarantee
 from plans.core.device import Device
 from plans.core.plan import Launches, Plan, Sku
 from plans.core.precision import MathPrecision
 from plans.core.sku import ArchSku, BackendKind
-from plans.core.tensor import TensorMut
+from plans.core.tensor import TensorMut, TensorRef
 from plans.core.workspace import Workspace
 
 
@@ -71,18 +73,42 @@ def _part(tensor: TensorMut, number: int) -> TensorMut:
 class _Kernels:
     """A technique's launchers, None where there is nothing to compute."""
 
+    descriptor: AttentionBackwardDescriptor
     of_keys: object
     of_queries: object
+
+    reads_addresses = False
+
+    def launches(
+        self, results: list[TensorMut], inputs: tuple[TensorRef, ...], mask: list[TensorRef], place: Any, scale: float
+    ) -> Launches:
+        """Of results in order, of q, k, v and d_out, with the statistics at a place."""
+        f = self.descriptor.forward
+        read = [number for tensor in inputs for number in matrix_arguments(tensor)]
+        read += [number for tensor in mask for number in (tensor.data, *tensor.stride)]
+        numbers = (*read, place, self.descriptor.padded, *sizes_of(f))
+        last = (f.group, f.diagonal, factor_of(scale), np.float32(scale))
+        launches: Launches = []
+        if self.of_keys is not None:
+            pair = [number for tensor in results[-2:] for number in matrix_arguments(tensor)]
+            launches.append((self.of_keys, (*pair, *numbers, f.shared_heads, *last)))
+        if self.of_queries is not None:
+            launches.append((self.of_queries, (*matrix_arguments(results[0]), *numbers, f.heads, *last)))
+        return launches
 
 
 class _Program:
     """Up to three launches; ``together``: neighbouring elements of a query that are loaded at once, 8 if aligned."""
 
     def __init__(
-        self, descriptor: AttentionBackwardDescriptor, kernels: _Kernels, together: int, early: bool = False
+        self,
+        descriptor: AttentionBackwardDescriptor,
+        kernels: _Kernels | wgmma.GradientKernels,
+        together: int,
+        early: bool = False,
     ) -> None:
         f = descriptor.forward
-        self.descriptor, self.kernels = descriptor, kernels
+        self.descriptor, self.kernels, self.reads_addresses = descriptor, kernels, kernels.reads_addresses
         self.count = f.batch * f.heads * descriptor.padded
         nothing = f.empty or (kernels.of_keys is None and kernels.of_queries is None)
         wanted = -(-f.width // together)
@@ -101,21 +127,10 @@ class _Program:
         if self.prepare is not None:
             flat = (*matrix_arguments(out), *matrix_arguments(d_out), lse.data)
             launches.append((self.prepare, (place, *flat, f.queries, descriptor.padded, f.width, f.heads, self.count)))
-        inputs = [number for tensor in (q, k, v, d_out) for number in matrix_arguments(tensor)]
-        inputs += [number for tensor in mask for number in (tensor.data, *tensor.stride)]
-        numbers = (place, descriptor.padded, *sizes_of(f))
-        last = (f.group, f.diagonal, factor_of(args.scale), np.float32(args.scale))
         results = list(args.results)
         if descriptor.packed is not None:
             results = [_part(results[0], number) for number in range(3)]
-        if self.kernels.of_keys is not None:
-            pair = [number for tensor in results[-2:] for number in matrix_arguments(tensor)]
-            launches.append((self.kernels.of_keys, (*pair, *inputs, *numbers, f.shared_heads, *last)))
-        if self.kernels.of_queries is not None:
-            launches.append(
-                (self.kernels.of_queries, (*matrix_arguments(results[0]), *inputs, *numbers, f.heads, *last))
-            )
-        return launches
+        return launches + self.kernels.launches(results, (q, k, v, d_out), mask, place, args.scale)
 
 
 def _blocks(descriptor: AttentionBackwardDescriptor, key_rows: int, query_rows: int) -> tuple[int, int]:
@@ -134,10 +149,15 @@ def _build_mma(descriptor: AttentionBackwardDescriptor, device: Device) -> _Prog
     keys = attention_key_gradients(f.element.value, rows, f.causal, early)
     queries = attention_query_gradient(f.element.value, columns, f.causal, early)
     kernels = _Kernels(
+        descriptor,
         keys.launcher((of_keys, 1, 1), gradient_shared_bytes(rows)) if of_keys else None,
         queries.launcher((of_queries, 1, 1), gradient_shared_bytes(columns)) if of_queries else None,
     )
     return _Program(descriptor, kernels, UNIT, early)
+
+
+def _build_wgmma(descriptor: AttentionBackwardDescriptor, device: Device) -> _Program:
+    return _Program(descriptor, wgmma.GradientKernels(descriptor, device), UNIT, begins_early(device))
 
 
 def _build_portable(descriptor: AttentionBackwardDescriptor, device: Device) -> _Program:
@@ -147,6 +167,7 @@ def _build_portable(descriptor: AttentionBackwardDescriptor, device: Device) -> 
     shared = portable.shared_bytes(f.width, 2)
     of_keys, of_queries = _blocks(descriptor, portable.BLOCK_ROWS, portable.BLOCK_ROWS)
     kernels = _Kernels(
+        descriptor,
         key_gradients_portable(*choices).launcher((of_keys, 1, 1), shared) if of_keys else None,
         query_gradient_portable(*choices).launcher((of_queries, 1, 1), shared) if of_queries else None,
     )
@@ -155,6 +176,11 @@ def _build_portable(descriptor: AttentionBackwardDescriptor, device: Device) -> 
 
 def _mma_refuses(descriptor: AttentionBackwardDescriptor) -> str:
     return mma_refuses(descriptor.forward) or unfit(tuple(o for o in descriptor.operands() if o.name != "lse"))
+
+
+def _wgmma_refuses(descriptor: AttentionBackwardDescriptor) -> str:
+    d_out = next(o for o in descriptor.operands() if o.name == "d_out")
+    return wgmma.refuses(descriptor.forward) or _mma_refuses(descriptor) or wgmma.repeated((d_out,))
 
 
 def _portable_refuses(descriptor: AttentionBackwardDescriptor) -> str:
@@ -166,6 +192,17 @@ class AttentionBackwardPlan(Plan):
 
     name = "attention backward"
     skus = (
+        Sku(
+            name="wgmma",
+            backend=BackendKind.WGMMA,
+            arch=ArchSku.SM90A,
+            refuses=_wgmma_refuses,
+            guarantee=lambda d: backward_guarantee(MathPrecision.BF16_TENSOR_CORE, wgmma.COLUMNS, d),
+            build=_build_wgmma,
+            workspace=_workspace,
+            alignment=16,
+            suits=lambda d: wgmma.suits(d.forward),
+        ),
         Sku(
             name="mma",
             backend=BackendKind.MMA,

@@ -35,6 +35,7 @@ class BackendKind(enum.Enum):
     MMA = "mma"
     CLUSTER = "cluster"
     SKINNY = "skinny"
+    STREAMED = "streamed"
     WGMMA = "wgmma"
 
 

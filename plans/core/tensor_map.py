@@ -29,7 +29,7 @@ class Box:
     """A tensor and the box of it that one TMA operation moves; all axes from the contiguous one on.
 
     ``strides`` count elements, of all axes but the first. Of an axis whose step is not 1 the box spans that many times
-    the elements that it moves. ``swizzle`` is 128 or 64 bytes, at least a line of the box.
+    the elements that it moves. ``swizzle`` is 128, 64 or 32 bytes, at least a line of the box.
     """
 
     address: int
@@ -98,6 +98,7 @@ def _encode_for_driver(box: Box) -> np.ndarray:
     swizzles = {
         128: driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B,
         64: driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_64B,
+        32: driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_32B,
     }
     room = np.zeros(2 * MAP_WORDS, np.int64)
     start = -room.ctypes.data % MAP_BYTES // 8

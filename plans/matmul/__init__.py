@@ -11,6 +11,7 @@ from plans.matmul.descriptor import (
 from plans.matmul.epilogue import Activation, Bias, ColumnScale, Gate, Residual, RowScale, Step
 from plans.matmul.grouped import GroupedMatmulArgs, GroupedMatmulDescriptor, GroupedMatmulPlan
 from plans.matmul.plan import MatmulPlan, SegmentedMatmulPlan
+from plans.matmul.streamed import blocks_beside
 
 __all__ = [
     "Activation",
@@ -31,4 +32,5 @@ __all__ = [
     "SegmentedMatmulDescriptor",
     "SegmentedMatmulPlan",
     "Step",
+    "blocks_beside",
 ]

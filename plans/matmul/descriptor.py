@@ -145,6 +145,7 @@ class SegmentedMatmulDescriptor:
         low_rank: Low-rank terms of the sum.
         early: The next launch takes Y as a ``late`` A, or nothing of this one, and may begin before this one ends,
             where a kernel allows that.
+        beside: The next launch leaves so many multiprocessors to this one (`blocks_beside`); 0 for all of them.
     """
 
     m: int
@@ -157,6 +158,7 @@ class SegmentedMatmulDescriptor:
     out_batch_stride: int = 0
     low_rank: tuple[LowRankTerm, ...] = ()
     early: bool = False
+    beside: int = 0
 
     category = OpCategory.MATMUL
 
@@ -360,7 +362,8 @@ class SegmentedMatmulArgs(Arguments):
         self.segments, self.scales = _pairs(segments, scales)
         self.low_rank, self.low_rank_scales = _pairs(low_rank, low_rank_scales)
         given = [entry if isinstance(entry, tuple) else (entry, 1.0) for entry in epilogue]
-        self.epilogue, self.numbers = _pairs_in_two(given)
+        self.epilogue = tuple([tensor for tensor, _ in given])
+        self.numbers = tuple([float(number) for _, number in given])
 
     def tensors(self) -> list[TensorRef]:
         """``out``, the segments' pairs, the low-rank terms', the epilogue's."""
@@ -371,11 +374,6 @@ class SegmentedMatmulArgs(Arguments):
             found += pair
         found += self.epilogue
         return found
-
-
-def _pairs_in_two(pairs: Sequence[tuple[TensorRef, float]]) -> tuple[tuple[TensorRef, ...], tuple[float, ...]]:
-    """The tensors, and their numbers."""
-    return tuple([tensor for tensor, _ in pairs]), tuple([float(number) for _, number in pairs])
 
 
 def _pairs(

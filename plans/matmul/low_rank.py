@@ -3,22 +3,16 @@
 t goes to workspace in two bf16 (or fp16) parts, what it rounds to and what rounding left, so that it is as good as in
 fp32. For many rows the first launch also puts all terms' U beside each other, once for each part, so that the terms of
 one A are one segment; for few rows, where U costs more than the products, each part of a term is one of its rank.
-
-On Hopper the first launch has no more blocks than the product leaves multiprocessors idle in its last round of tiles,
-where these finish in time: the product then begins beside it on all others, and ends no later for it.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from dataclasses import replace
 
 import numpy as np
 
-from kernels.matmul.low_rank import InnerTile, low_rank_inner
-from kernels.target import SIMULATOR
 from plans.core.device import ALIGNMENT, Device
 from plans.core.plan import Launches, Sku
 from plans.core.precision import ElementKind, PrecisionGuarantee
@@ -26,76 +20,11 @@ from plans.core.sku import BackendKind
 from plans.core.tensor import TensorRef, contiguous_strides
 from plans.core.workspace import NO_WORKSPACE, Workspace
 from plans.matmul.descriptor import Segment, SegmentedMatmulArgs, SegmentedMatmulDescriptor
+from plans.matmul.low_rank_inner import UNIT, Inner, PortableInner, StreamedInner, inner_products, results_of
 from plans.matmul.program import MatmulProgram, element_offset
-from plans.matmul.wgmma import WgmmaProgram
 
-_UNIT = 8
-_MOST_TILES = 8
 _KINDS = (ElementKind.BF16, ElementKind.F16)
 _MOST_TILES_OF_ROWS = 1 << 31
-_FEW_ROWS = 16
-_AHEAD, _PORTABLE_AHEAD = 25, 12
-"""How many 16-byte words a thread of 512 may have on the way, by shared memory: Hopper's, and any device's."""
-
-_BYTES_A_CYCLE = 16.0
-"""What a multiprocessor was measured to read beside a product that reads on all the others."""
-
-
-class Piece(NamedTuple):
-    """Ranks ``first`` to ``first + rank`` of a term."""
-
-    term: int
-    first: int
-    rank: int
-
-    @property
-    def tiles(self) -> int:
-        """Groups of eight columns."""
-        return -(-self.rank // _UNIT)
-
-
-@dataclass(frozen=True)
-class Inner:
-    """One launch's pieces of terms, and the segment whose A they take."""
-
-    of: int
-    pieces: tuple[Piece, ...]
-
-    @property
-    def tiles(self) -> tuple[int, ...]:
-        """Each piece's groups of eight columns."""
-        return tuple(piece.tiles for piece in self.pieces)
-
-    @property
-    def width(self) -> int:
-        """Columns of one part of t."""
-        return _UNIT * sum(self.tiles)
-
-
-@functools.lru_cache(maxsize=4096)
-def inner_products(descriptor: SegmentedMatmulDescriptor) -> tuple[Inner, ...]:
-    """The first launches: terms of one A together, as many as a launch's columns take."""
-    most = _UNIT * _MOST_TILES
-    found: list[Inner] = []
-    for number, term in sorted(enumerate(descriptor.low_rank), key=lambda entry: entry[1].of):
-        for first in range(0, term.rank, most):
-            piece = Piece(number, first, min(most, term.rank - first))
-            last = found[-1] if found else None
-            if last is not None and last.of == term.of and sum(last.tiles) + piece.tiles <= _MOST_TILES:
-                found[-1] = Inner(last.of, (*last.pieces, piece))
-            else:
-                found.append(Inner(term.of, (piece,)))
-    return tuple(found)
-
-
-def inner_tile(rows: int, column_tiles: int, walks: bool, hopper: bool) -> InnerTile:
-    """The blocks of a first launch: where few of them ``walk`` over all rows, their warpgroups each do; of others, all
-    warps share a tile.
-    """
-    row_tiles = 1 if rows <= _FEW_ROWS or SIMULATOR else 2
-    ahead = max(1, (_AHEAD if hopper else _PORTABLE_AHEAD) // (2 * row_tiles + column_tiles))
-    warps = (4, 2 if SIMULATOR else 4) if walks else (4 if SIMULATOR else 16, 1)
-    return InnerTile(*warps, row_tiles, ahead, 2 if walks else 1)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -120,13 +49,9 @@ def _aligned(elements: int) -> int:
     return -(-2 * elements // ALIGNMENT) * ALIGNMENT
 
 
-def _batches(descriptor: SegmentedMatmulDescriptor, inner: Inner) -> int:
-    return 1 if descriptor.segments[inner.of].a_shared else descriptor.batch or 1
-
-
 def _inner_bytes(descriptor: SegmentedMatmulDescriptor, inner: Inner, beside: bool) -> tuple[int, int]:
     """Workspace of t, and of U's columns beside each other."""
-    t = _aligned(2 * inner.width * descriptor.m * _batches(descriptor, inner))
+    t = _aligned(2 * inner.width * descriptor.m * results_of(descriptor, inner))
     return t, _aligned(2 * inner.width * descriptor.n) if beside else 0
 
 
@@ -140,8 +65,8 @@ def _term_refusals(descriptor: SegmentedMatmulDescriptor) -> Iterator[str]:
         a = descriptor.segment_operands[term.of][0]
         if term.element is not segment.a or term.element not in _KINDS:
             yield f"wants low-rank factors of A's kind, bf16 or fp16, found {term.element.value} and {segment.a.value}"
-        if segment.k % _UNIT or any(stride % _UNIT for stride in a.strides[:-1]):
-            yield f"wants K and the strides of A to be multiples of {_UNIT}, found K {segment.k}, strides {a.strides}"
+        if segment.k % UNIT or any(stride % UNIT for stride in a.strides[:-1]):
+            yield f"wants K and the strides of A to be multiples of {UNIT}, found K {segment.k}, strides {a.strides}"
     if (tiles := (descriptor.batch or 1) * -(-descriptor.m // 16)) >= _MOST_TILES_OF_ROWS:
         yield f"wants fewer than 2**31 tiles of 16 rows of low-rank terms' inner products, found {tiles}"
 
@@ -152,41 +77,27 @@ class LowRankProgram:
     def __init__(self, descriptor: SegmentedMatmulDescriptor, device: Device, second: Sku) -> None:
         self.descriptor, self.device, self.beside = descriptor, device, _beside(second)
         self.second: MatmulProgram = second.build(expanded(descriptor, self.beside), device)
-        self.reads_addresses = getattr(self.second, "reads_addresses", False)
         self.empty = descriptor.operands()[0].count == 0
-        self.inner = () if self.empty else inner_products(descriptor)
-        self.launches = [self._launcher(inner) for inner in self.inner]
+        inner = () if self.empty else inner_products(descriptor)
+        self.inner = [self._launch(entry, entry is inner[-1], second) for entry in inner]
+        self.reads_addresses = any(getattr(program, "reads_addresses", False) for program in (self.second, *self.inner))
 
-    def _launcher(self, inner: Inner) -> Any:
-        kind, hopper, rows = self.descriptor.segments[inner.of].a.value, self.device.arch >= (9, 0), self.descriptor.m
-        beside_product = self._blocks_beside_product(inner) if hopper else 0
-        tile = inner_tile(rows, sum(inner.tiles), beside_product > 0, hopper)
-        tiles = _batches(self.descriptor, inner) * -(-rows // tile.rows)
-        whole = all(self.descriptor.low_rank[piece.term].rank % _UNIT == 0 for piece in inner.pieces)
-        kernel = low_rank_inner(kind, inner.tiles, tile, self.beside, whole, hopper)
-        blocks = beside_product or min(self.device.multiprocessors, tiles)
-        return kernel.launcher((blocks, 1, 1), overlaps=hopper)
-
-    def _blocks_beside_product(self, inner: Inner) -> int:
-        """As many as the product leaves idle, in pairs, if they are in time for its first tiles; else none."""
-        if not isinstance(self.second, WgmmaProgram) or inner is not self.inner[-1]:
-            return 0
-        idle, cycles = self.second.idle_multiprocessors()
-        blocks, tile = idle // 2 * 2, inner_tile(self.descriptor.m, sum(inner.tiles), True, True)
-        tiles = _batches(self.descriptor, inner) * -(-self.descriptor.m // tile.rows)
-        a_and_d = tiles * (tile.rows + inner.width) * 2 * self.descriptor.segments[inner.of].k
-        return blocks if a_and_d <= blocks * cycles * _BYTES_A_CYCLE else 0
+    def _launch(self, inner: Inner, last: bool, second: Sku) -> PortableInner | StreamedInner:
+        if second.backend is BackendKind.WGMMA:
+            return StreamedInner(self.descriptor, inner, self.device, self.second if last else None)
+        return PortableInner(self.descriptor, inner, self.device, self.beside)
 
     def bind(self, args: SegmentedMatmulArgs, workspace: Workspace) -> Launches:
         """All launches; none where Y is empty."""
         if self.empty:
             return []
         found, parts, at = [], [], 0
-        for inner, launch in zip(self.inner, self.launches, strict=True):
-            t_bytes, u_bytes = _inner_bytes(self.descriptor, inner, self.beside)
-            found.append((launch, self._inner_arguments(args, inner, workspace, at, at + t_bytes)))
-            both = self._whole_parts(inner, workspace, at, at + t_bytes) if self.beside else []
-            parts += both or self._parts(args, inner, workspace, at)
+        for launch in self.inner:
+            t_bytes, u_bytes = _inner_bytes(self.descriptor, launch.inner, self.beside)
+            t, columns = (workspace.buffer.pointer(np.uint16, place) for place in (at, at + t_bytes * self.beside))
+            found.append((launch.launch, launch.arguments(args, t, columns)))
+            both = self._whole_parts(launch.inner, workspace, at, at + t_bytes) if self.beside else []
+            parts += both or self._parts(args, launch.inner, workspace, at)
             at += t_bytes + u_bytes
         whole = SegmentedMatmulArgs(args.out, (*args.segments, *parts), (*args.scales, *self._kept(args)))
         whole.epilogue, whole.numbers = args.epilogue, args.numbers
@@ -195,30 +106,16 @@ class LowRankProgram:
 
     def _kept(self, args: SegmentedMatmulArgs) -> list[float]:
         """1 for the further segments whose terms have a scale, 0 for the others; t has the scales in it."""
-        kept = [[float(args.low_rank_scales[piece.term] != 0) for piece in inner.pieces] for inner in self.inner]
+        kept = [
+            [float(args.low_rank_scales[piece.term] != 0) for piece in launch.inner.pieces] for launch in self.inner
+        ]
         return [max(terms) for terms in kept] if self.beside else [k for terms in kept for k in terms for _ in range(2)]
-
-    def _inner_arguments(
-        self, args: SegmentedMatmulArgs, inner: Inner, workspace: Workspace, t_at: int, u_at: int
-    ) -> tuple:
-        """The result's parameters, A's, how many of a batch, each term's, U's copy and its rows."""
-        operand = self.descriptor.segment_operands[inner.of][0]
-        depth, m, width = self.descriptor.segments[inner.of].k, self.descriptor.m, inner.width
-        batch_stride = operand.strides[0] if len(operand.shape) > 2 else 0
-        result = (workspace.buffer.pointer(np.uint16, t_at), m, width, 2 * width, m * 2 * width)
-        left = (args.segments[inner.of][0].data, operand.strides[-2], batch_stride, depth)
-        flat = [*result, *left, _batches(self.descriptor, inner)]
-        for piece in inner.pieces:
-            (down, up), scale = args.low_rank[piece.term], args.low_rank_scales[piece.term]
-            factors = element_offset(down, piece.first * depth), element_offset(up, piece.first)
-            flat += [factors[0], piece.rank, np.float32(scale), factors[1], up.shape[1]]
-        return (*flat, workspace.buffer.pointer(np.uint16, u_at if self.beside else t_at), self.descriptor.n)
 
     def _whole_parts(self, inner: Inner, workspace: Workspace, t_at: int, u_at: int) -> list[tuple]:
         """The pair (t, U's columns) of all terms of a first launch."""
         of = self.descriptor.segments[inner.of]
         shared = self.descriptor.batch is None or of.a_shared
-        rows = (self.descriptor.m,) if shared else (_batches(self.descriptor, inner), self.descriptor.m)
+        rows = (self.descriptor.m,) if shared else (results_of(self.descriptor, inner), self.descriptor.m)
         both = ((*rows, 2 * inner.width), t_at), ((self.descriptor.n, 2 * inner.width), u_at)
         return [tuple(self._tensor(workspace, of.a, at, shape, contiguous_strides(shape)) for shape, at in both)]
 
@@ -232,7 +129,7 @@ class LowRankProgram:
     def _parts(self, args: SegmentedMatmulArgs, inner: Inner, workspace: Workspace, at: int) -> list[tuple]:
         """The pairs (part of t, columns of U), two for each piece."""
         element, m, width = self.descriptor.segments[inner.of].a, self.descriptor.m, inner.width
-        batches = _batches(self.descriptor, inner)
+        batches = results_of(self.descriptor, inner)
         shared = self.descriptor.batch is None or self.descriptor.segments[inner.of].a_shared
         found, column = [], 0
         for piece in inner.pieces:
@@ -246,7 +143,7 @@ class LowRankProgram:
                 strides = contiguous_strides((batches, m, 2 * width))[3 - len(shape) :]
                 t = self._tensor(workspace, element, at + 2 * (column + part * width), shape, strides)
                 found.append((t, columns))
-            column += _UNIT * piece.tiles
+            column += UNIT * piece.tiles
         return found
 
 

@@ -21,7 +21,8 @@ _UNIT = 8
 _MOST_BATCHES = 65535
 
 
-def _refuses(descriptor: SegmentedMatmulDescriptor) -> str:
+def narrow_refuses(descriptor: SegmentedMatmulDescriptor) -> str:
+    """Why a product is none of few columns, of operands that vectors can read, or ""."""
     if reason := refuses_low_rank(descriptor):
         return reason
     first, *others = descriptor.segments
@@ -46,7 +47,8 @@ def _suits(descriptor: SegmentedMatmulDescriptor) -> bool:
     return descriptor.m > 16 and descriptor.segments[0].k >= DEPTH * WARPS
 
 
-def _guarantee(descriptor: SegmentedMatmulDescriptor) -> PrecisionGuarantee:
+def narrow_guarantee(descriptor: SegmentedMatmulDescriptor) -> PrecisionGuarantee:
+    """What a sum in several parts promises."""
     derivation = (
         "the tensor core truncates each aligned term at fp32's last place (2 units a term); the warps' sums are added "
         "up (8 units) and scaled (2); then the epilogue's steps"
@@ -86,8 +88,8 @@ NARROW = Sku(
     name="narrow",
     backend=BackendKind.VECTOR,
     arch=ArchSku.SM80,
-    refuses=_refuses,
-    guarantee=_guarantee,
+    refuses=narrow_refuses,
+    guarantee=narrow_guarantee,
     build=NarrowProgram,
     alignment=16,
     suits=_suits,

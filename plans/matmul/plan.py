@@ -14,6 +14,7 @@ from plans.matmul.in_parts import in_parts
 from plans.matmul.low_rank import with_low_rank
 from plans.matmul.mma import MMA, MMA_SPLIT
 from plans.matmul.narrow import NARROW
+from plans.matmul.narrow_streamed import NARROW_STREAMED
 from plans.matmul.portable import PORTABLE
 from plans.matmul.skinny import SKINNY
 from plans.matmul.wgmma import WGMMA
@@ -32,6 +33,7 @@ class SegmentedMatmulPlan(Plan):
     skus = (
         with_low_rank(SKINNY),
         SKINNY,
+        NARROW_STREAMED,
         NARROW,
         in_parts(WGMMA),
         with_low_rank(WGMMA_SPLIT),

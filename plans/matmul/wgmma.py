@@ -12,6 +12,7 @@ from kernels.matmul.wgmma_store import STAGING_BYTES, WARP_ROWS, chunk_columns
 from kernels.matmul.wgmma_tile import (
     DIAGONAL,
     DIAGONAL_COLUMNS,
+    GROUPS,
     LETS,
     PART_WORDS,
     ROWS,
@@ -30,6 +31,7 @@ from plans.core.tensor import TensorRef
 from plans.core.tensor_map import Box, constants, map_address
 from plans.core.tuning import tuned
 from plans.core.workspace import Workspace
+from plans.matmul.column_groups import extents, groups_of, own_blocks
 from plans.matmul.descriptor import Segment, SegmentedMatmulArgs, SegmentedMatmulDescriptor
 from plans.matmul.measure import program_seconds
 from plans.matmul.program import MatmulProgram, kernel_steps, matmul_guarantee, refuses_low_rank
@@ -135,17 +137,19 @@ def candidate_tiles(descriptor: SegmentedMatmulDescriptor) -> list[WgmmaTile]:
     """Tiles that can compute the product."""
     a_k_major, b_k_major = (descriptor.segments[0].layout in pair for pair in (("NT", "NN"), ("NT", "TT")))
     block = _block_columns(descriptor)
-    found = tile_widths(a_k_major, b_k_major, descriptor.gated)
+    found = tile_widths(a_k_major, b_k_major, descriptor.gated, by_depth=True)
     return [replace(tile, diagonal=block) if block and tile.columns % block == 0 else tile for tile in found]
 
 
-def tile_widths(a_k_major: bool, b_k_major: bool, gated: bool) -> list[WgmmaTile]:
-    """Tiles of one stage, of all widths and clusters that fit the majors and a gate."""
+def tile_widths(a_k_major: bool, b_k_major: bool, gated: bool, by_depth: bool = False) -> list[WgmmaTile]:
+    """Tiles of one stage, of all widths and clusters that fit the majors and a gate; ``by_depth`` where the loads take
+    ``depth_shares``.
+    """
     found = []
     for columns in _COLUMNS:
         for cluster in (2, 1):
             tile = WgmmaTile(columns, 1, cluster, a_k_major, b_k_major, gated)
-            piece = columns // tile.pieces
+            piece = columns if by_depth and tile.depth_shares > 1 else columns // tile.pieces
             if piece % (8 if b_k_major else 64) == 0 and tile.result_columns % 32 == 0:
                 found.append(tile)
     return found
@@ -181,7 +185,8 @@ def choose_tile(descriptor: SegmentedMatmulDescriptor, device: Device, mode: str
 class WgmmaProgram(MatmulProgram):
     """One launch of a persistent grid over a table of parts and segments.
 
-    With several ``parts`` the sum is divided by depth: each part is a result of its own, all of part 0 first.
+    With several ``parts`` the sum is divided by depth: each part is a result of its own, all of part 0 first. A batch
+    of column groups is one result.
     """
 
     reads_addresses = True
@@ -192,13 +197,15 @@ class WgmmaProgram(MatmulProgram):
         super().__init__(descriptor, device)
         self.mode = "tma" if _stores_by_tma(descriptor) else "direct"
         self.tile = tile or choose_tile(descriptor, device, self.mode)
-        self.results, self.parts = (descriptor.batch or 1) * parts, parts
+        self.groups = groups_of(descriptor, self.tile.columns) if parts == 1 else 1
+        self.results, self.parts = (descriptor.batch or 1) // self.groups * parts, parts
         kind = descriptor.segments[0].a.value
         self.kernel = multiply_wgmma(kind, descriptor.out.value, self.tile, self.mode, kernel_steps(descriptor))
         if self.empty:
             return
         cluster = self.tile.cluster
-        tiles = -(-descriptor.m // (ROWS * cluster)) * -(-descriptor.columns // self.tile.result_columns) * self.results
+        columns = descriptor.columns * self.groups
+        tiles = -(-descriptor.m // (ROWS * cluster)) * -(-columns // self.tile.result_columns) * self.results
         self.clusters, self.tiles = max(1, min(device.multiprocessors // cluster, tiles)), tiles
         if not any(segment.late for segment in descriptor.segments):
             # No more blocks than so many turns need: what may run beside finds multiprocessors free.
@@ -213,17 +220,24 @@ class WgmmaProgram(MatmulProgram):
         busy = self.tiles % self.clusters or self.clusters
         return self.device.multiprocessors - busy * self.tile.cluster, cycles
 
+    def spare(self) -> tuple[int, float]:
+        """Multiprocessors, in pairs, that a launch before may keep, and for how many cycles: they have a tile less."""
+        if self.empty:
+            return 0, 0.0
+        idle, cycles = self.idle_multiprocessors()
+        return idle // 2 * 2, cycles
+
     def bind(self, args: SegmentedMatmulArgs, workspace: Workspace) -> Launches:
         """The launch; none where Y is empty."""
         if self.empty:
             return []
-        segments, batches = self.descriptor.segments, self.descriptor.batch or 1
+        segments, batches = self.descriptor.segments, self.results // self.parts
         kept = [i for i in self.smallest_first(args) if args.scales[i] and segments[i].k]
         factor = args.scales[kept[-1]] if kept else 1.0
         shares = [self._segment_rows(args, kept, i % batches, i // batches) for i in range(self.results)]
         table = constants(self.device).pointer(self._table(args, shares))
         _, rows, columns, row_stride, _ = self.result_arguments(args)
-        numbers = (self.results, rows, columns, max(1, PANEL_ROWS // (ROWS * self.tile.cluster)))
+        numbers = (self.results, rows, columns * self.groups, max(1, PANEL_ROWS // (ROWS * self.tile.cluster)))
         result = (args.out.data, row_stride, np.float32(factor))
         # A grid that waits for nothing must not begin early: it could end, and the next begin, before the one it
         # depends on.
@@ -254,11 +268,13 @@ class WgmmaProgram(MatmulProgram):
                 continue
             segment, scale = self.descriptor.segments[i], args.scales[i]
             waits = segment.late if late else not found
-            flags = WAITS * waits + DIAGONAL * self._by_blocks(i) + LETS * self.descriptor.early
+            grouped = self.groups > 1 and own_blocks(segment)
+            flags = WAITS * waits + DIAGONAL * self._by_blocks(i) + LETS * self.descriptor.early + GROUPS * grouped
+            start = self.descriptor.n | segment.k << 32 if grouped else first * DEPTH
             whole = -(-segment.k // DEPTH)
             last = STEPS if past < count else -(-(segment.k - (whole - 1) * DEPTH) // 16)
             found.append(
-                (*self._maps(args, i, batch), past - first, last, first * DEPTH, _ratio(previous, scale) | flags << 32)
+                (*self._maps(args, i, batch), past - first, last, start, _ratio(previous, scale) | flags << 32)
             )
             previous = scale
         if found and previous != args.scales[kept[-1]]:
@@ -275,22 +291,21 @@ class WgmmaProgram(MatmulProgram):
 
     def _maps(self, args: SegmentedMatmulArgs, i: int, batch: int) -> list[int]:
         boxes = self.tile.boxes(self._by_blocks(i))
-        operands = zip(args.segments[i], self.descriptor.segment_operands[i], boxes, strict=True)
-        return [self._operand_map(tensor, operand, batch, box) for tensor, operand, box in operands]
-
-    def _operand_map(self, tensor: TensorRef, operand: Operand, batch: int, box: tuple[int, int]) -> int:
-        start = batch * operand.strides[0] if len(operand.shape) > 2 else 0
-        rows, columns = operand.shape[-2:]
-        address = tensor.address + start * operand.element.itemsize
-        matrix = Box.of_matrix(address, operand.element, (rows, columns), operand.strides[-2], box)
-        return map_address(self.device, matrix)
+        operands, found = self.descriptor.segment_operands[i], []
+        for which, (tensor, operand, box) in enumerate(zip(args.segments[i], operands, boxes, strict=True)):
+            start = batch * operand.strides[0] if len(operand.shape) > 2 else 0
+            shape = extents(self.descriptor.segments[i], which, operand, self.groups)
+            address = tensor.address + start * operand.element.itemsize
+            matrix = Box.of_matrix(address, operand.element, shape, operand.strides[-2], box)
+            found.append(map_address(self.device, matrix))
+        return found
 
     def _result_map(self, tensor: TensorRef, out: Operand, start: int) -> int:
         if self.mode == "direct":
             return 0
         address, columns = tensor.address + start * out.element.itemsize, chunk_columns(out.element.value)
-        box = (WARP_ROWS, columns)
-        return map_address(self.device, Box.of_matrix(address, out.element, out.shape[-2:], out.strides[-2], box, 64))
+        shape, box = (out.shape[-2], out.shape[-1] * self.groups), (WARP_ROWS, columns)
+        return map_address(self.device, Box.of_matrix(address, out.element, shape, out.strides[-2], box, 64))
 
 
 def _ratio(previous: float, scale: float) -> int:

@@ -1,0 +1,166 @@
+"""Attention on Hopper: how a block's loading thread hands tiles to its multiplying warpgroups.
+
+A block keeps 128 lines of one tensor or two, 64 for each of two warpgroups, and walks over tiles of 64 lines of two
+others; a thread of a third warpgroup asks TMA for them, stages ahead. A block goes on to further lines, which are on
+their way before it has done with the ones before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from kernels import barrier
+from kernels.attention.tiles import Tile
+from kernels.matmul.wgmma_load import next_stage
+from kernels.target import cuda, device
+from kernels.warp import block_barrier, sync_warp
+
+WARPGROUP, WIDTH = 128, 64
+THREADS = 3 * WARPGROUP
+TILE = Tile(128, 64, 8, WIDTH)
+"""Lines that a block keeps, lines of a stage, warps that multiply, elements of a line."""
+HELD_BYTES, WALKED_BYTES = 2 * TILE.row_elements, 2 * TILE.column_elements
+WARPS = 8
+PRODUCER_REGISTERS, CONSUMER_REGISTERS = 40, 232
+
+_u32 = np.uint32
+
+
+@dataclass(frozen=True)
+class Ring:
+    """A block's shared memory: stages, tensors that it keeps, and whether stages bring two numbers of each line."""
+
+    stages: int
+    kept: int
+    numbers: bool
+
+    @property
+    def stage_bytes(self) -> int:
+        """Bytes of a stage; the numbers stand after the tiles."""
+        return 2 * WALKED_BYTES + (1024 if self.numbers else 0)
+
+    @property
+    def loaded_bytes(self) -> int:
+        """Bytes that arrive in a stage."""
+        return 2 * WALKED_BYTES + (8 * TILE.columns if self.numbers else 0)
+
+    @property
+    def kept_at(self) -> int:
+        """Where the first of two rooms for kept lines begins, as bytes from the start."""
+        return self.stages * self.stage_bytes
+
+    @property
+    def kept_bytes(self) -> int:
+        """Bytes of a room for kept lines."""
+        return self.kept * HELD_BYTES
+
+    @property
+    def results_at(self) -> int:
+        """Where results lie on their way out."""
+        return self.kept_at + 2 * self.kept_bytes
+
+    @property
+    def barriers_at(self) -> int:
+        """Two barriers, full and empty, of every stage and of both rooms for kept lines."""
+        return self.results_at + HELD_BYTES
+
+    @property
+    def shared_bytes(self) -> int:
+        """All of it."""
+        return self.barriers_at + 16 * (self.stages + 2)
+
+    def options(self) -> dict:
+        """A kernel's launch bounds."""
+        return {"threads": THREADS, "shared_bytes": self.shared_bytes} | barrier.HOPPER
+
+
+def barrier_maker(ring: Ring) -> Callable:
+    """``make(barriers)``, for one thread."""
+    pairs = ring.stages + 2
+
+    @device
+    def make(barriers):
+        for number in range(pairs):
+            full = _u32(barriers + _u32(number) * _u32(16))
+            barrier.barrier_init(full, _u32(1))
+            barrier.barrier_init(_u32(full + _u32(8)), _u32(WARPS))
+        barrier.barrier_init_visible()
+
+    return make
+
+
+def stage_follower(ring: Ring) -> Callable:
+    """``following(stage, phase)``."""
+    return next_stage(ring.stages)
+
+
+@device
+def hand_back(pair, lane):
+    """A warp has read what the pair of barriers at an address guards."""
+    sync_warp()
+    if lane == _u32(0):
+        barrier.barrier_arrive(_u32(pair + _u32(8)))
+
+
+@device
+def begin_loading(pair, phase, nbytes):
+    """Wait until the room that a pair of barriers guards is free, and expect bytes; its full barrier."""
+    barrier.barrier_wait(_u32(pair + _u32(8)), _u32(phase ^ _u32(1)))
+    barrier.barrier_expect_bytes(pair, nbytes)
+    return pair
+
+
+def kept_loader(ring: Ring) -> Callable:
+    """``load(base, barriers, turn, maps, row0, head, batch)``: asks for the lines that a block keeps in a turn."""
+    load_box, several, room = barrier.tma_load(4), ring.kept == 2, kept_room(ring)
+    nbytes = _u32(ring.kept_bytes)
+
+    @device
+    def load(base, barriers, turn, maps, row0, head, batch):
+        to, pair, phase = room(base, barriers, turn)
+        full = begin_loading(pair, phase, nbytes)
+        load_box(to, maps[0], full, _u32(0), _u32(row0), _u32(head), _u32(batch))
+        if several:
+            load_box(_u32(to + _u32(HELD_BYTES)), maps[1], full, _u32(0), _u32(row0), _u32(head), _u32(batch))
+
+    return load
+
+
+def kept_room(ring: Ring) -> Callable:
+    """``room(base, barriers, turn)``: where the lines of a block's so-manyeth turn lie, their barriers, the phase."""
+    at, nbytes, pairs_at = _u32(ring.kept_at), _u32(ring.kept_bytes), _u32(16 * ring.stages)
+
+    @device
+    def room(base, barriers, turn):
+        which = _u32(turn & _u32(1))
+        pair = _u32(barriers + pairs_at + which * _u32(16))
+        return _u32(base + at + which * nbytes), pair, _u32(_u32(turn >> _u32(1)) & _u32(1))
+
+    return room
+
+
+def specialised(ring: Ring, produce: Callable, consume: Callable) -> Callable:
+    """``run(state)``: the parts of a block's warpgroups; both are given the shared memory, its address, the state."""
+    make, barriers_at = barrier_maker(ring), _u32(ring.barriers_at)
+    give, take = barrier.registers_give(PRODUCER_REGISTERS), barrier.registers_take(CONSUMER_REGISTERS)
+
+    @device
+    def run(thread, state):
+        shared = cuda.shared.array(0, np.uint16, alignment=1024)
+        base = barrier.shared_address(shared, np.int64(0))
+        barriers = _u32(base + barriers_at)
+        if thread == _u32(0):
+            make(barriers)
+        block_barrier()
+        if thread < _u32(WARPGROUP):
+            give()
+            if thread == _u32(0):
+                produce(base, barriers, state)
+        else:
+            take()
+            consume(shared, base, barriers, _u32(thread - _u32(WARPGROUP)), state)
+
+    return run
