@@ -3,8 +3,8 @@
 What LoKr needs before its second half: reading x and writing out is all the work. On tensor cores a warp takes 64 of a
 row's e: lane (g, t) loads eight neighbours of blocks 2 t and 2 t + 1, whose pairs are the instruction's operand for
 eight groups of columns, and holds in the end eight neighbours, twice, of each of its blocks l. Which eight a lane loads
-is chosen so that the four lanes of a block store 64 bytes side by side. Nothing passes through shared memory but w,
-which arrives while the first x is on its way.
+is chosen so that the four lanes of a block hold 64 bytes side by side, twice, of which neighbouring blocks exchange
+half before they store. Nothing passes through shared memory but w, which arrives while the first x is on its way.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ from collections.abc import Callable
 import numpy as np
 
 from kernels import barrier, bits, memory, tensor_core
+from kernels.division import divide
 from kernels.elements import ELEMENTS
 from kernels.target import SIMULATOR, cuda, device, f32, i64, kernel_factory
-from kernels.warp import block_barrier, block_x, grid_x, thread_index
+from kernels.warp import block_barrier, block_x, grid_x, shuffle_xor_word, thread_index
 
 PORTABLE_THREADS = 64 if SIMULATOR else 256
 SPAN = 64
@@ -25,10 +26,8 @@ SPAN = 64
 MOST_GROUPS = 16
 """Groups of 8 blocks m that fit into registers."""
 
-_OTHER_REGISTERS = 80
+_OTHER_REGISTERS = 64
 """Registers of a thread besides its words of x."""
-
-PREFETCH = True
 
 _MMA = {"bf16": tensor_core.mma_bf16, "f16": tensor_core.mma_f16}
 _PACK = {"bf16": bits.pack_bf16, "f16": bits.pack_f16}
@@ -80,21 +79,25 @@ def _weight_stager(vector: int, threads: int) -> Callable:
     return stage
 
 
-def _movers(groups: int) -> tuple[Callable, Callable]:
+def _movers(groups: int, ragged: bool) -> tuple[Callable, Callable]:
     """Device functions over all groups of blocks.
 
-    Fetch: the lane's eight values of its two blocks in every group, as words 8 group + 4 half + i; zeros past the last.
+    Fetch: the lane's eight values of its two blocks in every group, as words 8 group + 4 half + i, of the row at
+    ``start``; zeros past the last block, where there are fewer than the groups have (``ragged``).
     Pair: turns them to the pairs of blocks for column group j, as word 8 group + j.
     """
 
     @device
     def fetch(words, at, x, start, in_blocks, width, place, t):
+        first = _u32(_u32(t << _u32(1)) * width + place)
         for group in range(groups):
             for half in range(2):
-                block = np.int64(_u32(_u32(8 * group + half) + (t << _u32(1))))
-                found = memory.load128_stream(x, start + min(block, in_blocks - np.int64(1)) * width + place)
+                number = 8 * group + half
+                there = not ragged or _u32(_u32(number) + (t << _u32(1))) < in_blocks
+                offset = _u32(first + _u32(number) * width) if there else place
+                found = memory.load128_stream(x, start + np.int64(offset))
                 for i in range(4):
-                    words[at + 8 * group + 4 * half + i] = found[i] if block < in_blocks else _u32(0)
+                    words[at + 8 * group + 4 * half + i] = found[i] if there else _u32(0)
 
     @device
     def pair(words, at):
@@ -137,66 +140,72 @@ def _multiplier(kind: str, groups: int, transposed: bool) -> Callable:
 
 
 def _storer(kind: str, early: bool) -> Callable:
-    """A device function: the sums of two blocks, 8 apart, which are 4 j + 2 half + side of e + 32 side + j.
+    """A device function: 16 blocks of out from ``block0`` on, of an item in the row at ``start``.
 
-    Of the lane's e on, in the row at ``start``; of those blocks and e's that there are.
+    A lane's sums are 4 j + 2 half + side of block g + 8 half and e + 32 side + j, e being the lane's. Lanes of two
+    neighbouring blocks exchange a side, so that a store writes whole lines of 128 bytes: half lines take as long.
     """
     pack, store128 = _PACK[kind], memory.store128 if early else memory.store128_stream
 
     @device
-    def store(out, start, sums, scale, block, out_blocks, width, e):
+    def pack_side(words, at, sums, first):
+        for i in range(4):
+            words[at + i] = pack(sums[first + 8 * i], sums[first + 8 * i + 4])
+
+    @device
+    def store(out, start, sums, block0, out_blocks, width, e, g):
+        odd, words = g & _u32(1) != _u32(0), cuda.local.array(8, np.uint32)
+        column = _u32(e + _u32(32)) if odd else e
         for half in range(2):
-            line = start + np.int64(block + _u32(8 * half)) * width
-            for side in range(2):
-                first, at = 2 * half + side, _u32(e + _u32(32 * side))
-                a = pack(scale * sums[first], scale * sums[first + 4])
-                b = pack(scale * sums[first + 8], scale * sums[first + 12])
-                c = pack(scale * sums[first + 16], scale * sums[first + 20])
-                d = pack(scale * sums[first + 24], scale * sums[first + 28])
-                if block + _u32(8 * half) < out_blocks and np.int64(at) < width:
-                    store128(out, line + np.int64(at), a, b, c, d)
+            first = _u32(block0 + _u32(8 * half))
+            if first < out_blocks:
+                pack_side(words, 0, sums, 2 * half)
+                pack_side(words, 4, sums, 2 * half + 1)
+                for i in range(4):
+                    other = shuffle_xor_word(words[i] if odd else words[4 + i], _u32(4))
+                    words[i], words[4 + i] = other if odd else words[i], words[4 + i] if odd else other
+                block = _u32(first + (g & _u32(6)))
+                offset, inside = _u32(block * width + column), column < width
+                if inside and block < out_blocks:
+                    store128(out, start + np.int64(offset), words[0], words[1], words[2], words[3])
+                if inside and _u32(block + _u32(1)) < out_blocks:
+                    store128(out, start + np.int64(_u32(offset + width)), words[4], words[5], words[6], words[7])
 
     return store
 
 
-@kernel_factory(("bf16", 1, False, 8), ("bf16", 6, True, 8), ("f16", 16, False, 2), ("bf16", 5, False, 1, True))
-def mix_blocks(kind: str, groups: int, transposed: bool, vector: int, early: bool = False):
-    """Parameters: out, x, w, scale, rows, blocks of out, blocks of x, width e, row strides of out and x; how many items
-    the first blocks of threads take, and how many these are: the others take the rest.
+@kernel_factory(
+    ("bf16", 1, False, False, 8),
+    ("bf16", 6, False, True, 8),
+    ("f16", 16, True, False, 2),
+    ("bf16", 5, True, False, 1, True),
+)
+def mix_blocks(kind: str, groups: int, ragged: bool, transposed: bool, vector: int, early: bool = False):
+    """Parameters: out, x, w, scale, rows, blocks of out, blocks of x, width e, row strides of out and x; what divides
+    by a row's items; how many items the first blocks of threads take, and how many these are: the others take the rest.
 
-    ``groups`` are groups of 8 blocks of x. w is [blocks of out, blocks of x], or stored the other way round if
-    ``transposed``, and copied by ``vector`` elements. Widths and strides are multiples of eight elements. With
-    ``early`` the kernel may begin before the grid before has ended, and the next one, which reads out, before this has
-    (sm_90), and out stays in L2 for it.
+    ``groups`` are groups of 8 blocks of x, the last with fewer if ``ragged``. w is [blocks of out, blocks of x], or
+    stored the other way round if ``transposed``, and copied by ``vector`` elements. Widths and strides are multiples
+    of eight elements. With ``early`` the kernel may begin before the grid before has ended, and the next one, which
+    reads out, before this has (sm_90), and out stays in L2 for it.
     """
     element, several, warps = ELEMENTS[kind], items_at_once(groups), warps_of(groups)
     words_of_item = 8 * groups if several > 1 else 0  # a place that is known keeps words in registers
-    stage_weight, (fetch_item, pair) = _weight_stager(vector, 32 * warps), _movers(groups)
+    stage_weight, (fetch_item, pair) = _weight_stager(vector, 32 * warps), _movers(groups, ragged)
     multiply, store, all_words = _multiplier(kind, groups, transposed), _storer(kind, early), several * 8 * groups
-    enter, prefetching = barrier.entrance(early), PREFETCH
+    enter = barrier.entrance(early)
 
     @device
-    def prefetch(x, first, items, spans, x_stride, in_blocks, width, lane):
-        for i in range(several):
-            item = _u32(first + _u32(i))
-            if item < items:
-                row = _u32(item // spans)
-                start = np.int64(row) * x_stride + np.int64(_u32(_u32(item - _u32(row * spans)) * _u32(SPAN)))
-                for turn in range(-(-groups // 4)):
-                    block = np.int64(lane + _u32(32 * turn))
-                    if block < in_blocks:
-                        memory.prefetch(x, start + block * width)
-
-    @device
-    def fetch(words, x, first, items, spans, x_stride, in_blocks, width, own, t):
-        for i in range(several):
-            item = min(_u32(first + _u32(i)), _u32(items - _u32(1)))
-            row = _u32(item // spans)
-            e = np.int64(_u32(_u32(_u32(item - _u32(row * spans)) * _u32(SPAN)) + own))
-            place = min(e, width - np.int64(8))
+    def fetch(words, i, x, item, items, spans, by_spans, x_stride, in_blocks, width, own, t):
+        if item < items:
+            row = divide(item, by_spans)
+            e = _u32(_u32(_u32(item - row * spans) * _u32(SPAN)) + own)
+            place = min(e, _u32(width - _u32(8)))
             fetch_item(words, i * words_of_item, x, np.int64(row) * x_stride, in_blocks, width, place, t)
 
-    def kernel(out, x, w, scale, rows, out_blocks, in_blocks, width, out_stride, x_stride, quick_items, quick):
+    def kernel(
+        out, x, w, scale, rows, out_blocks, in_blocks, width, out_stride, x_stride, by_spans, quick_items, quick
+    ):
         enter()
         shared = cuda.shared.array(0, np.uint16, alignment=16)
         words, sums = cuda.local.array(all_words, np.uint32), cuda.local.array(32, np.float32)
@@ -204,39 +213,40 @@ def mix_blocks(kind: str, groups: int, transposed: bool, vector: int, early: boo
         lane, number = _u32(thread & _u32(31)), _u32(thread >> _u32(5))
         g, t = _u32(lane >> _u32(2)), _u32(lane & _u32(3))
         own = _u32(_u32(_u32(_u32(g & _u32(1)) << _u32(2)) + _u32(g >> _u32(1))) << _u32(3))
+        out_blocks, in_blocks, width = _u32(out_blocks), _u32(in_blocks), _u32(width)
         lines, line = (in_blocks, out_blocks) if transposed else (out_blocks, in_blocks)
-        pitch = _u32(_u32(_u32(_u32(_u32(line) + _u32(15)) >> _u32(4)) << _u32(4)) + _u32(8))
-        spans = _u32((width + np.int64(SPAN - 1)) // np.int64(SPAN))
+        pitch = _u32(_u32(_u32(_u32(line + _u32(15)) >> _u32(4)) << _u32(4)) + _u32(8))
+        spans = _u32(_u32(width + _u32(SPAN - 1)) // _u32(SPAN))
         block, blocks, begin, items = _u32(block_x()), _u32(quick), _u32(0), _u32(quick_items)
         if block >= blocks:
             begin, items = items, _u32(_u32(rows) * spans)
             block, blocks = _u32(block - blocks), _u32(grid_x() - blocks)
         stride = _u32(blocks * _u32(warps * several))
         first = _u32(begin + _u32(_u32(block * _u32(warps) + number) * _u32(several)))
-        fetch(words, x, first, items, spans, x_stride, in_blocks, width, own, t)
-        stage_weight(shared, w, _u32(lines), _u32(line), pitch, thread)
+        for i in range(several):
+            fetch(words, i, x, _u32(first + _u32(i)), items, spans, by_spans, x_stride, in_blocks, width, own, t)
+        stage_weight(shared, w, lines, line, pitch, thread)
         memory.copy_async_wait_all()
         block_barrier()
         while first < items:
-            following = _u32(first + stride)
-            if prefetching:
-                prefetch(x, following, items, spans, x_stride, in_blocks, width, lane)
             for i in range(several):
                 item = _u32(first + _u32(i))
-                row = _u32(item // spans)
-                e = _u32(_u32(_u32(item - _u32(row * spans)) * _u32(SPAN)) + _u32(t << _u32(3)))
-                start, count = np.int64(row) * out_stride, _u32(out_blocks) if item < items else _u32(0)
+                row = divide(item, by_spans)
+                e = _u32(_u32(_u32(item - row * spans) * _u32(SPAN)) + _u32(t << _u32(3)))
+                start, count = np.int64(row) * out_stride, out_blocks if item < items else _u32(0)
                 pair(words, i * words_of_item)
-                for tile in range(_u32((out_blocks + np.int64(15)) >> np.int64(4))):
+                for tile in range(_u32(_u32(count + _u32(15)) >> _u32(4))):
                     block0 = _u32(_u32(tile) << _u32(4))
                     multiply(sums, shared, words, i * words_of_item, block0, pitch, lane)
-                    store(out, start, sums, scale, _u32(block0 + g), count, width, e)
-            first = following
-            if first < items:
-                fetch(words, x, first, items, spans, x_stride, in_blocks, width, own, t)
+                    if scale != np.float32(1):
+                        for j in range(32):
+                            sums[j] *= scale
+                    store(out, start, sums, block0, count, width, e, g)
+                fetch(words, i, x, _u32(item + stride), items, spans, by_spans, x_stride, in_blocks, width, own, t)
+            first = _u32(first + stride)
 
     pointer = element.pointer
-    parameters = (pointer, pointer, pointer, f32, *(i64,) * 8)
+    parameters = (pointer, pointer, pointer, f32, *(i64,) * 9)
     options = {"threads": 32 * warps, "min_blocks": 1}
     return kernel, parameters, options | (barrier.HOPPER if early else {})
 

@@ -58,11 +58,6 @@ def _store32(pointer, index, a):
     _words(pointer, index, 1)[0] = a
 
 
-def _prefetch(pointer, index):
-    pass
-
-
-prefetch = instruction("prefetch.global.L2 [$0];", (GLOBAL,), twin=_prefetch)
 load128_stream = instruction(
     "ld.global.L1::no_allocate.L2::128B.v4.u32 {$0,$1,$2,$3}, [$4];", (GLOBAL,), "rrrr", twin=_load128
 )

@@ -1,32 +1,86 @@
 """The gradient of a normalisation of rows with those of its weight and bias: matrices are read once for all of them.
 
-Blocks stay, and each goes over every so-many-th row. A thread has the same eight columns of all of them and keeps their
-sums in registers; the next rows are on their way to shared memory meanwhile, to places of the thread's own, so that a
-row has one barrier, that of its two sums.
+Blocks stay. Each has teams of threads, and a team goes over every so-many-th row. A thread has the same eight columns
+of all of them and keeps their sums in registers; the next rows are on their way to shared memory meanwhile, to places
+of the thread's own, so that a row has one barrier, that of its two sums. At the end a block adds up its teams' sums.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
-from kernels import memory, warp
+from kernels import bits, memory, warp
 from kernels.barrier import early_options, entrance
 from kernels.elements import ELEMENTS, parked8
-from kernels.target import SIMULATOR, cuda, f32, f32p, i64, kernel_factory
+from kernels.target import SIMULATOR, cuda, device, f32, f32p, i64, kernel_factory
 from kernels.teams import WARP, reduce_team
 
 RUN = 8
 """Columns of a thread."""
 MOST_THREADS = 1024
 BLOCKS = 2 if SIMULATOR else 132
-"""Blocks of MOST_THREADS threads, as many as an H200 has multiprocessors; more of smaller ones."""
+"""Most blocks, as many as an H200 has multiprocessors."""
+_MOST_TEAMS = 8
 _STAGES = 2
 _KINDS = ("bf16", "bf16", "bf16", "bf16")
 
 
-def stage_bytes(kinds: tuple[str, ...], team: int) -> int:
-    """Shared memory of the rows that are on their way."""
-    return _STAGES * team * sum(4 * ELEMENTS[kind].words for kind in kinds[:2])
+def teams_of(team: int) -> int:
+    """Teams of a block: as many as there are threads for, so that few blocks leave few parts."""
+    return min(_MOST_TEAMS, MOST_THREADS // team)
+
+
+def stage_bytes(kinds: tuple[str, ...], threads: int) -> int:
+    """Shared memory of the rows that are on their way, and later of a block's sums but one team's."""
+    return _STAGES * threads * sum(4 * ELEMENTS[kind].words for kind in kinds[:2])
+
+
+def _emitter(biased: bool, team: int, teams: int) -> Callable:
+    """``emit(shared, sums_w, sums_b, d_w, d_b, own, at, n)``: the block's sums as its row of the parts."""
+    store, halves = ELEMENTS["f32"].store8_cached, 2 * (1 + biased)  # the parts are read at once
+
+    @device
+    def place(own, half, at):
+        """Of four sums of a thread; neighbours' lie side by side. In elements of 16 bits."""
+        return (np.int64(own - np.int64(1)) * np.int64(halves) + np.int64(half)) * np.int64(RUN * team) + at
+
+    @device
+    def leave(shared, sums, own, first, at):
+        for half in range(2):
+            a, b, c, d = sums[4 * half], sums[4 * half + 1], sums[4 * half + 2], sums[4 * half + 3]
+            words = bits.f32_bits(a), bits.f32_bits(b), bits.f32_bits(c), bits.f32_bits(d)
+            memory.shared_store128(shared, place(own, first + half, at), words[0], words[1], words[2], words[3])
+
+    @device
+    def take(shared, sums, own, first, at):
+        for half in range(2):
+            a, b, c, d = memory.shared_load128(shared, place(own, first + half, at))
+            sums[4 * half] += bits.bits_f32(a)
+            sums[4 * half + 1] += bits.bits_f32(b)
+            sums[4 * half + 2] += bits.bits_f32(c)
+            sums[4 * half + 3] += bits.bits_f32(d)
+
+    @device
+    def emit(shared, sums_w, sums_b, d_w, d_b, own, at, n):
+        if teams > 1:
+            warp.block_barrier()  # where rows were on their way there is room for sums
+            if own > np.int64(0):
+                leave(shared, sums_w, own, 0, at)
+                if biased:
+                    leave(shared, sums_b, own, 2, at)
+            warp.block_barrier()
+        if own == np.int64(0) and at < n:
+            for other in range(1, teams):
+                take(shared, sums_w, np.int64(other), 0, at)
+                if biased:
+                    take(shared, sums_b, np.int64(other), 2, at)
+            store(d_w, warp.block_x() * n + at, sums_w, 0, np.uint32(0))
+            if biased:
+                store(d_b, warp.block_x() * n + at, sums_b, 0, np.uint32(0))
+
+    return emit
 
 
 @kernel_factory((True, True, "", _KINDS, 512), (False, False, "bf16", ("f16", "f32", "f32", "f32"), 128))
@@ -36,16 +90,18 @@ def norm_backward(centred, biased, added, kinds, team, early=False):
     Not ``centred``: y = x rstd, and mean(v) is left out. ``kinds`` are those of x, g, w and d_x, ``added`` that of a
     matrix that is added to d_x, if any. Parameters: x, g, w, d_x, added (or d_x), mean (or rstd), rstd, parts of the
     sums of g y and, where ``biased``, of g, [blocks, n] each; 1 / n, rows, n (a multiple of 8, at most 8 * team).
-    Accesses are aligned to 16 bytes. Blocks of ``team`` threads, a power of two from 32 on.
+    Accesses are aligned to 16 bytes. Blocks of `teams_of` teams of ``team`` threads, a power of two from 32 on.
     """
-    (park_x, unpark_x), (park_g, unpark_g) = parked8(kinds[0], team), parked8(kinds[1], team)
+    teams = teams_of(team)
+    threads = team * teams
+    (park_x, unpark_x), (park_g, unpark_g) = parked8(kinds[0], threads), parked8(kinds[1], threads)
     weight, target, other = ELEMENTS[kinds[2]], ELEMENTS[kinds[3]], ELEMENTS[added or kinds[3]]
     fetch_w, unpack_w, store_x, fetch_r, unpack_r = (
         weight.fetch8_cached, weight.unpack8, target.store8, other.fetch8, other.unpack8,
     )  # fmt: skip
-    store32, w_words, r_words = ELEMENTS["f32"].store8, weight.words, other.words
-    g_first = _STAGES * team * 2 * ELEMENTS[kinds[0]].words
-    first_sums, other_sums = reduce_team(team, ("sum", "sum"), 0), reduce_team(team, ("sum", "sum"), 2)
+    w_words, r_words, emit = weight.words, other.words, _emitter(biased, team, teams)
+    g_first = _STAGES * threads * 2 * ELEMENTS[kinds[0]].words
+    first_sums, other_sums = (reduce_team(team, ("sum", "sum"), slot, teams == 1) for slot in (0, 2))
     wait, enter, cells, adds = (
         memory.copy_async_wait(_STAGES - 1),
         entrance(early, any_size=True),
@@ -61,8 +117,10 @@ def norm_backward(centred, biased, added, kinds, team, early=False):
                    cuda.local.array(RUN, np.float32))  # fmt: skip
         sums_w, sums_b = cuda.local.array(RUN, np.float32), cuda.local.array(RUN, np.float32)
         enter()
-        thread, first, step = warp.thread_index(), warp.block_x(), warp.grid_x()
-        at = np.int64(thread) * np.int64(RUN)
+        thread = warp.thread_index()
+        own, lane = np.int64(thread // np.uint32(team)), np.int64(thread & np.uint32(team - 1))
+        first, step = warp.block_x() * np.int64(teams) + own, warp.grid_x() * np.int64(teams)
+        at = lane * np.int64(RUN)
         for k in range(RUN):
             a[k], b[k], c[k] = np.float32(0), np.float32(0), np.float32(0)
             sums_w[k], sums_b[k] = np.float32(0), np.float32(0)
@@ -76,7 +134,8 @@ def norm_backward(centred, biased, added, kinds, team, early=False):
             fetch_w(w, at, raw, 0)
             unpack_w(raw, 0, c, 0)
         row, slot = first, np.int64(0)
-        mean, rstd = means[row] if centred else np.float32(0), rstds[row]
+        nearest = min(row, count - np.int64(1))
+        mean, rstd = means[nearest] if centred else np.float32(0), rstds[nearest]
         while row < count:  # a range would divide
             later, following = row + np.int64(_STAGES) * step, min(row + step, count - np.int64(1))
             # A row ahead: this chain of latencies is as long as a row may take.
@@ -115,12 +174,9 @@ def norm_backward(centred, biased, added, kinds, team, early=False):
                 store_x(d_x, row * n + at, b, 0, np.uint32(0))
             row, slot, mean, rstd = row + step, np.int64(1) - slot, next_mean, next_rstd
         memory.copy_async_wait_all()
-        if at < n:
-            store32(d_w, first * n + at, sums_w, 0, np.uint32(0))
-            if biased:
-                store32(d_b, first * n + at, sums_b, 0, np.uint32(0))
+        emit(shared, sums_w, sums_b, d_w, d_b, own, at, n)
 
     pointers = [ELEMENTS[kind].pointer for kind in (*kinds, added or kinds[3])]
     parameters = (*pointers, f32p, f32p, f32p, f32p, f32, i64, i64)
-    options = {"threads": team, "min_blocks": MOST_THREADS // team, "shared_bytes": stage_bytes(kinds, team)}
+    options = {"threads": threads, "min_blocks": MOST_THREADS // threads, "shared_bytes": stage_bytes(kinds, threads)}
     return kernel, parameters, options | early_options(early)

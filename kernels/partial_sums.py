@@ -16,13 +16,16 @@ from kernels.elements import ELEMENTS
 from kernels.target import SIMULATOR, cuda, device, f32, f32p, i64, kernel_factory, types
 from kernels.warp import block_barrier, block_x, thread_index
 
-ALONE, SOME, ALL = (0, 2, 4) if SIMULATOR else (0, 8, 32)
+ALONE, SOME, ALL = (0, 2, 4) if SIMULATOR else (0, 8, 16)
 """Warps of a block that share an element's parts."""
+AT_ONCE = 8
+"""Loads of a thread under way together."""
 _ALONE_THREADS = 64 if SIMULATOR else 256
+AT_ONCE = 8
 FEW, MANY = 16, 1 << 16
 """Parts that a thread adds up alone, and elements of which each has a thread, however many parts there are."""
-MANY_PARTS, FEW_ELEMENTS = 64, 1 << 13
-"""Parts that are worth a block's most warps, and elements that leave each block a multiprocessor at once."""
+MANY_PARTS = 65
+"""Parts that SOME warps would not load at once."""
 
 OUT, PARTS, NUMBER, ROWS, COLUMNS = range(5)
 """Positions of a result's parameters: it, its parts, how many there are, the extents of each."""
@@ -33,7 +36,7 @@ def warps_of(elements: int, parts: int) -> int:
     """How many warps share the parts, for so many elements of so many parts at most."""
     if parts <= FEW or elements >= MANY:
         return ALONE
-    return ALL if parts >= MANY_PARTS and elements <= FEW_ELEMENTS else SOME
+    return ALL if parts >= MANY_PARTS else SOME
 
 
 def threads_of(warps: int) -> int:
@@ -82,11 +85,16 @@ def _emit_or(out: str, number: int, turned: bool, elements: int, add_up: Callabl
 
 @device
 def _alone(shared, parts, number, count, at, thread):
-    """A thread's own element."""
-    value = np.float32(0)
+    """A thread's own element; several parts are on the way at once."""
+    found, value = cuda.local.array(AT_ONCE, np.float32), np.float32(0)
     if at < count:
-        for part in range(number):
-            value += parts[part * count + at]
+        for turn in range(_u32(_u32(_u32(number) + _u32(AT_ONCE - 1)) // _u32(AT_ONCE))):
+            first = np.int64(_u32(_u32(turn) * _u32(AT_ONCE)))
+            for i in range(AT_ONCE):
+                part = first + np.int64(i)
+                found[i] = parts[part * count + at] if part < number else np.float32(0)
+            for i in range(AT_ONCE):
+                value += found[i]
     return value
 
 
@@ -95,12 +103,18 @@ def _together(warps: int) -> Callable:
 
     @device
     def add_up(shared, parts, number, count, at, thread):
+        loaded = cuda.local.array(AT_ONCE, np.float32)
         warp = _u32(thread >> _u32(5))
         value = np.float32(0)
         if at < count:
-            for turn in range(_u32(_u32(_u32(number) + _u32(warps - 1) - warp) // _u32(warps))):
-                part = np.int64(_u32(_u32(_u32(turn) * _u32(warps)) + warp))
-                value += parts[part * count + at]
+            part, step = np.int64(warp), np.int64(AT_ONCE * warps)
+            while part < number:
+                for ahead in range(AT_ONCE):
+                    later = part + np.int64(ahead * warps)
+                    loaded[ahead] = parts[later * count + at] if later < number else np.float32(0)
+                for ahead in range(AT_ONCE):
+                    value += loaded[ahead]
+                part += step
         shared[thread] = value
         block_barrier()
         value = np.float32(0)

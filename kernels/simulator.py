@@ -32,7 +32,9 @@ from numba.cuda import types
 from numba.cuda.np import numpy_support
 
 WARP = 32
-WARPGROUP = 128
+_TEAMS = {"warp": WARP, "team of 64": 64, "warpgroup": 128, "team of 256": 256, "team of 512": 512}
+"""Who can meet without the rest of the block, and how many threads they are."""
+_NAMES = {size: name for name, size in _TEAMS.items()}
 # Blocks along x, y and z, and threads in a block, that a GPU takes.
 _LIMITS = (2**31 - 1, 65535, 65535, 1024)
 
@@ -100,16 +102,16 @@ class _Block:
                 thread.switch()
                 moved = True
         self.live = [thread for thread in self.live if not thread.dead]
-        gathered = self._complete("warp", WARP)
-        gathered = self._complete("warpgroup", WARPGROUP) or gathered
+        gathered = [self._complete(scope) for scope in sorted({thread.waiting for thread in self.live} & _TEAMS.keys())]
+        gathered = any(gathered)
         if self.live and not gathered and not any(t.waiting in (None, "event", "cluster") for t in self.live):
             self._complete_block()
             gathered = True
         return moved or gathered
 
-    def _complete(self, scope: str, size: int) -> bool:
-        """Deal the results of the operations that all lanes of a warp or warpgroup have reached."""
-        gathered = False
+    def _complete(self, scope: str) -> bool:
+        """Deal the results of the operations that all lanes of a warp or another team have reached."""
+        gathered, size = False, _TEAMS[scope]
         for group in sorted({thread.thread_id // size for thread in self.live if thread.waiting == scope}):
             lanes = self.threads[group * size : (group + 1) * size]
             if len(lanes) < size:
@@ -124,7 +126,7 @@ class _Block:
 
     def _complete_block(self) -> None:
         """Deal the result of the barrier that all live threads have reached; anything else is a deadlock."""
-        for scope in ("warp", "warpgroup"):
+        for scope in _TEAMS:
             stuck = [thread.thread_id for thread in self.live if thread.waiting == scope]
             if stuck:
                 raise RuntimeError(
@@ -179,6 +181,11 @@ def collective(combine: Callable[[Sequence[Any]], Sequence[Any]], value: Any) ->
 def warpgroup_collective(combine: Callable[[Sequence[Any]], Sequence[Any]], value: Any) -> Any:
     """The same for the 128 threads of a warpgroup."""
     return current_thread().wait("warpgroup", (combine, value))
+
+
+def team_collective(threads: int, combine: Callable[[Sequence[Any]], Sequence[Any]], value: Any) -> Any:
+    """The same for 32 to 512 neighbouring threads, a power of two."""
+    return current_thread().wait(_NAMES[threads], (combine, value))
 
 
 def cluster_collective() -> None:

@@ -38,6 +38,10 @@ class _Barrier:
         if self.pending == 0 and self.transactions == 0:
             self.pending, self.phase = self.count, self.phase + 1
 
+    def arrived(self, nbytes: int) -> None:
+        self.transactions -= nbytes
+        self.settle()
+
 
 def nothing(*_operands) -> None:
     """A fence, a hint, or registers: the simulator has none of them."""
@@ -83,9 +87,8 @@ def barrier_init(address, count) -> None:
 def barrier_expect_bytes(address, nbytes) -> None:
     """Arrive, and expect bytes."""
     found = _barrier(current_thread().block, address)
-    found.transactions += int(nbytes)
     found.pending -= 1
-    found.settle()
+    found.arrived(-int(nbytes))
 
 
 def barrier_arrive(address) -> None:
@@ -211,9 +214,7 @@ def _load(blocks, address, tensor_map, barrier, coordinates) -> None:
         box[number, start : start + len(memory)] = memory
     for block in blocks:
         _dynamic(block)[_bytes_at(block, places, 16)] = box.reshape(*places.shape, 16)
-        signalled = _barrier(block, barrier)
-        signalled.transactions -= found.box_bytes
-        signalled.settle()
+        _barrier(block, barrier).arrived(found.box_bytes)
 
 
 def tma_load(address, tensor_map, barrier, coordinates) -> None:
@@ -223,13 +224,11 @@ def tma_load(address, tensor_map, barrier, coordinates) -> None:
 
 def bulk_load(address, pointer, index, nbytes, barrier) -> None:
     """Bytes to the block's shared memory."""
-    block, nbytes, first = current_thread().block, int(nbytes), int(index)
-    source = pointer[first : first + nbytes // pointer.itemsize].view(np.uint8)
-    assert len(source) == nbytes and not (int(address) | source.ctypes.data | nbytes) % 16, (address, index, nbytes)
-    _dynamic(block)[_bytes_at(block, np.array([int(address)]), nbytes)[0]] = source
-    counted = _barrier(block, barrier)
-    counted.transactions -= nbytes
-    counted.settle()
+    block, size = current_thread().block, int(nbytes)
+    source = pointer[int(index) : int(index) + size // pointer.itemsize].view(np.uint8)
+    assert not (int(address) | source.ctypes.data | size) % 16, (address, index, nbytes)
+    _dynamic(block)[_bytes_at(block, np.array([int(address)]), size)[0]] = source
+    _barrier(block, barrier).arrived(size)
 
 
 def tma_load_multicast(address, tensor_map, barrier, coordinates, mask) -> None:
@@ -376,26 +375,25 @@ def added_sums(sums: Sums, others: Sums, first: int) -> Sums:
     return Sums(matrix)
 
 
-def multiply_held(held, at, results, b, columns, pairs, to_f32) -> None:
+def multiply_held(held, results, descriptors, columns, products, to_f32) -> None:
     """Products of fragments in registers with shared memory, for the whole warpgroup."""
-    own = [[held[int(at) + a + i] for i in range(4)] for a, _ in pairs]
+    thread = np.arange(128)
+    row, column = 16 * (thread // 32) + thread % 32 // 4, 2 * (thread % 4) + [[0], [1]]
 
     def combine(lanes):
-        block, _, first = lanes[0]
+        block, _, pairs, first, values = lanes[0]
         sums = np.zeros((64, columns), np.float32)
         for number, (_, offset) in enumerate(pairs):
             words = np.array([lane[1][number] for lane in lanes], np.uint32)
-            halves = to_f32(np.stack([words & 0xFFFF, words >> 16], -1))
+            halves = values(np.stack([words & 0xFFFF, words >> 16], -1))
             a = np.zeros((64, 16), np.float32)
-            thread = np.arange(128)
-            row, column = 16 * (thread // 32) + thread % 32 // 4, 2 * (thread % 4)
             for r in range(4):
-                for half in range(2):
-                    a[row + 8 * (r & 1), column + 8 * (r >> 1) + half] = halves[:, r, half]
-            sums = sums + a @ _operand(block, first + offset, False, columns, to_f32).T
+                a[row + 8 * (r & 1), column + 8 * (r >> 1)] = halves[:, r].T
+            sums = sums + a @ _operand(block, first + offset, False, columns, values).T
         return [sums] * len(lanes)
 
-    found = warpgroup_collective(combine, (current_thread().block, own, b))
-    values = part_of_sums(Sums(found), 0, columns // 2)
-    for i, value in enumerate(values):
-        results[2 * (i // 4) + (i & 1) + columns // 4 * (i >> 1 & 1)] = value
+    for result, b, pairs, values in zip(results, descriptors, products, to_f32, strict=True):
+        own = [[held[a + i] for i in range(4)] for a, _ in pairs]
+        found = warpgroup_collective(combine, (current_thread().block, own, pairs, int(b), values))
+        for i, value in enumerate(part_of_sums(Sums(found), 0, columns // 2)):
+            result[2 * (i // 4) + (i & 1) + columns // 4 * (i >> 1 & 1)] = value

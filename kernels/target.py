@@ -249,11 +249,17 @@ def compile_function(kernel: Kernel, cc: ComputeCapability) -> tuple[bytes, str,
 
 LEAST_SHARED_BYTES = 163 * 1024
 """Shared memory of a multiprocessor of sm_80, the least of the architectures that tensor-core kernels are built for."""
+HOPPER_SHARED_BYTES = 227 * 1024
+"""The same of sm_90."""
 
 
-def blocks_by_shared(shared_bytes: int) -> int:
-    """How many blocks of so much shared memory fit on a multiprocessor, at least 1: a bound for ``min_blocks``."""
-    return max(1, LEAST_SHARED_BYTES // max(1, shared_bytes + 1024))
+def blocks_by_shared(shared_bytes: int, hopper: bool = False) -> int:
+    """How many blocks of so much shared memory fit on a multiprocessor, at least 1: a bound for ``min_blocks``.
+
+    ``hopper``: of a kernel that is built for no less than sm_90.
+    """
+    there = HOPPER_SHARED_BYTES if hopper else LEAST_SHARED_BYTES
+    return max(1, there // max(1, shared_bytes + 1024))
 
 
 FACTORIES: list[Callable] = []

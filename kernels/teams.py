@@ -27,15 +27,17 @@ COMBINE = {
 
 
 @functools.cache
-def reduce_team(team: int, operations: tuple[str, ...], slot: int = 0) -> Callable:
+def reduce_team(team: int, operations: tuple[str, ...], slot: int = 0, whole: bool = True) -> Callable:
     """A device function ``(values, parts)``: the team's values, each as one, in every thread, always in the same order.
 
     ``parts`` is shared memory of 32 fp32 numbers a value from ``slot`` on, the kernel's own: NVVM refuses one that two
-    device functions share. Nobody waits at the end, so a slot is used once.
+    device functions share. Nobody waits at the end, so a slot is used once. Teams beyond a warp are ``whole`` blocks,
+    or have barriers of their own, as no more than 15 teams of a block can.
     """
     warps, lines = team // WARP, [f"a{i} = values[{i}]" for i in range(len(operations))]
     known = {f"join{i}": COMBINE[name][0] for i, name in enumerate(operations)}
-    known |= {"shuffle": warp.shuffle_xor, "thread_index": warp.thread_index, "barrier": warp.block_barrier}
+    known |= {"shuffle": warp.shuffle_xor, "thread_index": warp.thread_index}
+    known["barrier"] = warp.block_barrier if whole or team <= WARP else warp.team_barrier(team)
     known |= {"uint32": np.uint32, "int64": np.int64}
 
     def butterfly(lanes: int) -> list[str]:
@@ -50,7 +52,10 @@ def reduce_team(team: int, operations: tuple[str, ...], slot: int = 0) -> Callab
             lines.append("    " + place.format((slot + i) * WARP, "uint32(thread >> uint32(5))") + f" = a{i}")
         lines.append("barrier()")
         for i in range(len(operations)):
-            lines.append(f"a{i} = " + place.format((slot + i) * WARP, f"uint32(thread & uint32({warps - 1}))"))
+            first = "uint32(0)" if whole else f"uint32(uint32(thread >> uint32(5)) & uint32({WARP - warps}))"
+            lines.append(
+                f"a{i} = " + place.format((slot + i) * WARP, f"uint32({first} + uint32(thread & uint32({warps - 1})))")
+            )
         lines += butterfly(warps)
     results = "".join(f"a{i}, " for i in range(len(operations)))
     return written("reduce", "values, parts", [*lines, f"return ({results})"], known)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import numpy as np
 
 from kernels import functions
 from kernels.ptx import instruction
-from kernels.simulator import WARP, block_collective, collective, current_thread, warpgroup_collective
+from kernels.simulator import WARP, block_collective, collective, current_thread, team_collective
 from kernels.target import SIMULATOR, cuda, device
 
 if SIMULATOR:
@@ -30,6 +33,10 @@ if SIMULATOR:
     def grid_x():
         """How many blocks there are along the first coordinate, int64."""
         return np.int64(current_thread().block.launch.grid[0])
+
+    def grid_y():
+        """The same along the second, int64."""
+        return np.int64(current_thread().block.launch.grid[1])
 
     def block_barrier():
         """Wait for all threads of the block; orders shared memory among them."""
@@ -67,6 +74,11 @@ else:
         return np.int64(cuda.gridDim.x)
 
     @device
+    def grid_y():
+        """The same along the second, int64."""
+        return np.int64(cuda.gridDim.y)
+
+    @device
     def block_barrier():
         """Wait for all threads of the block; orders shared memory among them."""
         cuda.syncthreads()
@@ -85,6 +97,10 @@ def _shuffle_xor(value, mask):
     return collective(_exchange, (np.float32(value), mask))
 
 
+def _shuffle_xor_word(value, mask):
+    return collective(_exchange, (np.uint32(value), mask))
+
+
 def _take_from(lanes):
     return [lanes[int(source) & WARP - 1][0] for _, source in lanes]
 
@@ -97,19 +113,25 @@ def _sync_warp():
     collective(list, None)
 
 
-def _warpgroup_barrier():
-    warpgroup_collective(list, None)
+@functools.cache
+def team_barrier(threads: int) -> Callable:
+    """A primitive that waits for the ``threads`` neighbouring threads of a team, and orders shared memory among them.
+
+    Teams of a block, 32 to 512 threads each, are at most 15: they have the barriers from 1 on, the block has barrier 0.
+    """
+
+    def _team_barrier():
+        team_collective(threads, list, None)
+
+    own = f"mov.u32 own, %tid.x; shr.u32 own, own, {threads.bit_length() - 1}; add.u32 own, own, 1;"
+    return instruction(f"{{ .reg .b32 own; {own} bar.sync own, {threads}; }}", "", twin=_team_barrier)
 
 
+warpgroup_barrier = team_barrier(128)
 shuffle_xor = instruction("shfl.sync.bfly.b32 $0, $1, $2, 31, 0xffffffff;", "fr", "f", twin=_shuffle_xor)
+shuffle_xor_word = instruction("shfl.sync.bfly.b32 $0, $1, $2, 31, 0xffffffff;", "rr", "r", twin=_shuffle_xor_word)
 shuffle_from = instruction("shfl.sync.idx.b32 $0, $1, $2, 31, 0xffffffff;", "fr", "f", twin=_shuffle_from)
 sync_warp = instruction("bar.warp.sync 0xffffffff;", "", twin=_sync_warp)
-# Waits for the 128 neighbouring threads of the warpgroup; orders shared memory among them. Barrier 0 is the block's.
-warpgroup_barrier = instruction(
-    "{ .reg .b32 own; mov.u32 own, %tid.x; shr.u32 own, own, 7; add.u32 own, own, 1; bar.sync own, 128; }",
-    "",
-    twin=_warpgroup_barrier,
-)
 
 
 @device

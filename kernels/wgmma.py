@@ -28,7 +28,7 @@ _K_MAJOR = (_SWIZZLE[128] | (1024 >> 4) << 32 | 1 << 16, 2)
 
 
 def _mn_major(span: int) -> tuple[int, int]:
-    """Lines of ``span`` bytes of M or N by 8 of K are an atom, a step is two atoms, the next lines are 64 lines away."""
+    """An atom is 8 lines of ``span`` bytes of M or N, a step two atoms; the next values of M or N are 64 lines away."""
     atom = 8 * span >> 4
     return _SWIZZLE[span] | atom << 32 | DEPTH * span >> 4 << 16, 2 * atom
 
@@ -250,61 +250,74 @@ def added_sums(columns: int, first: int, count: int) -> Callable:
 
 
 @functools.cache
-def multiply_held(columns: int, pairs: tuple[tuple[int, int], ...], kind: str) -> Callable:
-    """A primitive ``f(held, at, results, b)``: results = the sum of products of 16, waited for.
+def multiply_held(columns: int, products: tuple[tuple[tuple[int, int], ...], ...], kinds: tuple[str, ...]) -> Callable:
+    """A primitive ``f(held, results, b)``: each of ``results`` = a sum of products of 16, all waited for together.
 
-    A's fragments are words of the local array ``held``, four from ``at`` + the first number of a pair on, as mma.sync
-    takes them; B is MN-major, at the descriptor ``b`` + the second. Results are ordered by rows: first all of row
-    g of the warp's 16, then those of row g + 8.
+    Of a product's pairs the first number says where A's fragment begins in the local array ``held``, four words as
+    mma.sync takes them; B is MN-major, at the product's descriptor in ``b`` + the second. The results' instructions
+    take turns, so that none waits for the one before. Results are ordered by rows: first all of row g of the warp's
+    16, then those of row g + 8.
     """
     if SIMULATOR:
-        to_f32 = HALVES_TO_F32[kind]
-        return lambda held, at, results, b: twins.multiply_held(held, at, results, int(b), columns, pairs, to_f32)
+        to_f32 = [HALVES_TO_F32[kind] for kind in kinds]
+        return lambda held, results, b: twins.multiply_held(held, results, b, columns, products, to_f32)
     from numba.cuda.extending import intrinsic
 
-    text = _held_products(columns, len(pairs), [b for _, b in pairs], kind)
+    text = _held_products(columns, products, kinds)
 
-    def multiply_held(_context, held, at, results, _b):
-        return types.void(held, types.int64, results, types.uint64), _held_code(columns, [a for a, _ in pairs], text)
+    def multiply_held(_context, held, results, b):
+        return types.void(held, results, b), _held_code(columns, products, text)
 
     return intrinsic(multiply_held)
 
 
-def _held_products(columns: int, count: int, b_offsets: list[int], kind: str) -> str:
-    sums = columns // 2
-    registers, descriptor = "{" + ",".join(f"${i}" for i in range(sums)) + "}", f"${sums + 4 * count}"
+def _held_products(columns: int, products: tuple, kinds: tuple[str, ...]) -> str:
+    sums, count = columns // 2, len(products)
+    first_word = sums * count
+    first_descriptor = first_word + 4 * sum(map(len, products))
+    starts = [first_word + 4 * sum(map(len, products[:i])) for i in range(count)]
     lines = ["{ .reg .b64 b; wgmma.fence.sync.aligned;"]
-    for number, offset in enumerate(b_offsets):
-        words = ",".join(f"${sums + 4 * number + i}" for i in range(4))
-        lines.append(
-            f"add.u64 b, {descriptor}, {offset}; wgmma.mma_async.sync.aligned.m64n{columns}k16.f32.{kind}.{kind} "
-            f"{registers}, {{{words}}}, b, {int(number > 0)}, 1, 1, 1;"
-        )
+    for turn in range(max(map(len, products))):
+        for i, (pairs, kind) in enumerate(zip(products, kinds, strict=True)):
+            if turn < len(pairs):
+                registers = ",".join(f"${sums * i + j}" for j in range(sums))
+                words = ",".join(f"${starts[i] + 4 * turn + j}" for j in range(4))
+                lines.append(
+                    f"add.u64 b, ${first_descriptor + i}, {pairs[turn][1]}; wgmma.mma_async.sync.aligned"
+                    f".m64n{columns}k16.f32.{kind}.{kind} {{{registers}}}, {{{words}}}, b, {int(turn > 0)}, 1, 1, 1;"
+                )
     return " ".join([*lines, "wgmma.commit_group.sync.aligned; wgmma.wait_group.sync.aligned 0; }"])
 
 
-def _held_code(columns: int, a_offsets: list[int], text: str) -> Callable:
+def _held_code(columns: int, products: tuple, text: str) -> Callable:
     from llvmlite import ir
 
-    count, word, wide = columns // 2, ir.IntType(32), ir.IntType(64)
+    sums, word, wide = columns // 2, ir.IntType(32), ir.IntType(64)
 
     def generate(context, builder, signature, arguments):
-        def element(number: int, index: ir.Value) -> ir.Value:
-            data = context.make_array(signature.args[number])(context, builder, arguments[number]).data
-            return builder.gep(data, [index])
+        def element(array_type, array, index: int) -> ir.Value:
+            return builder.gep(context.make_array(array_type)(context, builder, array).data, [ir.Constant(wide, index)])
 
-        held = [
-            builder.load(element(0, builder.add(arguments[1], ir.Constant(wide, offset + i))))
-            for offset in a_offsets
+        held, results, descriptors = arguments
+        words = [
+            builder.load(element(signature.args[0], held, first + i))
+            for pairs in products
+            for first, _ in pairs
             for i in range(4)
         ]
-        function = ir.FunctionType(ir.LiteralStructType([ir.FloatType()] * count), [word] * len(held) + [wide])
-        constraints = ",".join(["=f"] * count + ["r"] * len(held) + ["l", "~{memory}"])
+        given = [builder.extract_value(descriptors, i) for i in range(len(products))]
+        total = sums * len(products)
+        function = ir.FunctionType(
+            ir.LiteralStructType([ir.FloatType()] * total), [word] * len(words) + [wide] * len(given)
+        )
+        constraints = ",".join(["=&f"] * total + ["r"] * len(words) + ["l"] * len(given) + ["~{memory}"])
         assembly = ir.InlineAsm(function, text, constraints, side_effect=True)
-        found = builder.call(assembly, [*held, arguments[3]], attrs=("convergent",))
-        for i in range(count):
-            place = 2 * (i // 4) + (i & 1) + (count // 2) * (i >> 1 & 1)
-            builder.store(builder.extract_value(found, i), element(2, ir.Constant(wide, place)))
+        found = builder.call(assembly, [*words, *given], attrs=("convergent",))
+        for i in range(total):
+            place = 2 * (i % sums // 4) + (i & 1) + (sums // 2) * (i >> 1 & 1)
+            result = builder.extract_value(results, i // sums)
+            target = element(signature.args[1].types[i // sums], result, place)
+            builder.store(builder.extract_value(found, i), target)
         return context.get_dummy_value()
 
     return generate

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from kernels import block_mix as kernel
+from kernels.division import reciprocal_of
 from kernels.target import Kernel
 from plans.core.device import Device
 from plans.core.errors import InvalidProblem
@@ -144,6 +145,8 @@ def _mma_refuses(descriptor: BlockMixDescriptor) -> str:
         return f"wants w in {_SHARED_BYTES} bytes of shared memory, it takes {_shared_bytes(descriptor)}"
     if not descriptor.in_blocks:
         return "wants at least one block of x"
+    if (columns := max(descriptor.in_blocks, descriptor.out_blocks) * descriptor.width) >= _LARGEST:
+        return f"wants rows of fewer than 2**31 elements, found {columns}"
     items = descriptor.rows * -(-descriptor.width // kernel.SPAN)
     return f"wants fewer than 2**31 spans of {kernel.SPAN} elements, found {items}" if items >= _LARGEST else ""
 
@@ -158,11 +161,11 @@ class _Program:
         blocks: int,
         shared_bytes: int = 0,
         overlaps: bool = False,
-        quick: tuple[int, ...] = (),
+        more: tuple[int, ...] = (),
     ) -> None:
         out, x, _ = descriptor.operands()
         extents = (descriptor.rows, descriptor.out_blocks, descriptor.in_blocks, descriptor.width)
-        self.numbers = (*extents, out.shape[1], x.strides[0], *quick)
+        self.numbers = (*extents, out.shape[1], x.strides[0], *more)
         self.launch = made.launcher((blocks, 1, 1), shared_bytes, overlaps) if out.count else None
 
     def bind(self, args: BlockMixArgs, workspace: Workspace) -> Launches:
@@ -187,13 +190,15 @@ def shares(descriptor: BlockMixDescriptor, items: int, device: Device) -> tuple[
 def _build_mma(descriptor: BlockMixDescriptor, device: Device) -> _Program:
     early = descriptor.early and device.arch >= ArchSku.SM90A.value
     groups, vector = _groups(descriptor), kernel.weight_vector(descriptor.operands()[2].shape[1])
-    made = kernel.mix_blocks(descriptor.element.value, groups, descriptor.transposed, vector, early)
-    items = descriptor.rows * -(-descriptor.width // kernel.SPAN)
+    ragged, spans = descriptor.in_blocks % 8 > 0, -(-descriptor.width // kernel.SPAN)
+    made = kernel.mix_blocks(descriptor.element.value, groups, ragged, descriptor.transposed, vector, early)
+    items = descriptor.rows * spans
     of_block = kernel.warps_of(groups) * kernel.items_at_once(groups)
     quick_items, quick_blocks, blocks = shares(descriptor, items, device)
     if not quick_blocks:
         blocks = min(-(-items // of_block), blocks)
-    return _Program(descriptor, made, blocks, _shared_bytes(descriptor), early, (quick_items, quick_blocks))
+    more = (reciprocal_of(max(1, spans)), quick_items, quick_blocks)
+    return _Program(descriptor, made, blocks, _shared_bytes(descriptor), early, more)
 
 
 def _build_portable(descriptor: BlockMixDescriptor, device: Device) -> _Program:

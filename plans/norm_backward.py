@@ -90,7 +90,7 @@ class NormBackwardDescriptor:
     @property
     def blocks(self) -> int:
         """Blocks, which are the parts of the sums."""
-        return min(self.rows, kernel.BLOCKS * (kernel.MOST_THREADS // self.team))
+        return min(-(-self.rows // kernel.teams_of(self.team)), kernel.BLOCKS)
 
     @property
     def partials(self) -> tuple[Partial, ...]:

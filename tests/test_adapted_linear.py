@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from test_terms import exact_delta, trained
 
+from kernels.target import SIMULATOR
 from lycoris import tensor
 from lycoris.algorithms import FullModule, IA3Module, LoConModule, LoHaModule, LoKrModule, NormModule
 from lycoris.buffers import DeviceArray
@@ -85,6 +86,34 @@ def test_several_adapters(device, rng, names, mode):
     for number in range(len(modules)):
         assert layer.remove(str(number)) is modules[number]
     assert_close(layer(x), exact(layer, x, []), 1.01)
+
+
+MANY_ROWS = (
+    [(70, 64, 48, 4)]
+    if SIMULATOR
+    else [
+        (1000, 3072, 768, -1),
+        (2100, 2048, 1024, 8),
+        (4096, 1536, 3072, -1),
+        (130, 4096, 4096, -1),
+        (300, 3840, 960, 5),
+    ]
+)
+
+
+@pytest.mark.parametrize(("rows", "out", "channels", "factor"), MANY_ROWS, ids=str)
+def test_lokr_of_many_rows(device, rng, rows, out, channels, factor):
+    """Several calls at once, whose passes over x and products overlap where the device can."""
+    weight, bias = (tensor.from_numpy(rng.standard_normal(shape), device, BF16) for shape in ((out, channels), out))
+    layer = AdaptedLinear(weight, bias, mode="separate")
+    module = trained(rng, LoKrModule.new_linear(channels, out, 1 << 20, factor=factor, device=device))
+    layer.add("a", module, 0.75)
+    merged = weight.numpy().astype(np.float64) + 0.75 * module.scale() * exact_delta(module).reshape(out, channels)
+    inputs = [tensor.from_numpy(rng.standard_normal((rows, channels)), device, BF16) for _ in range(3)]
+    for x, found in zip(inputs, [layer(x) for x in inputs], strict=True):
+        values, added = x.numpy().astype(np.float64), bias.numpy().astype(np.float64)
+        size = np.abs(values) @ np.abs(merged).T + np.abs(added)
+        assert_close(found, (values @ merged.T + added, size), 3)
 
 
 def test_a_change_below_the_last_bit_is_kept_apart(device, rng):

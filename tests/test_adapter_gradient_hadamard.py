@@ -42,8 +42,8 @@ def test_factors(device, poisoned, rng, case, backend):
 
 DENSE = [
     (16, 16, 64, 4, {}),
-    (9, 70, 44, 16, {"out": BF16, "g_stride": 72, "x_stride": 48}),
-    (8, 24, 72, 21, {}),
+    (9, 36, 68, 16, {"out": BF16, "g_stride": 40, "x_stride": 72}),
+    (8, 17, 12, 21, {"g_stride": 24, "x_stride": 16}),
     (4, 0, 8, 4, {}),
     (4, 8, 0, 4, {}),
     *(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from matmul_cases import assert_exact, assert_kept, gaussian, make, run, small_integers
 
@@ -17,16 +18,19 @@ from plans.matmul.wgmma import WGMMA
 H200 = SimpleNamespace(multiprocessors=132)
 
 
+@pytest.mark.parametrize("columns", [8, 16, 64])
 @pytest.mark.parametrize("beside", [0, 2, 12, 56])
 @pytest.mark.parametrize("results", [1, 3, 40])
 @pytest.mark.parametrize("rows", [1, 7, 64, 1000, 4096, 8448, 8449, 100_003])
-def test_tiles_cover_all_rows_and_no_block_has_more_than_it_must(rows, results, beside):
-    stream = stream_of(rows, results, 16, 132, beside)
-    assert stream.height % 8 == 0 and stream.height <= 64 * stream.tile.groups <= 128
+def test_tiles_cover_all_rows_and_no_block_has_more_than_it_must(rows, results, beside, columns):
+    stream = stream_of(rows, results, columns, 132, beside, by_lines=columns == 64)
+    most = 128 if stream.tile.parts == 2 else 256
+    assert stream.height % 8 == 0 and stream.height <= 64 * stream.tile.groups <= most
+    assert stream.tile.stages >= 4 and stream.tile.shared_bytes <= 227 * 1024
     assert (stream.tiles - 1) * stream.height < rows <= stream.tiles * stream.height
     assert stream.blocks % stream.tile.cluster == 0
     workers = beside or (66 if stream.tile.parts == 2 else 132)
-    least = -(-results * -(-rows // 128) // workers)
+    least = -(-results * -(-rows // most) // workers)
     assert -(-stream.all_tiles // workers) <= least + (results > 1)
     assert stream.tile.parts == 1 or stream.blocks == 2 * stream.all_tiles
 
@@ -60,6 +64,14 @@ def test_blocks_that_walk_and_pairs_that_share_a_depth(device, poisoned, rng, m,
 def test_a_batch_that_shares_its_left_factor(device, poisoned, rng):
     problem = make(device, MatmulDescriptor(20, 16, 72, batch=3, a_shared=True).segmented, gaussian(rng))
     assert_kept(problem, run(problem, poisoned, NARROW_STREAMED.backend))
+
+
+@pytest.mark.parametrize("beside", [0, 3])
+def test_a_scale_of_zero_leaves_out_what_the_operands_hold(device, poisoned, beside):
+    descriptor = replace(MatmulDescriptor(20, 16, 72).segmented, beside=beside)
+    problem = make(device, descriptor, lambda shape: np.full(shape, np.nan), (0.0,))
+    run(problem, poisoned, NARROW_STREAMED.backend)
+    assert (problem.found() == 0).all()
 
 
 def test_a_product_that_takes_it_late(device, rng):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from kernels import normalization as kernel
 from lycoris import tensor
 from lycoris.tensor import rows as tensor_rows
 from plans.core import ElementKind, InvalidProblem, NoSku, Workspace
@@ -58,8 +59,11 @@ def test_a_gradient_that_was_there_already_is_added(device, poisoned, rng, added
     check(device, poisoned, rng, d)
 
 
-def test_long_rows(device, poisoned, rng):
-    check(device, poisoned, rng, NormBackwardDescriptor(True, 3, 8192, (BF16,) * 4, BF16, bias=True))
+@pytest.mark.parametrize(("n", "teams"), [(1032, 4), (2056, 2), (8192, 1)])
+def test_long_rows(device, poisoned, rng, n, teams):
+    d = NormBackwardDescriptor(True, 5, n, (BF16,) * 4, BF16, bias=True)
+    assert kernel.teams_of(d.team) == teams
+    check(device, poisoned, rng, d)
 
 
 def test_the_formulas(rng):

@@ -10,7 +10,7 @@ from weight_cases import BF16, F16, F32, Inputs, Shape, assert_promised, describ
 
 from plans.core import Device, PlanPreference
 from plans.weight import Dense, Hadamard, LowRank, Sink, WeightPlan
-from plans.weight.tile import MMA, tile_of
+from plans.weight.tile import MMA, tile_of, walk_of
 from plans.weight.wgmma import WGMMA, refuses
 
 pytestmark = pytest.mark.skipif(Device.open().arch < (9, 0), reason="warpgroup products are sm_90's")
@@ -33,6 +33,7 @@ SOURCES = {
     "loha r64": loha(64, BF16),
     "loha r16 f32": loha(16, F32),
     "locon and loha": (LowRank(5, BF16, F32), *loha(18, F16)),
+    "loha of unlike products": (Hadamard(LowRank(16, F16, F16), LowRank(37, BF16, F32)),),
 }
 
 
@@ -56,6 +57,14 @@ def test_several_tiles(device, rng, sink):
     inputs = Inputs.random(descriptor, rng)
     exact, magnitude = inputs.reference(descriptor)
     assert_promised(run(descriptor, WGMMA, inputs, device), exact, magnitude, BF16)
+
+
+@pytest.mark.parametrize(
+    ("column_tiles", "row_tiles", "at_once", "walk"),
+    [(24, 96, 264, 9), (32, 112, 264, 14), (32, 112, 132, 28), (1, 1, 264, 1), (264, 7, 264, 7), (24, 96, 1 << 30, 1)],
+)
+def test_walks_leave_least_to_the_busiest(column_tiles, row_tiles, at_once, walk):
+    assert walk_of(column_tiles, row_tiles, at_once) == walk
 
 
 def test_what_is_not_finite_raises_the_flag(device, rng):

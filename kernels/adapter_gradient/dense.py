@@ -284,7 +284,8 @@ def contract_hadamard(steps: int, pairs: bool):
 
     ``steps`` are groups of 16 ranks, ``pairs`` whether the rank is even; in is a multiple of four, a block's rows are
     one of 16. Blocks: ``SPAN`` columns along x, rows along y, 16 ranks of the results along z. Parts are [columns'
-    block, out, rank] of an a's gradient, [rows' block, rank, in] of a b's, in fp32.
+    block, out, rank] of an a's gradient, [rows' block, rank, in] of a b's, in fp32. The grid before makes D, none of
+    the factors, and lets this one begin after its own wait.
     """
     stage, walk, enter = _factor_stager(steps), _walker(steps, pairs), entrance(early=True)
 
@@ -293,8 +294,8 @@ def contract_hadamard(steps: int, pairs: bool):
         thread = warp.thread_index()
         row0, rank0 = warp.block_y() * rows_of_block, warp.block_z() * np.int64(STEP)
         end, column0 = min(row0 + rows_of_block, rows), warp.block_x() * np.int64(SPAN)
-        enter()
         stage(shared, products, columns, rank, column0, thread)
+        enter()
         warp.block_barrier()
         start = warp.block_x() * rows * rank
         sums = cuda.local.array(32, np.float32)

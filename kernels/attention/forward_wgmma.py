@@ -15,17 +15,18 @@ from kernels import barrier, bits, functions, warp, wgmma
 from kernels.attention.forward import edge_of, finisher, hider
 from kernels.attention.products import packer
 from kernels.attention.query_walk import query_producer, query_work
-from kernels.attention.ring import TILE, WALKED_BYTES, WIDTH, Ring, hand_back, kept_room, specialised, stage_follower
+from kernels.attention.ring import HELD_BYTES, ROWS, WIDTH, Ring, hand_back, kept_room, specialised, stage_follower
 from kernels.attention.tiles import BATCH, HEAD, MATRIX, POINTER, TOKEN, clamped, clearer, lane_of, storer
 from kernels.barrier import early_options, entrance
 from kernels.target import cuda, device, f32, f32p, i64, kernel_factory, types
 from kernels.warp import block_x, grid_x, thread_index
 from kernels.wgmma_registers import add_products, settle, start_products, zero_sums
 
-RING = Ring(4, 1, False)
-_ROWS, _COLUMNS = TILE.rows, TILE.columns
-_STEPS = WIDTH // 16
-_COUNT, _WORDS = TILE.columns // 2, TILE.columns // 4
+RING = Ring(3, 128, 1)
+TILE = RING.tile
+_COLUMNS, _WALKED_BYTES = RING.columns, RING.walked_bytes
+_ALONG, _ACROSS = WIDTH // 16, RING.columns // 16
+_SCORES, _WORDS, _RESULTS = RING.columns // 2, RING.columns // 4, WIDTH // 2
 _NOTHING = np.float32(-math.inf)
 _u32 = np.uint32
 
@@ -66,7 +67,7 @@ def _powers(shifted, totals, older):
 @device
 def _rescale(out, older):
     for half in range(2):
-        for j in range(_COUNT // 4):
+        for j in range(_RESULTS // 4):
             out[4 * j + 2 * half] = out[4 * j + 2 * half] * older[half]
             out[4 * j + 2 * half + 1] = out[4 * j + 2 * half + 1] * older[half]
 
@@ -77,8 +78,8 @@ def _stage_taker(kind: str, causal: bool, last: bool) -> Callable:
     The product of the stage before, whose pair of barriers is ``before``, may be under way at the beginning. Unless it
     is the last, the next stage's scores are made meanwhile. Gives the next stage and its phase.
     """
-    along, across = start_products(_COLUMNS, _STEPS, kind), add_products(WIDTH, _STEPS, kind)
-    result_there, next_there, packed = settle(0 if last else 1, _COUNT), settle(1, _COUNT), packer(kind, TILE)
+    along, across = start_products(_COLUMNS, _ALONG, kind), add_products(WIDTH, _ACROSS, kind)
+    result_there, next_there, packed = settle(0 if last else 1, _RESULTS), settle(1, _SCORES), packer(kind, TILE)
     lines, turned = wgmma.operand_descriptor(True), wgmma.operand_descriptor(False)
     following, hide, where, stage_bytes = (
         stage_follower(RING),
@@ -103,7 +104,7 @@ def _stage_taker(kind: str, causal: bool, last: bool) -> Callable:
             hand_back(before, where(thread)[0])
         packed(shifted, words)
         _rescale(out, older)
-        across(out, words, turned(_u32(at + _u32(WALKED_BYTES))))
+        across(out, words, turned(_u32(at + _u32(_WALKED_BYTES))))
         if not last:
             next_there(scores)
         return stage, phase
@@ -114,7 +115,7 @@ def _stage_taker(kind: str, causal: bool, last: bool) -> Callable:
 def _walker(kind: str, causal: bool) -> Callable:
     """``walk(...)``: over the keys that a tile of queries sees; gives the next stage and its phase."""
     take, take_last = _stage_taker(kind, causal, False), _stage_taker(kind, causal, True)
-    along, there = start_products(_COLUMNS, _STEPS, kind), settle(0, _COUNT)
+    along, there, settled = start_products(_COLUMNS, _ALONG, kind), settle(0, _SCORES), settle(0, _RESULTS)
     lines, stage_bytes, where = wgmma.operand_descriptor(True), _u32(RING.stage_bytes), lane_of(TILE)
 
     @device
@@ -131,7 +132,7 @@ def _walker(kind: str, causal: bool) -> Callable:
             before, key = pair, _u32(key + _u32(_COLUMNS))
         pair, edges = _u32(barriers + stage * _u32(16)), (key, edge, keys)
         stage, phase = take_last(base, barriers, kept, arrays, edges, factor, before, stage, phase, thread)
-        there(arrays[6])
+        settled(arrays[6])
         hand_back(pair, where(thread)[0])
         return stage, phase
 
@@ -142,17 +143,17 @@ def _consumer(kind: str, causal: bool) -> Callable:
     """``consume(shared, base, barriers, thread, state)``: a multiplying warpgroup."""
     room, store, where, walk = kept_room(RING), storer(kind, TILE), lane_of(TILE), _walker(kind, causal)
     work, edge_at, finish = query_work(causal), edge_of(TILE), finisher(TILE)
-    clear_out, clear_totals, clear_most = zero_sums(_COUNT), clearer(2), clearer(2, -math.inf)
+    clear_out, clear_totals, clear_most = zero_sums(_RESULTS), clearer(2), clearer(2, -math.inf)
     results = RING.results_at // 2
 
     @device
     def consume(shared, base, barriers, thread, state):
         out, lse, _, queries, keys, width, heads, _, diagonal, tiles, factor = state
-        scores = cuda.local.array(_COUNT, np.float32)
-        shifted = cuda.local.array(_COUNT, np.float32)
+        scores = cuda.local.array(_SCORES, np.float32)
+        shifted = cuda.local.array(_SCORES, np.float32)
         words = cuda.local.array(_WORDS, np.uint32)
         older = cuda.local.array(2, np.float32)
-        sums = cuda.local.array(_COUNT, np.float32)
+        sums = cuda.local.array(_RESULTS, np.float32)
         most = cuda.local.array(2, np.float32)
         totals = cuda.local.array(2, np.float32)
         arrays = (scores, shifted, words, most, totals, older, sums)
@@ -163,7 +164,7 @@ def _consumer(kind: str, causal: bool) -> Callable:
             lane, line0 = where(thread)
             edge = edge_at(row0, line0, lane, keys, diagonal)
             kept, kept_pair, kept_phase = room(base, barriers, turn)
-            kept = _u32(kept + _u32(thread >> _u32(7)) * _u32(WALKED_BYTES))
+            kept = _u32(kept + _u32(thread >> _u32(7)) * _u32(HELD_BYTES // 2))
             clear_out(sums)
             clear_totals(totals)
             clear_most(most)
@@ -172,7 +173,7 @@ def _consumer(kind: str, causal: bool) -> Callable:
             lane, line0 = where(thread)
             hand_back(kept_pair, lane)
             batch, head, row0, _ = work(bits.again(number), queries, keys, heads, diagonal)
-            left = clamped(queries - row0, _ROWS)
+            left = clamped(queries - row0, ROWS)
             finish(most, totals, lse, (batch * heads + head) * queries + row0, left, factor, line0, lane)
             at = batch * out[BATCH] + head * out[HEAD] + row0 * out[TOKEN]
             store(shared, np.int64(results), sums, totals, out[POINTER], at, out[TOKEN], left, width, line0, lane)

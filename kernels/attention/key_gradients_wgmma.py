@@ -16,8 +16,7 @@ from kernels.attention.forward import locate
 from kernels.attention.products import packer
 from kernels.attention.ring import (
     HELD_BYTES,
-    TILE,
-    WALKED_BYTES,
+    ROWS,
     WIDTH,
     Ring,
     begin_loading,
@@ -34,8 +33,9 @@ from kernels.target import cuda, device, f32, f32p, i64, kernel_factory, types
 from kernels.warp import block_x, grid_x, thread_index
 from kernels.wgmma_registers import add_products, settle, start_products, zero_sums
 
-RING = Ring(4, 2, True)
-_ROWS, _COLUMNS = TILE.rows, TILE.columns
+RING = Ring(4, 64, 2, True)
+TILE = RING.tile
+_COLUMNS, _WALKED_BYTES = RING.columns, RING.walked_bytes
 _STEPS = WIDTH // 16
 _COUNT, _WORDS = TILE.columns // 2, TILE.columns // 4
 _NOTHING = np.float32(-math.inf)
@@ -50,7 +50,7 @@ def _work_of(causal: bool) -> Callable:
 
     @device
     def work(number, queries, keys, heads, diagonal):
-        batch, other, row0 = locate(number, keys, heads, _ROWS, False)
+        batch, other, row0 = locate(number, keys, heads, ROWS, False)
         hidden0, first = row0 - diagonal, _u32(0)
         if causal:
             first = _u32(_u32(min(max(hidden0, np.int64(0)), queries)) // _u32(_COLUMNS) * _u32(_COLUMNS))
@@ -67,8 +67,8 @@ def _producer(work: Callable) -> Callable:
     @device
     def load(to, full, maps, statistics, padded, query, head, batch, slot):
         load_box(to, maps[2], full, _u32(0), query, _u32(head), _u32(batch))
-        load_box(_u32(to + _u32(WALKED_BYTES)), maps[3], full, _u32(0), query, _u32(head), _u32(batch))
-        to = _u32(to + _u32(2 * WALKED_BYTES))
+        load_box(_u32(to + _u32(_WALKED_BYTES)), maps[3], full, _u32(0), query, _u32(head), _u32(batch))
+        to = _u32(to + _u32(2 * _WALKED_BYTES))
         source = slot * np.int64(STATISTICS) * padded + np.int64(query)
         barrier.bulk_load(to, statistics, source, number_bytes, full)
         barrier.bulk_load(_u32(to + number_bytes), statistics, source + padded, number_bytes, full)
@@ -151,7 +151,7 @@ def _stage_taker(kind: str, causal: bool, last: bool) -> Callable:
     )
     lines, turned = wgmma.operand_descriptor(True), wgmma.operand_descriptor(False)
     following, where, stage_bytes = stage_follower(RING), lane_of(TILE), _u32(RING.stage_bytes)
-    numbers_at, number_elements = WALKED_BYTES, 2 * _COLUMNS
+    numbers_at, number_elements = _WALKED_BYTES, 2 * _COLUMNS
 
     @device
     def take(shared, base, barriers, kept, arrays, hidden0, factor, before, stage, phase, thread):
@@ -163,7 +163,7 @@ def _stage_taker(kind: str, causal: bool, last: bool) -> Callable:
         numbers = np.int64(at >> _u32(1)) + np.int64(numbers_at)
         _powers(shared, numbers, scores, powers, factor, lane)
         packed(powers, power_words)
-        across(d_v, power_words, turned(_u32(base + at + _u32(WALKED_BYTES))))
+        across(d_v, power_words, turned(_u32(base + at + _u32(_WALKED_BYTES))))
         stage, phase = following(stage, phase)
         place = _u32(base + stage * stage_bytes)
         if not last:
@@ -176,7 +176,7 @@ def _stage_taker(kind: str, causal: bool, last: bool) -> Callable:
         packed(grads, grad_words)
         across(d_k, grad_words, turned(_u32(base + at)))
         if not last:
-            along(grads, lines(_u32(kept + _u32(HELD_BYTES))), lines(_u32(place + _u32(WALKED_BYTES))))
+            along(grads, lines(_u32(kept + _u32(HELD_BYTES))), lines(_u32(place + _u32(_WALKED_BYTES))))
             next_there(scores, d_v)
         return stage, phase
 
@@ -199,7 +199,7 @@ def _walker(kind: str, causal: bool) -> Callable:
         barrier.barrier_wait(pair, phase)
         place = _u32(base + stage * stage_bytes)
         along(arrays[0], lines(kept), lines(place))
-        along(arrays[2], lines(_u32(kept + _u32(HELD_BYTES))), lines(_u32(place + _u32(WALKED_BYTES))))
+        along(arrays[2], lines(_u32(kept + _u32(HELD_BYTES))), lines(_u32(place + _u32(_WALKED_BYTES))))
         scores_there(arrays[0])
         while left > _u32(1):
             pair, hidden0 = _u32(barriers + stage * _u32(16)), hidden - np.int64(_u32(seen * _u32(_COLUMNS)))
@@ -238,7 +238,7 @@ def _consumer(kind: str, causal: bool, work: Callable) -> Callable:
         while number < _u32(tiles):
             _, _, _, first, of_head, hidden0 = work(number, queries, keys, heads, diagonal)
             kept, kept_pair, kept_phase = room(base, barriers, turn)
-            kept = _u32(kept + _u32(thread >> _u32(7)) * _u32(WALKED_BYTES))
+            kept = _u32(kept + _u32(thread >> _u32(7)) * _u32(HELD_BYTES // 2))
             clear(d_k_sums)
             clear(d_v_sums)
             barrier.barrier_wait(kept_pair, kept_phase)
@@ -249,7 +249,7 @@ def _consumer(kind: str, causal: bool, work: Callable) -> Callable:
             lane, line0 = where(thread)
             hand_back(kept_pair, lane)
             batch, other, row0, _, _, _ = work(bits.again(number), queries, keys, heads, diagonal)
-            left = clamped(keys - row0, _ROWS)
+            left = clamped(keys - row0, ROWS)
             for i in range(2):
                 factors[i] = scale
             at = batch * d_k[BATCH] + other * d_k[HEAD] + row0 * d_k[TOKEN]

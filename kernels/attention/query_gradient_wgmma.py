@@ -15,8 +15,7 @@ from kernels.attention.products import packer
 from kernels.attention.query_walk import query_producer, query_work
 from kernels.attention.ring import (
     HELD_BYTES,
-    TILE,
-    WALKED_BYTES,
+    ROWS,
     WIDTH,
     Ring,
     hand_back,
@@ -31,8 +30,9 @@ from kernels.target import cuda, device, f32, f32p, i64, kernel_factory, types
 from kernels.warp import block_x, grid_x, thread_index
 from kernels.wgmma_registers import add_products, settle, start_products, zero_sums
 
-RING = Ring(4, 2, False)
-_ROWS, _COLUMNS = TILE.rows, TILE.columns
+RING = Ring(4, 64, 2)
+TILE = RING.tile
+_COLUMNS, _WALKED_BYTES = RING.columns, RING.walked_bytes
 _STEPS = WIDTH // 16
 _COUNT, _WORDS = TILE.columns // 2, TILE.columns // 4
 _u32 = np.uint32
@@ -93,7 +93,7 @@ def _stage_taker(kind: str, causal: bool, last: bool) -> Callable:
         packed(grads, words)
         across(d_q, words, turned(at))
         if not last:
-            along(grads, lines(_u32(kept + _u32(HELD_BYTES))), lines(_u32(place + _u32(WALKED_BYTES))))
+            along(grads, lines(_u32(kept + _u32(HELD_BYTES))), lines(_u32(place + _u32(_WALKED_BYTES))))
             next_there(scores)
         return stage, phase
 
@@ -114,7 +114,7 @@ def _walker(kind: str, causal: bool) -> Callable:
         barrier.barrier_wait(pair, phase)
         place = _u32(base + stage * stage_bytes)
         along(arrays[0], lines(kept), lines(place))
-        along(arrays[2], lines(_u32(kept + _u32(HELD_BYTES))), lines(_u32(place + _u32(WALKED_BYTES))))
+        along(arrays[2], lines(_u32(kept + _u32(HELD_BYTES))), lines(_u32(place + _u32(_WALKED_BYTES))))
         scores_there(arrays[0])
         while _u32(key + _u32(_COLUMNS)) < seen:
             pair, edges = _u32(barriers + stage * _u32(16)), (key, edge, keys)
@@ -157,7 +157,7 @@ def _consumer(kind: str, causal: bool) -> Callable:
                 deltas[i] = statistics[at + padded]
             edge = edge_at(row0, line0, lane, keys, diagonal)
             kept, kept_pair, kept_phase = room(base, barriers, turn)
-            kept = _u32(kept + _u32(thread >> _u32(7)) * _u32(WALKED_BYTES))
+            kept = _u32(kept + _u32(thread >> _u32(7)) * _u32(HELD_BYTES // 2))
             clear(d_q_sums)
             barrier.barrier_wait(kept_pair, kept_phase)
             stage, phase = walk(base, barriers, kept, arrays, edge, _u32(keys), seen, factor, stage, phase, thread)
@@ -166,7 +166,7 @@ def _consumer(kind: str, causal: bool) -> Callable:
             batch, head, row0, _ = work(bits.again(number), queries, keys, heads, diagonal)
             for i in range(2):
                 sums[i] = scale
-            at, left = batch * d_q[BATCH] + head * d_q[HEAD] + row0 * d_q[TOKEN], clamped(queries - row0, _ROWS)
+            at, left = batch * d_q[BATCH] + head * d_q[HEAD] + row0 * d_q[TOKEN], clamped(queries - row0, ROWS)
             store(shared, np.int64(results), d_q_sums, sums, d_q[POINTER], at, d_q[TOKEN], left, width, line0, lane)
             turn = _u32(turn + _u32(1))
             number = _u32(number + _u32(grid_x()))

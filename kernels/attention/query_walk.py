@@ -8,11 +8,10 @@ import numpy as np
 
 from kernels import barrier
 from kernels.attention.forward import locate
-from kernels.attention.ring import TILE, WALKED_BYTES, Ring, begin_loading, kept_loader, stage_follower
+from kernels.attention.ring import ROWS, Ring, begin_loading, kept_loader, stage_follower
 from kernels.target import device
 from kernels.warp import block_x, grid_x
 
-_ROWS, _COLUMNS = TILE.rows, TILE.columns
 _u32 = np.uint32
 
 
@@ -24,10 +23,10 @@ def query_work(causal: bool) -> Callable:
 
     @device
     def work(number, queries, keys, heads, diagonal):
-        batch, head, row0 = locate(number, queries, heads, _ROWS, causal)
+        batch, head, row0 = locate(number, queries, heads, ROWS, causal)
         seen = keys
         if causal:
-            seen = max(np.int64(0), min(seen, min(row0 + np.int64(_ROWS), queries) + diagonal))
+            seen = max(np.int64(0), min(seen, min(row0 + np.int64(ROWS), queries) + diagonal))
         return batch, head, row0, _u32(seen)
 
     return work
@@ -46,6 +45,7 @@ def query_producer(ring: Ring, causal: bool) -> Callable:
         barrier.tma_load(4),
     )
     stage_bytes, loaded_bytes, kept = _u32(ring.stage_bytes), _u32(ring.loaded_bytes), ring.kept
+    columns, walked_bytes = _u32(ring.columns), _u32(ring.walked_bytes)
 
     @device
     def produce(base, barriers, maps, problem):
@@ -62,8 +62,8 @@ def query_producer(ring: Ring, causal: bool) -> Callable:
                 full = begin_loading(_u32(barriers + stage * _u32(16)), phase, loaded_bytes)
                 to = _u32(base + stage * stage_bytes)
                 load_box(to, maps[kept], full, _u32(0), key, other, _u32(batch))
-                load_box(_u32(to + _u32(WALKED_BYTES)), maps[kept + 1], full, _u32(0), key, other, _u32(batch))
-                key = _u32(key + _u32(_COLUMNS))
+                load_box(_u32(to + walked_bytes), maps[kept + 1], full, _u32(0), key, other, _u32(batch))
+                key = _u32(key + columns)
                 stage, phase = following(stage, phase)
             turn = _u32(turn + _u32(1))
             number = _u32(number + _u32(grid_x()))

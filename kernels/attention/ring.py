@@ -20,10 +20,10 @@ from kernels.warp import block_barrier, sync_warp
 
 WARPGROUP, WIDTH = 128, 64
 THREADS = 3 * WARPGROUP
-TILE = Tile(128, 64, 8, WIDTH)
-"""Lines that a block keeps, lines of a stage, warps that multiply, elements of a line."""
-HELD_BYTES, WALKED_BYTES = 2 * TILE.row_elements, 2 * TILE.column_elements
-WARPS = 8
+ROWS, WARPS = 128, 8
+"""Lines that a block keeps, warps that multiply."""
+HELD_BYTES = 2 * ROWS * WIDTH
+"""Bytes of a tensor's kept lines, half of which are a warpgroup's."""
 PRODUCER_REGISTERS, CONSUMER_REGISTERS = 40, 232
 
 _u32 = np.uint32
@@ -31,21 +31,32 @@ _u32 = np.uint32
 
 @dataclass(frozen=True)
 class Ring:
-    """A block's shared memory: stages, tensors that it keeps, and whether stages bring two numbers of each line."""
+    """A block's shared memory: stages and their lines, tensors that it keeps, whether lines bring two numbers each."""
 
     stages: int
+    columns: int
     kept: int
-    numbers: bool
+    numbers: bool = False
+
+    @property
+    def tile(self) -> Tile:
+        """The tile of scores."""
+        return Tile(ROWS, self.columns, WARPS, WIDTH)
+
+    @property
+    def walked_bytes(self) -> int:
+        """Bytes of a tensor's lines of a stage."""
+        return 2 * self.columns * WIDTH
 
     @property
     def stage_bytes(self) -> int:
         """Bytes of a stage; the numbers stand after the tiles."""
-        return 2 * WALKED_BYTES + (1024 if self.numbers else 0)
+        return 2 * self.walked_bytes + (1024 if self.numbers else 0)
 
     @property
     def loaded_bytes(self) -> int:
         """Bytes that arrive in a stage."""
-        return 2 * WALKED_BYTES + (8 * TILE.columns if self.numbers else 0)
+        return 2 * self.walked_bytes + (8 * self.columns if self.numbers else 0)
 
     @property
     def kept_at(self) -> int:

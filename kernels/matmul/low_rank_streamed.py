@@ -9,8 +9,9 @@ import numpy as np
 from kernels import barrier
 from kernels.elements import ELEMENTS
 from kernels.matmul.low_rank import UNIT, D, columns_copier, terms_of
-from kernels.matmul.problem import COLUMNS, OUT, OUT_BATCH, OUT_STRIDE, result_parameters
-from kernels.matmul.streamed import Hooks, StreamTile, streamed
+from kernels.matmul.problem import COLUMNS, OUT, OUT_BATCH, OUT_STRIDE, ROWS, result_parameters
+from kernels.matmul.streamed import MAP, OPERAND, Hooks, batch_of_equals, load_rows, streamed
+from kernels.matmul.streamed_tile import StreamTile
 from kernels.target import device, f32, i64, kernel_factory, types
 from kernels.wgmma import DEPTH
 
@@ -66,10 +67,21 @@ def low_rank_streamed(kind: str, tiles: tuple[int, ...], tile: StreamTile, whole
     map), `streamed`'s, U's copy and its rows.
     """
     _, scale_of = terms_of(tiles)
-    acquire, load = _maps_of(tiles)
+    acquire_terms, load_terms = _maps_of(tiles)
+    a_bytes = _u32(tile.a_bytes)
     copy, element = columns_copier(tiles, whole), ELEMENTS[kind]
     store, rounded = element.store, element.rounded
     assert tile.columns == UNIT * sum(tiles), (tiles, tile)
+
+    @device
+    def acquire(a, terms):
+        barrier.tensor_map_acquire(np.uint64(a[MAP]))
+        acquire_terms(terms)
+
+    @device
+    def load(target, full, a, terms, row, k, batch):
+        load_rows(target, full, a, row, k, batch)
+        load_terms(_u32(target + a_bytes), full, terms, k, batch)
 
     @device
     def put_one(result, terms, at, column, value):
@@ -80,9 +92,10 @@ def low_rank_streamed(kind: str, tiles: tuple[int, ...], tile: StreamTile, whole
 
     @device
     def put(result, terms, more, batch, row, column, first, second):
-        at = batch * result[OUT_BATCH] + row * result[OUT_STRIDE]
-        put_one(result, terms, at, column, first)
-        put_one(result, terms, at, column + np.int64(1), second)
+        if row < result[ROWS]:
+            at = batch * result[OUT_BATCH] + row * result[OUT_STRIDE]
+            put_one(result, terms, at, column, first)
+            put_one(result, terms, at, column + np.int64(1), second)
 
     @device
     def copy_columns(result, terms, more, number, count):
@@ -92,5 +105,5 @@ def low_rank_streamed(kind: str, tiles: tuple[int, ...], tile: StreamTile, whole
 
     pointer = ELEMENTS[kind].pointer
     terms = types.Tuple((types.Tuple((i64, i64, f32, pointer, i64)),) * len(tiles))
-    hooks = Hooks(acquire, load, put, copy_columns)
-    return streamed(tile, kind, hooks, result_parameters(kind), terms, types.Tuple((pointer, i64)))
+    hooks = Hooks(acquire, load, put, copy_columns, batch_of_equals)
+    return streamed(tile, kind, hooks, result_parameters(kind), OPERAND, terms, types.Tuple((pointer, i64)))

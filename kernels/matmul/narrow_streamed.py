@@ -9,8 +9,18 @@ import numpy as np
 from kernels import barrier
 from kernels.elements import ELEMENTS
 from kernels.matmul.epilogue import epilogue
-from kernels.matmul.problem import COLUMNS, OUT, OUT_BATCH, OUT_STRIDE, result_parameters
-from kernels.matmul.streamed import BATCH_STEP, MAP, Hooks, StreamTile, streamed
+from kernels.matmul.problem import COLUMNS, OUT, OUT_BATCH, OUT_STRIDE, ROWS, result_parameters
+from kernels.matmul.streamed import (
+    BATCH_STEP,
+    MAP,
+    OPERAND,
+    Hooks,
+    batch_of_equals,
+    load_rows,
+    nothing_aside,
+    streamed,
+)
+from kernels.matmul.streamed_tile import StreamTile
 from kernels.target import device, f32, i64, kernel_factory, types
 
 SCALE = 2
@@ -21,25 +31,24 @@ _load = barrier.tma_load(3)
 
 
 @device
-def _acquire(b):
+def _acquire(a, b):
+    barrier.tensor_map_acquire(np.uint64(a[MAP]))
     barrier.tensor_map_acquire(np.uint64(b[MAP]))
 
 
-def _loader(by_lines: bool) -> Callable:
+def _loader(tile: StreamTile) -> Callable:
+    a_bytes, by_lines = _u32(tile.a_bytes), tile.by_lines
+
     @device
-    def load(target, full, b, k, batch):
-        batch = _u32(batch * _u32(b[BATCH_STEP]))
+    def load(target, full, a, b, row, k, batch):
+        load_rows(target, full, a, row, k, batch)
+        target, batch = _u32(target + a_bytes), _u32(batch * _u32(b[BATCH_STEP]))
         if by_lines:
             _load(target, np.uint64(b[MAP]), full, _u32(0), k, batch)
         else:
             _load(target, np.uint64(b[MAP]), full, k, _u32(0), batch)
 
     return load
-
-
-@device
-def _nothing(result, b, more, number, count):
-    pass
 
 
 @kernel_factory(
@@ -61,9 +70,10 @@ def narrow_streamed(kind: str, out: str, tile: StreamTile, steps: tuple):
 
     @device
     def put(result, b, more, batch, row, column, first, second):
-        put_one(result, b[SCALE], more, batch, row, column, first)
-        put_one(result, b[SCALE], more, batch, row, column + np.int64(1), second)
+        if row < result[ROWS]:
+            put_one(result, b[SCALE], more, batch, row, column, first)
+            put_one(result, b[SCALE], more, batch, row, column + np.int64(1), second)
 
-    hooks = Hooks(_acquire, _loader(tile.by_lines), put, _nothing)
+    hooks = Hooks(_acquire, _loader(tile), put, nothing_aside, batch_of_equals)
     b = types.Tuple((i64, i64, f32))
-    return streamed(tile, kind, hooks, result_parameters(out), b, epilogue(steps).parameters)
+    return streamed(tile, kind, hooks, result_parameters(out), OPERAND, b, epilogue(steps).parameters)

@@ -18,94 +18,58 @@ from dataclasses import dataclass
 import numpy as np
 
 from kernels import barrier, bits, wgmma
-from kernels.matmul.problem import ROWS
+from kernels.matmul.streamed_tile import GROUP_ROWS, WARP, WARPGROUP, StreamTile
 from kernels.matmul.wgmma_load import next_stage
 from kernels.target import cuda, device, i64, types
 from kernels.warp import block_barrier, block_x, grid_x, sync_warp, thread_index
 from kernels.wgmma import DEPTH
 
-GROUP_ROWS = 64
-_LEAST_SPAN = 32
-_WARPGROUP, _WARP = 128, 32
-_SHARED_BYTES = 227 * 1024
-_MOST_STAGES = 32
 HEIGHT, TILES, ALL_TILES, STAGES = range(4)
 """Positions of what a launch is told: rows of a tile, tiles of a result and of all, stages of the depth."""
 
 MAP, BATCH_STEP = range(2)
 """Positions of an operand's parameters: the address of its map (columns, lines, batch), 0 where the batch shares it."""
 
+OPERAND = types.Tuple((i64, i64))
+
 _u32 = np.uint32
-
-
-@dataclass(frozen=True)
-class StreamTile:
-    """How a block works.
-
-    ``groups`` of 64 rows, ``columns`` of the product (a multiple of 8), ``parts`` blocks that share the depth, of
-    ``cluster`` that are placed on neighbouring multiprocessors. ``by_lines``: B's lines are values of K, not columns.
-    """
-
-    groups: int
-    columns: int
-    parts: int
-    cluster: int
-    by_lines: bool = False
-
-    @property
-    def threads(self) -> int:
-        """Warpgroups that multiply, and one that loads."""
-        return _WARPGROUP * (self.groups + 1)
-
-    @property
-    def a_bytes(self) -> int:
-        """Bytes of a stage of A."""
-        return self.groups * GROUP_ROWS * DEPTH * 2
-
-    @property
-    def span(self) -> int:
-        """Bytes of a line of B's stage."""
-        return max(_LEAST_SPAN, 2 * self.columns) if self.by_lines else 2 * DEPTH
-
-    @property
-    def b_bytes(self) -> int:
-        """Bytes of a stage of B."""
-        return DEPTH * self.span if self.by_lines else self.columns * self.span
-
-    @property
-    def b_box(self) -> tuple[int, int]:
-        """(lines, columns) of a stage of B, as it is stored."""
-        return (DEPTH, self.span // 2) if self.by_lines else (self.columns, DEPTH)
-
-    @property
-    def sums_bytes(self) -> int:
-        """Bytes of the sums that the blocks of a cluster exchange."""
-        return 4 * self.groups * GROUP_ROWS * self.columns if self.parts > 1 else 0
-
-    @property
-    def stages(self) -> int:
-        """As many as shared memory has room for."""
-        return min(_MOST_STAGES, (_SHARED_BYTES - self.sums_bytes) // (self.a_bytes + self.b_bytes + 16))
-
-    @property
-    def shared_bytes(self) -> int:
-        """Stages, sums, barriers."""
-        return self.stages * (self.a_bytes + self.b_bytes + 16) + self.sums_bytes
 
 
 @dataclass(frozen=True)
 class Hooks:
     """What a kernel adds: device functions.
 
-    ``acquire(b)`` makes B's maps visible; ``load(target, full, b, k, batch)`` asks for a stage of B from value ``k`` of
-    K on. ``put(result, b, more, batch, row, column, first, second)`` stores two neighbours of a row. ``aside(result, b,
-    more, number, count)`` is work of the loading warpgroup's other threads, or nothing.
+    ``acquire(a, b)`` makes maps visible; ``load(target, full, a, b, row, k, batch)`` asks for a stage from a row and a
+    value of K on. ``put(result, b, more, batch, row, column, first, second)`` stores two neighbours of a row, which may
+    lie beyond the result. ``aside(result, b, more, number, count)`` is work of the loading warpgroup's other threads.
+    ``batch_of(number, tiles)`` is the result that a tile belongs to.
     """
 
     acquire: Callable
     load: Callable
     put: Callable
     aside: Callable
+    batch_of: Callable
+
+
+@device
+def nothing_aside(result, b, more, number, count):
+    """No work for the other threads."""
+
+
+@device
+def batch_of_equals(number, tiles):
+    """The result of a tile where all have as many."""
+    return _u32(number // tiles)
+
+
+_load_rows = barrier.tma_load(3)
+
+
+@device
+def load_rows(target, full, a, row, k, batch):
+    """A stage of A, whose lines are rows."""
+    _load_rows(target, np.uint64(a[MAP]), full, k, row, _u32(batch * _u32(a[BATCH_STEP])))
 
 
 def _share(tile: StreamTile) -> Callable:
@@ -124,9 +88,9 @@ def _share(tile: StreamTile) -> Callable:
 
 def _producer(tile: StreamTile, hooks: Hooks) -> Callable:
     """The loading thread: all stages of all tiles of the block."""
-    a_bytes, stage_bytes, b_bytes = _u32(tile.a_bytes), _u32(tile.a_bytes + tile.b_bytes), _u32(tile.b_bytes)
+    stage_bytes, b_bytes = _u32(tile.a_bytes + tile.b_bytes), _u32(tile.b_bytes)
     following, share, parts = next_stage(tile.stages), _share(tile), _u32(tile.parts)
-    load_a, load_b = barrier.tma_load(3), hooks.load
+    load, batch_of = hooks.load, hooks.batch_of
 
     @device
     def produce(base, barriers, a, b, work):
@@ -136,14 +100,13 @@ def _producer(tile: StreamTile, hooks: Hooks) -> Callable:
         nbytes = _u32(height * _u32(DEPTH * 2) + b_bytes)
         number = _u32(_u32(block_x()) // parts)
         while number < _u32(work[ALL_TILES]):
-            batch = _u32(number // tiles)
+            batch = batch_of(number, tiles)
             row, k = _u32(_u32(number - batch * tiles) * height), _u32(begin * _u32(DEPTH))
             for _ in range(_u32(end - begin)):
                 full, target = _u32(barriers + stage * _u32(16)), _u32(base + stage * stage_bytes)
                 barrier.barrier_wait(_u32(full + _u32(8)), phase)
                 barrier.barrier_expect_bytes(full, nbytes)
-                load_a(target, np.uint64(a[MAP]), full, k, row, _u32(batch * _u32(a[BATCH_STEP])))
-                load_b(_u32(target + a_bytes), full, b, k, batch)
+                load(target, full, a, b, row, k, batch)
                 k = _u32(k + _u32(DEPTH))
                 stage, phase = following(stage, phase)
             number = _u32(number + _u32(_u32(grid_x()) // parts))
@@ -154,15 +117,15 @@ def _producer(tile: StreamTile, hooks: Hooks) -> Callable:
 def _accumulator(tile: StreamTile, kind: str) -> Callable:
     """A device function: sums of a warpgroup's 64 rows over the block's stages of a tile; the next stage and phase."""
     columns, stages, stage_bytes = tile.columns, _u32(tile.stages), _u32(tile.a_bytes + tile.b_bytes)
-    zero, k_major = wgmma.zero_sums(columns), not tile.by_lines
-    multiply = wgmma.multiply_add(columns, wgmma.STEPS, True, k_major, kind, tile.span)
+    zero, a_k_major, k_major = wgmma.zero_sums(columns), not tile.a_by_lines, not tile.by_lines
+    multiply = wgmma.multiply_add(columns, wgmma.STEPS, a_k_major, k_major, kind, tile.span)
     settle_all, settle_older = wgmma.wait_products(columns, 0), wgmma.wait_products(columns, 1)
-    describe_a, describe_b = wgmma.operand_descriptor(True), wgmma.operand_descriptor(k_major, tile.span)
+    describe_a, describe_b = wgmma.operand_descriptor(a_k_major), wgmma.operand_descriptor(k_major, tile.span)
     following, a_bytes, group_bytes = next_stage(tile.stages), _u32(tile.a_bytes), _u32(GROUP_ROWS * DEPTH * 2)
 
     @device
     def release_before(barriers, stage):
-        if thread_index() & _u32(_WARPGROUP - 1) == _u32(0):
+        if thread_index() & _u32(WARPGROUP - 1) == _u32(0):
             before = _u32((stage if stage != _u32(0) else stages) - _u32(1))
             barrier.barrier_arrive(_u32(barriers + before * _u32(16) + _u32(8)))
 
@@ -188,7 +151,7 @@ def _accumulator(tile: StreamTile, kind: str) -> Callable:
 @device
 def _line_of(pair):
     """The row within its warpgroup's 64 that a pair of a thread's sums belongs to."""
-    thread = _u32(thread_index() & _u32(_WARPGROUP - 1))
+    thread = _u32(thread_index() & _u32(WARPGROUP - 1))
     return _u32(((thread >> _u32(5)) << _u32(4)) + ((thread & _u32(31)) >> _u32(2)) + ((pair & _u32(1)) << _u32(3)))
 
 
@@ -197,15 +160,16 @@ def _column_of(pair):
     return _u32(((pair >> _u32(1)) << _u32(3)) + ((thread_index() & _u32(3)) << _u32(1)))
 
 
-def _stored(put: Callable) -> Callable:
-    """A device function: a pair of finished sums to the result, unless it lies beyond the tile or the result."""
+def _stored(hooks: Hooks) -> Callable:
+    """A device function: a pair of finished sums to the result, unless it lies beyond the tile."""
+    put, batch_of = hooks.put, hooks.batch_of
 
     @device
     def store(result, b, work, more, group, number, pair, first, second):
         height, tiles = _u32(work[HEIGHT]), _u32(work[TILES])
-        line, batch = _u32(group * _u32(GROUP_ROWS) + _line_of(pair)), _u32(number // tiles)
+        line, batch = _u32(group * _u32(GROUP_ROWS) + _line_of(pair)), batch_of(number, tiles)
         row = np.int64(_u32(_u32(_u32(number - batch * tiles) * height) + line))
-        if line < height and row < result[ROWS]:
+        if line < height:
             put(result, b, more, np.int64(batch), row, np.int64(_column_of(pair)), first, second)
 
     return store
@@ -224,8 +188,8 @@ def _each_tile(tile: StreamTile, one: Callable) -> Callable:
     return chain
 
 
-def _storer(put: Callable) -> Callable:
-    store = _stored(put)
+def _storer(hooks: Hooks) -> Callable:
+    store = _stored(hooks)
 
     def make(number: int, values: Callable, rest: Callable) -> Callable:
         pair = _u32(2 * number)
@@ -266,15 +230,15 @@ def _place(tile: StreamTile) -> Callable:
 
     @device
     def place(base, group, pair):
-        thread = _u32(thread_index() & _u32(_WARPGROUP - 1))
-        return _u32(base + first + ((group * pairs + pair) * _u32(_WARPGROUP) + thread) * _u32(8))
+        thread = _u32(thread_index() & _u32(WARPGROUP - 1))
+        return _u32(base + first + ((group * pairs + pair) * _u32(WARPGROUP) + thread) * _u32(8))
 
     return place
 
 
-def _finisher(tile: StreamTile, put: Callable) -> Callable:
+def _finisher(tile: StreamTile, hooks: Hooks) -> Callable:
     """A device function: the block's share of the pairs, added up over the cluster."""
-    store, place, parts, own = _stored(put), _place(tile), tile.parts, tile.columns // 4 // tile.parts
+    store, place, parts, own = _stored(hooks), _place(tile), tile.parts, tile.columns // 4 // tile.parts
     load = barrier.shared_load_remote
 
     @device
@@ -307,19 +271,22 @@ def _barriers(tile: StreamTile) -> Callable:
     return make
 
 
-def streamed(tile: StreamTile, kind: str, hooks: Hooks, result: types.Type, b: types.Type, more: types.Type) -> tuple:
+def streamed(
+    tile: StreamTile, kind: str, hooks: Hooks, result: types.Type, a: types.Type, b: types.Type, more: types.Type
+) -> tuple:
     """A kernel, as a factory returns it.
 
     Parameters: the result's, A's, B's, :data:`HEIGHT` to :data:`STAGES`, and
     ``more``. A cluster whose blocks share the depth takes one tile; other blocks walk over tiles. The grid waits for
-    the one before, and then lets the next begin.
+    the one before, and then lets the next begin, unless it runs beside.
     """
     assert tile.parts == 1 or tile.parts == tile.cluster, tile
     produce, accumulate, share = _producer(tile, hooks), _accumulator(tile, kind), _share(tile)
     together, parts, groups = tile.parts > 1, _u32(tile.parts), _u32(tile.groups)
-    leave = _each_tile(tile, _parker(tile) if together else _storer(hooks.put))
-    finish, make_barriers, acquire, aside = _finisher(tile, hooks.put), _barriers(tile), hooks.acquire, hooks.aside
-    barriers_at = _u32(tile.shared_bytes - 16 * tile.stages)
+    leave = _each_tile(tile, _parker(tile) if together else _storer(hooks))
+    finish, make_barriers, acquire, aside = _finisher(tile, hooks), _barriers(tile), hooks.acquire, hooks.aside
+    beside = tile.beside
+    barriers_at = _u32(tile.stages * (tile.a_bytes + tile.b_bytes) + tile.sums_bytes)
 
     @device
     def consume(base, result, b, work, more, group):
@@ -334,30 +301,32 @@ def streamed(tile: StreamTile, kind: str, hooks: Hooks, result: types.Type, b: t
     def kernel(result, a, b, work, more):
         shared = cuda.shared.array(0, np.uint8, alignment=1024)
         base, thread = barrier.shared_address(shared, np.int64(0)), thread_index()
-        group, own = _u32(thread // _u32(_WARPGROUP)), _u32(thread & _u32(_WARPGROUP - 1))
-        if thread < _u32(_WARP):
+        group, own = _u32(thread // _u32(WARPGROUP)), _u32(thread & _u32(WARPGROUP - 1))
+        if thread < _u32(WARP):
             make_barriers(_u32(base + barriers_at), thread)
         if group == groups and own == _u32(0):
-            barrier.tensor_map_acquire(np.uint64(a[MAP]))
-            acquire(b)
+            acquire(a, b)
         block_barrier()
-        barrier.wait_for_previous_grid()
-        barrier.next_grid_may_begin()
+        if not beside:
+            barrier.wait_for_previous_grid()
+            barrier.next_grid_may_begin()
         if group < groups:
             consume(base, result, b, work, more, group)
         else:
             if own == _u32(0):
                 produce(base, _u32(base + barriers_at), a, b, work)
-            elif own >= _u32(_WARP):
-                spare = np.int64(_WARPGROUP - _WARP)
-                aside(result, b, more, block_x() * spare + np.int64(own - _u32(_WARP)), grid_x() * spare)
+            elif own >= _u32(WARP):
+                spare = np.int64(WARPGROUP - WARP)
+                aside(result, b, more, block_x() * spare + np.int64(own - _u32(WARP)), grid_x() * spare)
             sync_warp()
         if together:
             barrier.cluster_barrier()
             if group < groups:
                 finish(base, result, b, work, more, group)
             barrier.cluster_barrier()
+        if beside and block_x() == grid_x() - 1:
+            barrier.wait_for_previous_grid()
 
-    parameters = (result, types.Tuple((i64, i64)), b, types.Tuple((i64, i64, i64, i64)), more)
+    parameters = (result, a, b, types.Tuple((i64, i64, i64, i64)), more)
     options = {"threads": tile.threads, "shared_bytes": tile.shared_bytes, "cluster": tile.cluster}
     return kernel, parameters, options | barrier.HOPPER

@@ -61,8 +61,8 @@ class WgmmaTile:
 
     @property
     def depth_shares(self) -> int:
-        """Blocks that share a stage of B by its depth, where it lies along N: halves of a tile's columns may be odd."""
-        return 1 if self.b_k_major or self.gated else self.cluster
+        """Blocks that share a stage of B by its depth: where it lies along N and no whole boxes of its columns do."""
+        return self.cluster if not self.b_k_major and not self.gated and self.columns // self.cluster % 64 else 1
 
     @property
     def result_columns(self) -> int:

@@ -22,6 +22,8 @@ from kernels.target import SIMULATOR, blocks_by_shared, cuda, device, f32, i32p,
 
 THREADS = 32 if SIMULATOR else 128
 RUNS_IN_BATCH = 8
+BLOCKS_AT_ONCE = 660
+"""As many blocks as an H200 holds: those that may wait for the launch before, and ask for bases meanwhile."""
 
 
 @functools.cache
@@ -46,8 +48,11 @@ def _place_of(slots: int, ragged: bool) -> Callable:
 
 
 @functools.cache
-def _body(base, out, first, second, check, slots, ragged) -> tuple[tuple, Callable]:
-    """``slots``: how many rows of w2 a thread keeps; the fewer, the more blocks in a batch.
+def _body(base, out, first, second, check, slots, ragged) -> tuple[tuple, Callable, Callable]:
+    """Parameters, the block's device function, and ``ask_ahead(tile, block_row, chunk, base, blocks, ...)``: the first
+    batch's bases on their way to L2, which may be done while an earlier launch still writes them.
+
+    ``slots``: how many rows of w2 a thread keeps; the fewer, the more blocks in a batch.
 
     Where rows or blocks do not come out even, what lies beyond reads the last inside, and its stores are left out.
     """
@@ -57,6 +62,7 @@ def _body(base, out, first, second, check, slots, ragged) -> tuple[tuple, Callab
     park, unpark = parked8(base or out, THREADS)
     place_of = _place_of(slots, ragged)
     batch, values_held = RUNS_IN_BATCH // slots, 8 * slots
+    threads_of_line = 32 // ELEMENTS[base or out].words
     w2_words = slots * words_of_8
     batch_before_arrived = memory.copy_async_wait(1)
 
@@ -95,6 +101,29 @@ def _body(base, out, first, second, check, slots, ragged) -> tuple[tuple, Callab
             unpack8(words, r * words_of_8, values, 8 * r)
 
     @device
+    def begin(thread, tile, block_row, chunk, blocks, span, steps, chunk_steps, height, runs, by_span_runs, by_runs):
+        i, run, sub, mine = place_of(tile, thread, span, height, runs, by_span_runs, by_runs)
+        row_stride = blocks * runs * np.int64(8)
+        at = block_row * height * row_stride + (sub * runs + run) * np.int64(8)
+        block = chunk * chunk_steps
+        last_block = min(block + chunk_steps, steps)
+        return i, run, sub, mine, row_stride, span * runs * np.int64(8), at, block, last_block
+
+    @device
+    def ask_ahead(
+        tile, block_row, chunk, base_pointer, blocks, span, steps, chunk_steps, height, runs, by_span_runs, by_runs
+    ):
+        thread = warp.thread_index()
+        if has_base and thread % np.uint32(threads_of_line) == np.uint32(0):
+            i, _, _, _, row_stride, stride, at, block, last_block = begin(
+                thread, tile, block_row, chunk, blocks, span, steps, chunk_steps, height, runs, by_span_runs, by_runs
+            )
+            for u in range(batch):
+                offset = at + min(block + np.int64(u), last_block - np.int64(1)) * stride
+                for r in range(slots):
+                    memory.prefetch(base_pointer, offset + row_of(i, r, height) * row_stride)
+
+    @device
     def body(
         shared, tile, block_row, chunk, base_pointer, out_pointer, w1, w2_pointer, blocks, span, steps, chunk_steps,
         height, runs, by_span_runs, by_runs, scale, flag,
@@ -106,13 +135,10 @@ def _body(base, out, first, second, check, slots, ragged) -> tuple[tuple, Callab
         result = cuda.local.array(8, np.float32)
         w = cuda.local.array(8, np.float32)
         thread = warp.thread_index()
-        i, run, sub, mine = place_of(tile, thread, span, height, runs, by_span_runs, by_runs)
-        row_stride = blocks * runs * np.int64(8)
-        stride = span * runs * np.int64(8)
-        at = block_row * height * row_stride + (sub * runs + run) * np.int64(8)
+        i, run, sub, mine, row_stride, stride, at, block, last_block = begin(
+            thread, tile, block_row, chunk, blocks, span, steps, chunk_steps, height, runs, by_span_runs, by_runs
+        )
         row_at = block_row * blocks
-        block = chunk * chunk_steps
-        last_block = min(block + chunk_steps, steps)
         half = np.uint32(0)
         trace = np.uint32(0)
         ahead = block + np.int64(batch)
@@ -147,15 +173,15 @@ def _body(base, out, first, second, check, slots, ragged) -> tuple[tuple, Callab
         ELEMENTS[base or out].pointer, ELEMENTS[out].pointer, ELEMENTS[first].pointer, w2.pointer, *(i64,) * 8, f32,
         i32p,
     )  # fmt: skip
-    return parameters, body
+    return parameters, body, ask_ahead
 
 
-def _options(base: str | None) -> dict:
+def _options(base: str | None, early: bool) -> dict:
     """Two batches of the base in shared memory."""
     shared = 2 * RUNS_IN_BATCH * ELEMENTS[base].words * 4 * THREADS if base else 0
     return {
         "threads": THREADS,
-        "min_blocks": min(5, blocks_by_shared(shared)),
+        "min_blocks": min(5, blocks_by_shared(shared, hopper=early)),
         "shared_bytes": shared,
     }
 
@@ -173,19 +199,23 @@ def kronecker_merge(base, out, first, second, check, slots, ragged, early=False)
     Parameters: base, out, w1, w2, b, span, b / span, steps of a chunk, c, e / 8, the reciprocals of span * e / 8 and
     e / 8, scale, flag; grid (chunks of b, tiles of w2, a).
     """
-    parameters, body = _body(base, out, first, second, check, slots, ragged)
+    parameters, body, ask_ahead = _body(base, out, first, second, check, slots, ragged)
     enter = entrance(early, any_size=True)
 
     def kernel(
         base_pointer, out_pointer, w1, w2, blocks, span, steps, chunk_steps, height, runs, by_span_runs, by_runs, scale,
         flag,
     ):  # fmt: skip
+        place = (warp.block_z() * warp.grid_y() + warp.block_y()) * warp.grid_x() + warp.block_x()
+        if early and place < np.int64(BLOCKS_AT_ONCE):
+            ask_ahead(warp.block_y(), warp.block_z(), warp.block_x(), base_pointer, blocks, span, steps, chunk_steps,
+                      height, runs, by_span_runs, by_runs)  # fmt: skip
         enter()
         shared = cuda.shared.array(0, np.uint16, alignment=128)
         body(shared, warp.block_y(), warp.block_z(), warp.block_x(), base_pointer, out_pointer, w1, w2, blocks, span,
              steps, chunk_steps, height, runs, by_span_runs, by_runs, scale, flag)  # fmt: skip
 
-    return kernel, parameters, _options(base) | early_options(early)
+    return kernel, parameters, _options(base, early) | early_options(early)
 
 
 @kernel_factory(("bf16", "bf16", "bf16", "bf16", True, 4, True), ("bf16", "bf16", "bf16", "bf16", True, 4, True, True))
@@ -195,7 +225,7 @@ def kronecker_merge_grouped(base, out, first, second, check, slots, ragged, earl
     Parameters: a table with a row of the single kernel's parameters for each weight, and four words a block: the
     weight's row in the table and the block's coordinates in the single kernel's grid.
     """
-    parameters, body = _body(base, out, first, second, check, slots, ragged)
+    parameters, body, _ = _body(base, out, first, second, check, slots, ragged)
     enter = entrance(early, any_size=True)
     parameters = types.Tuple(parameters)
     read, width = table_reader(parameters), flat_length(parameters)
@@ -208,4 +238,4 @@ def kronecker_merge_grouped(base, out, first, second, check, slots, ragged, earl
         body(shared, np.int64(blocks[at + 2]), np.int64(blocks[at + 3]), np.int64(blocks[at + 1]),
              q[0], q[1], q[2], q[3], q[4], q[5], q[6], q[7], q[8], q[9], q[10], q[11], q[12], q[13])  # fmt: skip
 
-    return kernel, (i64p, i32p), _options(base) | early_options(early)
+    return kernel, (i64p, i32p), _options(base, early) | early_options(early)

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from kernels import bits, memory
-from kernels.barrier import shared_visible_to_tma
 from kernels.division import remainder
 from kernels.elements import ELEMENTS
 from kernels.target import cuda, device
@@ -17,6 +16,8 @@ if TYPE_CHECKING:
     from kernels.weight.low_rank_tile import Product, Tile
 
 MAX_FETCHED_WORDS = 32
+STEP = 16
+"""Ranks that a tensor core multiplies at a time."""
 HALF_TILE = 64
 """Columns that a warpgroup's product finds side by side: 128 bytes, the swizzle's width."""
 
@@ -116,7 +117,5 @@ def stage_of(spec: Product, tile: Tile, shared_at: int, at: int, periods: tuple[
                 chunk = np.uint32(thread + np.uint32((first + turn) * threads))
                 if even or chunk < np.uint32(chunks):
                     put(shared, chunk, words, turn * words_of_8, values)
-        if wgmma:
-            shared_visible_to_tma()
 
     return stage

@@ -19,16 +19,14 @@ from types import SimpleNamespace
 import numpy as np
 
 from kernels import bits, memory, tensor_core
-from kernels.barrier import shared_address
 from kernels.bits import magnitude
 from kernels.division import remainder
 from kernels.elements import ELEMENTS
 from kernels.target import cuda, device
-from kernels.weight.low_rank_stage import HALF_TILE, stage_of
-from kernels.wgmma import multiply_held, operand_descriptor
+from kernels.weight.low_rank_stage import STEP, stage_of
+from kernels.weight.low_rank_together import together
 
 _PARTS = {"bf16": 1, "f16": 2, "f32": 3}
-STEP = 16
 MAX_HELD_WORDS = 64
 ROWS_OF_LANE = 2
 RESULTS = 8 * ROWS_OF_LANE
@@ -63,6 +61,11 @@ class Product:
     def native_f16(self) -> bool:
         """Whether the fp16 instruction multiplies the factors as they are."""
         return self.left == self.right == "f16"
+
+    @property
+    def kind(self) -> str:
+        """What the tensor core multiplies."""
+        return "f16" if self.native_f16 else "bf16"
 
     def interleaved(self, tile: Tile) -> bool:
         """Whether words of the left factor are made of every other rank instead of two neighbours.
@@ -179,9 +182,10 @@ def product(
     return SimpleNamespace(
         stage=stage_of(spec, tile, shared_at, at, periods),
         hold=hold,
-        multiply=_together(spec, tile, shared_at, held_at)
+        multiply=together((spec, shared_at, held_at), tile)
         if tile.wgmma
         else _over_steps(parts, fragment, spec, tile, held_at),
+        place=(spec, shared_at, held_at),
         measure=measure,
     )
 
@@ -212,27 +216,6 @@ def _over_steps(parts: Callable, fragment: Callable, spec: Product, tile: Tile, 
                     parts(shared, index, step_bytes, words, words_at + step_words * sub, result, pair)
 
     return all_steps
-
-
-def _together(spec: Product, tile: Tile, shared_at: int, held_at: int) -> Callable:
-    """The same by a warpgroup: 64 rows are multiplied with a group's columns, which are read once for four warps."""
-    plane, half_tile = 2 * spec.ranks * tile.columns, 2 * spec.ranks * HALF_TILE
-    step_words, step_bytes = 4 * spec.parts[0], 2 * STEP * HALF_TILE
-    pairs = tuple(
-        (step_words * step + 4 * left_part, (plane * right_part + step_bytes * step) // 16)
-        for step in range(spec.steps)
-        for right_part in reversed(range(spec.parts[1]))
-        for left_part in reversed(range(spec.smallest_left_part(right_part) + 1))
-    )
-    multiply, describe = multiply_held(32, pairs, "f16" if spec.native_f16 else "bf16"), operand_descriptor(False)
-
-    @device
-    def together(p, shared, held, result, group, row, rows, lane):
-        columns_at = np.uint32(half_tile * (group // 2) + 64 * (group % 2))
-        address = np.uint32(shared_address(shared, np.int64(shared_at)) + columns_at)
-        multiply(held, np.int64(held_at), result, describe(address))
-
-    return together
 
 
 @device

@@ -14,11 +14,11 @@ from collections.abc import Callable
 import numpy as np
 
 from kernels import memory, warp
-from kernels.barrier import early_options, entrance
+from kernels.barrier import early_options, entrance, shared_visible_to_tma
 from kernels.elements import ELEMENTS, all_finite
 from kernels.parameters import flat_length, table_reader
 from kernels.target import blocks_by_shared, cuda, device, f32, f32p, i32p, i64, i64p, kernel_factory, types
-from kernels.weight.low_rank_tile import ROWS_OF_LANE, Product, Tile
+from kernels.weight.low_rank_tile import RESULTS, ROWS_OF_LANE, Product, Tile
 from kernels.weight.sources import source_parameters
 from kernels.weight.tile_groups import base_access, group_chain, ordered, requests, shared_bytes, sink_of
 from kernels.weight.tile_sinks import STATE_WORDS
@@ -31,6 +31,20 @@ def _tile_body(base, out, sources, sink, check, tile) -> Callable:
     make = _walk_body if tile.base == "walk" else _single_body
     finish = sink_of(sink, out, tile)
     return make(base, out, sources, sink, check and finish.stores, tile, finish)
+
+
+def _shared_by_all(sources: tuple[Source, ...], tile: Tile) -> Callable:
+    """``meet()``: what the block's threads have staged is there for all of them, and for warpgroups' products."""
+    staged, together = factor_elements(sources, tile) > 0, tile.wgmma
+
+    @device
+    def meet():
+        if together:
+            shared_visible_to_tma()
+        if staged:
+            warp.block_barrier()
+
+    return meet
 
 
 @device
@@ -49,7 +63,7 @@ def _single_body(base, out, sources, sink, check, tile, finish) -> Callable:
     request_tile = requests(base, out, sources, tile)
     begin, end = finish.begin, finish.end
     all_groups = group_chain(base, out, sources, sink, check, tile)
-    parked, staged = tile.base == "shared", factor_elements(sources, tile) > 0
+    parked, meet = tile.base == "shared", _shared_by_all(sources, tile)
 
     @device
     def body(shared, tile_row, tile_column, base_pointer, out_pointer, rows, columns, walk, flag, p, sink_p):
@@ -67,8 +81,7 @@ def _single_body(base, out, sources, sink, check, tile, finish) -> Callable:
         begin(state, row, rows, lane, sink_p)
         if parked:
             memory.copy_async_wait_all()
-        if staged:
-            warp.block_barrier()
+        meet()
         place = (row, rows, lane_column, columns, thread, lane)
         trace = all_groups(np.uint32(0), shared, raw, np.uint32(0), held, state, out_pointer, place, p, sink_p)
         end(state, tile_column, row, rows, lane, sink_p)
@@ -85,7 +98,7 @@ def _walk_body(base, out, sources, sink, check, tile, finish) -> Callable:
     request_tile = requests(base, out, sources, tile)
     begin, end = finish.begin, finish.end
     all_groups = group_chain(base, out, sources, sink, check, tile)
-    base_arrived = memory.copy_async_wait(1)
+    base_arrived, meet = memory.copy_async_wait(1), _shared_by_all(sources, tile)
 
     @device
     def body(shared, walk_row, tile_column, base_pointer, out_pointer, rows, columns, walk, flag, p, sink_p):
@@ -108,7 +121,7 @@ def _walk_body(base, out, sources, sink, check, tile, finish) -> Callable:
         stage(p, shared, column0, columns, thread)
         hold(p, held, row, rows, lane_column, columns, lane)
         begin(state, row, rows, lane, sink_p)
-        warp.block_barrier()
+        meet()
         while first < last:
             next_row = row + np.int64(tile_rows)
             next_slot0 = np.uint32(np.uint32(slots) - slot0)
@@ -148,6 +161,7 @@ def _parameters(base, out, sources, sink) -> tuple:
 def _options(base: str | None, sources: tuple[Source, ...], sink: str, tile: Tile) -> dict:
     """Launch bounds: as many blocks on a multiprocessor as factors, base, results and gains leave registers for."""
     words = (2 if tile.base == "walk" else 1) * held_words(sources, tile) + 32
+    words += RESULTS if tile.wgmma and any(source[0] == "hadamard" for source in sources) else 0
     words += ROWS_OF_LANE * tile.groups * ELEMENTS[base].words if base and tile.base == "registers" else 0
     gathers = len(sources) == 1 and sources[0][0] == "kronecker_product" and product_words(sources) < 12
     few = words <= 70 or (gathers and tile.base == "registers")
@@ -158,7 +172,7 @@ def _options(base: str | None, sources: tuple[Source, ...], sink: str, tile: Til
     shared = shared_bytes(base, sources, tile)
     return {
         "threads": 32 * tile.warps,
-        "min_blocks": min(by_registers, blocks_by_shared(shared)),
+        "min_blocks": min(by_registers, blocks_by_shared(shared, hopper=tile.wgmma)),
         "shared_bytes": shared,
     }
 

@@ -22,6 +22,7 @@ from kernels.elements import ELEMENTS
 from kernels.target import cuda, device
 from kernels.weight import low_rank_tile
 from kernels.weight.low_rank_tile import RESULTS, ROWS_OF_LANE, Product, Tile
+from kernels.weight.low_rank_together import two_together
 
 _ONE_ROUNDING, _TWO_ROUNDINGS = np.float32(2.0**-24), np.float32(2.0**-23)
 
@@ -107,6 +108,8 @@ def _hadamard(source: Source, tile: Tile, at: list[int], first: bool) -> SimpleN
     stage_one, hold_one, multiply_one = one.stage, one.hold, one.multiply
     stage_two, hold_two, multiply_two = two.stage, two.hold, two.multiply
     measure_one, measure_two, settled = one.measure, two.measure, tile.settled
+    together = tile.wgmma
+    multiply_both = two_together(one.place, two.place, tile) if together else _nothing_staged
 
     @device
     def stage(p, shared, column0, columns, thread):
@@ -122,8 +125,11 @@ def _hadamard(source: Source, tile: Tile, at: list[int], first: bool) -> SimpleN
     def add(p, shared, held, delta, reach, w, group, row, rows, column, columns, lane):
         a = cuda.local.array(RESULTS, np.float32)
         b = cuda.local.array(RESULTS, np.float32)
-        multiply_one(p, shared, held, a, group, row, rows, lane)
-        multiply_two(p, shared, held, b, group, row, rows, lane)
+        if together:
+            multiply_both(shared, held, a, b, group)
+        else:
+            multiply_one(p, shared, held, a, group, row, rows, lane)
+            multiply_two(p, shared, held, b, group, row, rows, lane)
         for i in range(RESULTS):
             value = (p[12] * a[i]) * b[i]
             delta[i] = value if first else delta[i] + value

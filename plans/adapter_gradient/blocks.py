@@ -25,6 +25,9 @@ _FLOATS = (ElementKind.BF16, ElementKind.F16, ElementKind.F32)
 _UNIT = 8
 _LARGEST = 1 << 31
 _MULTIPROCESSORS = 3 if SIMULATOR else SLOTS // 2
+_ROUNDS_BESIDE = 4
+"""Rounds of blocks, where some are done beside another grid, and the rest after."""
+
 _MOST_ROW_BLOCKS = 3 if SIMULATOR else 64
 _MOST_ELEMENTS = 1 << 20
 """Elements of all parts together that are worth another block: adding them up must stay small beside reading x."""
@@ -129,6 +132,7 @@ def _partition(descriptor: BlockMixGradientDescriptor) -> tuple[int, int]:
     row_tiles, down = _tiles(descriptor.out_blocks, 16, kernel.MOST_ROW_TILES)
     column_tiles, across = _tiles(descriptor.in_blocks, 8, kernel.MOST_COLUMN_TILES)
     items, slots = _items(descriptor), _MULTIPROCESSORS * kernel.blocks_at_once(row_tiles, column_tiles)
+    slots *= _ROUNDS_BESIDE if descriptor.beside else 1
     elements = max(1, descriptor.out_blocks * descriptor.in_blocks)
     wanted = max(1, min(slots // (down * across), _MOST_ELEMENTS // elements, items // (2 * kernel.WARPS)))
     of_block = max(1, -(-items // wanted))

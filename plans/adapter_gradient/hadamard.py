@@ -108,10 +108,10 @@ class HadamardGradientDescriptor:
 
     @functools.cached_property
     def weight_gradient(self) -> SegmentedMatmulDescriptor:
-        """The product D = g^T x in fp32."""
+        """The product D = g^T x in fp32; what reads it begins early, and waits."""
         kind = self.element
         segment = Segment(self.rows, "TN", kind, kind, a_stride=self.g_stride, b_stride=self.x_stride)
-        return SegmentedMatmulDescriptor(self.out_features, self.in_features, (segment,), ElementKind.F32)
+        return SegmentedMatmulDescriptor(self.out_features, self.in_features, (segment,), ElementKind.F32, early=True)
 
     def reference(self, arrays: Sequence[np.ndarray], scale: float = 1.0) -> list[tuple[np.ndarray, np.ndarray]]:
         """Each gradient in float64 with the magnitude that its guarantee is relative to; ``arrays`` as operands."""

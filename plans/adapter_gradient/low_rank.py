@@ -35,11 +35,10 @@ _FLOATS = (ElementKind.BF16, ElementKind.F16, ElementKind.F32)
 _UNIT = 8
 _LARGEST = 1 << 31
 _MOST_PARTS, _MOST_GRID_ROWS = SLOTS, 65535
-_TURNS_A_BLOCK = 2
-"""What a block's beginning and end cost, in turns of 128 rows."""
-
-_TURNS_A_PART, _TURNS_A_LAUNCH = 0.5, 3
-"""What it costs to write a block's part and to add it up: its bytes beside a turn's; and the launch that adds up."""
+# By an H200's times of several numbers of blocks, in turns of 128 rows of as many blocks as run at once: a block's
+# beginning and end, a turn of a block that runs alone, a part that is written and added up, the launch that does that.
+_TURNS_A_BLOCK, _TURNS_ALONE, _TURNS_A_PART, _TURNS_A_LAUNCH = 2.0, 0.5, 0.5, 2.0
+_TURNS_BESIDE = 12
 
 
 @dataclass(frozen=True)
@@ -158,10 +157,12 @@ def _turns(descriptor: LowRankGradientDescriptor) -> int:
 
 
 def _seconds(descriptor: LowRankGradientDescriptor, number: int) -> float:
-    """In turns of 128 rows: rounds of so many blocks along the rows, half of one where not all multiprocessors work."""
-    blocks = _column_blocks(descriptor) * _rank_blocks(descriptor) * number
-    of_block = -(-_turns(descriptor) // number) + _TURNS_A_BLOCK
-    return (max(1, -(-blocks // _slots(descriptor))) + 0.5) * of_block
+    """Of so many blocks along the rows, in turns: all of them, or those of one of few, and what rounds cost."""
+    slots, blocks = _slots(descriptor), _column_blocks(descriptor) * _rank_blocks(descriptor) * number
+    of_block = -(-_turns(descriptor) // number)
+    rounds, alone = max(1, -(-blocks // slots)), _TURNS_ALONE * of_block
+    rest = alone if rounds > 1 and blocks % slots else 0.0
+    return max(blocks * of_block / slots, alone) + rest + _TURNS_A_BLOCK * rounds
 
 
 def _seconds_by_parts(descriptor: LowRankGradientDescriptor, number: int) -> float:
@@ -185,8 +186,12 @@ def _shares(descriptor: LowRankGradientDescriptor, most: int, seconds: Callable)
 
 @functools.lru_cache(maxsize=4096)
 def _row_blocks(descriptor: LowRankGradientDescriptor) -> tuple[int, int]:
-    """Blocks that leave parts, and the rows of one."""
-    return _shares(descriptor, _MOST_PARTS, _seconds_by_parts)
+    """Blocks that leave parts, and the rows of one: few, as some are done beside another grid, and the rest after."""
+    number, of_block = _shares(descriptor, _MOST_PARTS, _seconds_by_parts)
+    if not descriptor.beside or SIMULATOR:
+        return number, of_block
+    of_block = min(of_block, _TURNS_BESIDE * kernel.ROWS_OF_TURN)
+    return max(1, -(-descriptor.rows // of_block)), of_block
 
 
 @functools.lru_cache(maxsize=4096)

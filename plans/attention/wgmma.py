@@ -6,10 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from kernels.attention import ring
-from kernels.attention.forward_wgmma import attention_forward_wgmma
-from kernels.attention.key_gradients_wgmma import attention_key_gradients_wgmma
-from kernels.attention.query_gradient_wgmma import attention_query_gradient_wgmma
+from kernels.attention import forward_wgmma, key_gradients_wgmma, query_gradient_wgmma, ring
 from kernels.target import Kernel, Launcher
 from plans.attention.descriptor import AttentionArgs, AttentionBackwardDescriptor, AttentionDescriptor
 from plans.attention.problem import (
@@ -27,7 +24,9 @@ from plans.core.tensor import TensorRef
 from plans.core.tensor_map import Box, map_address
 from plans.core.workspace import Workspace
 
-ROWS, COLUMNS, WIDTH = ring.TILE.rows, ring.TILE.columns, ring.WIDTH
+ROWS, WIDTH = ring.ROWS, ring.WIDTH
+COLUMNS = forward_wgmma.RING.columns
+"""Keys of a tile."""
 _ALIGNED = 8
 _LEAST_WIDTH = 48
 """From here on lines of 64 elements, some of them zeros, take less time than what `mma.sync` pads to 16."""
@@ -77,7 +76,7 @@ class ForwardProgram:
     def __init__(self, descriptor: AttentionDescriptor, device: Device) -> None:
         self.descriptor, self.device = descriptor, device
         self.tiles = blocks_of(descriptor.batch * descriptor.heads, descriptor.queries, ROWS)
-        made = attention_forward_wgmma(descriptor.element.value, descriptor.causal, begins_early(device))
+        made = forward_wgmma.attention_forward_wgmma(descriptor.element.value, descriptor.causal, begins_early(device))
         self.launch = staying(made, self.tiles, device)
 
     def bind(self, args: AttentionArgs, workspace: Workspace) -> Launches:
@@ -100,8 +99,10 @@ class GradientKernels:
         choices = (f.element.value, f.causal, early)
         self.key_tiles = blocks_of(f.batch * f.shared_heads, f.keys, ROWS) if descriptor.key_value else 0
         self.query_tiles = blocks_of(f.batch * f.heads, f.queries, ROWS) if descriptor.query else 0
-        self.of_keys = staying(attention_key_gradients_wgmma(*choices), self.key_tiles, device)
-        self.of_queries = staying(attention_query_gradient_wgmma(*choices), self.query_tiles, device)
+        self.of_keys = staying(key_gradients_wgmma.attention_key_gradients_wgmma(*choices), self.key_tiles, device)
+        self.of_queries = staying(
+            query_gradient_wgmma.attention_query_gradient_wgmma(*choices), self.query_tiles, device
+        )
 
     def launches(
         self, results: list[TensorRef], inputs: tuple[TensorRef, ...], mask: list[TensorRef], place: Any, scale: float
@@ -113,14 +114,15 @@ class GradientKernels:
         launches: Launches = []
         if self.of_keys is not None:
             pair = [number for tensor in results[-2:] for number in matrix_arguments(tensor)]
+            maps = self._maps((k, v), (q, d_out), key_gradients_wgmma.RING.columns)
             numbers = (*sizes, f.shared_heads, f.group, f.diagonal, self.key_tiles, *last)
-            launches.append((self.of_keys, (*pair, *self._maps((k, v), (q, d_out)), *numbers)))
+            launches.append((self.of_keys, (*pair, *maps, *numbers)))
         if self.of_queries is not None:
             numbers = (*sizes, f.heads, f.group, f.diagonal, self.query_tiles, *last)
-            maps = self._maps((q, d_out), (k, v))
+            maps = self._maps((q, d_out), (k, v), query_gradient_wgmma.RING.columns)
             launches.append((self.of_queries, (*matrix_arguments(results[0]), *maps, *numbers)))
         return launches
 
-    def _maps(self, kept: tuple[TensorRef, ...], walked: tuple[TensorRef, ...]) -> list[np.uint64]:
-        lines = [*((tensor, ROWS) for tensor in kept), *((tensor, COLUMNS) for tensor in walked)]
+    def _maps(self, kept: tuple[TensorRef, ...], walked: tuple[TensorRef, ...], columns: int) -> list[np.uint64]:
+        lines = [*((tensor, ring.ROWS) for tensor in kept), *((tensor, columns) for tensor in walked)]
         return [np.uint64(tensor_map(self.device, *line)) for line in lines]

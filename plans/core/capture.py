@@ -41,8 +41,8 @@ class Kept:
         """Memory for as long as the graph lives."""
         self.memory.append(memory)
 
-    def give_back(self, nbytes: int, memory: Any, stream: Any = None) -> None:
-        """Memory of so many bytes for launches that follow; the graph has one order, whatever the stream."""
+    def give_back(self, nbytes: int, memory: Any) -> None:
+        """Memory of so many bytes for launches that follow."""
         self._free.setdefault(nbytes, []).append(memory)
 
     def again(self, nbytes: int) -> Any:

@@ -163,7 +163,7 @@ class SegmentedMatmulDescriptor:
     category = OpCategory.MATMUL
 
     def __post_init__(self) -> None:
-        if min(self.m, self.n, self.batch or 0, self.out_stride, self.out_batch_stride) < 0:
+        if min(self.m, self.n, self.batch or 0, self.out_stride, self.out_batch_stride, self.beside) < 0:
             strides = (self.out_stride, self.out_batch_stride)
             raise InvalidProblem(
                 f"matmul: m {self.m}, n {self.n}, batch {self.batch}, strides {strides} of out, wanted none negative; "

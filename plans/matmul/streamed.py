@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from kernels.matmul.streamed import GROUP_ROWS, StreamTile
+from kernels.matmul.streamed_tile import GROUP_ROWS, StreamTile
 from kernels.wgmma import DEPTH
 from plans.core.device import Device
 from plans.core.operand import Operand
@@ -12,12 +12,14 @@ from plans.core.tensor import TensorRef
 from plans.core.tensor_map import Box, map_address
 
 _UNIT = 8
-_MOST_ROWS = 2 * GROUP_ROWS
+_MOST_ROWS, _MOST_PAIRED = 4 * GROUP_ROWS, 2 * GROUP_ROWS
+"""Rows of a tile, and of one whose depth two blocks share."""
+
 _PAIR = 2
 
 # In cycles as a product's count has them, 0.69 ns each on an H200: what a multiprocessor reads beside a product on all
-# others (70 GB/s), what each of all reads (30 GB/s, memory's rate), and a launch's beginning and end.
-_BYTES_A_CYCLE, _BYTES_A_CYCLE_OF_ALL, _FIXED_CYCLES = 48.0, 21.0, 3000.0
+# others (64 GB/s), what each of all reads (30 GB/s, memory's rate), and a launch's beginning and end.
+_BYTES_A_CYCLE, _BYTES_A_CYCLE_OF_ALL, _FIXED_CYCLES = 44.0, 21.0, 3000.0
 
 
 class Stream(NamedTuple):
@@ -39,9 +41,9 @@ class Stream(NamedTuple):
         return _FIXED_CYCLES + nbytes / (self.blocks * bytes_a_cycle)
 
 
-def _rounds(rows: int, results: int, workers: int) -> int:
+def _rounds(rows: int, results: int, workers: int, most: int) -> int:
     """How many tiles of the greatest height each has to take."""
-    return -(-results * -(-rows // _MOST_ROWS) // workers)
+    return -(-results * -(-rows // most) // workers)
 
 
 def stream_of(
@@ -52,11 +54,11 @@ def stream_of(
     Pairs of blocks share a tile's depth where each pair has one tile at most; else blocks walk. ``beside``: on so many
     blocks, in pairs, beside another grid.
     """
-    pairs = max(1, multiprocessors // _PAIR)
-    parts = 1 if beside or _rounds(rows, results, pairs) > 1 else _PAIR
-    workers = beside or (pairs if parts > 1 else multiprocessors)
-    of_one = max(1, _rounds(rows, results, workers) * workers // results)
-    height = min(_MOST_ROWS, -(-rows // (of_one * _UNIT)) * _UNIT)
+    pairs, beside = max(1, multiprocessors // _PAIR), beside // _PAIR * _PAIR
+    parts = 1 if beside or _rounds(rows, results, pairs, _MOST_PAIRED) > 1 else _PAIR
+    workers, most = (pairs, _MOST_PAIRED) if parts > 1 else (beside or multiprocessors, _MOST_ROWS)
+    of_one = max(1, _rounds(rows, results, workers, most) * workers // results)
+    height = min(most, -(-rows // (of_one * _UNIT)) * _UNIT)
     tiles = -(-rows // height)
     tile = StreamTile(-(-height // GROUP_ROWS), columns, parts, _PAIR if beside else parts, by_lines)
     blocks = parts * results * tiles if parts > 1 else beside or min(workers, results * tiles)

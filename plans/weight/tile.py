@@ -27,8 +27,10 @@ MAX_GROUPS = 1 if SIMULATOR else 4
 MAX_SHARED_BYTES = 160 * 1024
 MAX_ROWS = 65535 * 16 * WARPS
 """As many tiles as a grid has along y."""
-PRODUCT_WORDS, ONE_STEP_WORDS, WALK_WORDS = 12, 24, 32
-"""Up to how many registers of left factors the base waits in registers too, and from how many tiles walk."""
+PRODUCT_WORDS, ONE_STEP_WORDS = 12, 24
+"""Up to how many registers of left factors the base waits in registers too, and where all products have one step."""
+WALK_WORDS, WARPGROUPS_WALK_WORDS = 32, 24
+"""From how many of them tiles walk."""
 WALK_START = 0.35
 LONGEST_WALK = 32
 _SETTLED = (
@@ -80,7 +82,7 @@ def tile_of(descriptor: WeightDescriptor, wgmma: bool = False) -> Tile | None:
     while groups >= least:
         tile = Tile(warps, groups, True, "registers")
         ragged = rows % tile.rows != 0 or columns % tile.columns != 0
-        place = _base_place(descriptor)
+        place = _base_place(descriptor, wgmma)
         tile = Tile(warps, groups, ragged, place, settles(descriptor), wgmma)
         if shared_bytes(base_name, sources, tile) <= MAX_SHARED_BYTES:
             return tile
@@ -94,11 +96,11 @@ def settles(descriptor: WeightDescriptor) -> bool:
     return descriptor.settled and (len(sources) > 1 or sources[0][0] in _FIRST_PRODUCT)
 
 
-def _base_place(descriptor: WeightDescriptor) -> str:
+def _base_place(descriptor: WeightDescriptor, wgmma: bool) -> str:
     """Where the base waits, by how many registers the products take: measured, see docs/performance.md."""
     base, sources = descriptor.base, tile_sources(descriptor)
     words, one_step = product_words(sources), all(p.steps == 1 for source in sources for p in products(source))
-    if base is not None and words >= WALK_WORDS:
+    if base is not None and words >= (WARPGROUPS_WALK_WORDS if wgmma else WALK_WORDS):
         return "walk"
     shared = base is not None and (
         ELEMENTS[base.value].words > 4
@@ -148,15 +150,15 @@ def tensor_core_guarantee(descriptor: WeightDescriptor) -> PrecisionGuarantee:
     )
 
 
-def walk_of(column_tiles: int, row_tiles: int, device: Device) -> int:
-    """How many tiles a block walks down: what leaves the busiest multiprocessor least to do.
+def walk_of(column_tiles: int, row_tiles: int, at_once: int) -> int:
+    """How many tiles a block walks down, where ``at_once`` blocks run: what leaves least to do for the busiest place.
 
     A walk costs about a third of a tile to begin.
     """
 
     def busiest(walk: int) -> float:
         blocks = column_tiles * -(-row_tiles // walk)
-        return -(-blocks // device.multiprocessors) * (walk + WALK_START)
+        return -(-blocks // at_once) * (walk + WALK_START)
 
     return min(range(1, min(row_tiles, LONGEST_WALK) + 1), key=busiest)
 
@@ -173,19 +175,20 @@ class TileProgram(WeightProgram):
         rows, columns = descriptor.matrix
         self.tiles = max(1, -(-columns // tile.columns))
         row_tiles = max(1, -(-rows // tile.rows))
-        self.walk = walk_of(self.tiles, row_tiles, device) if tile.base == "walk" else 1
-        self.grid = (self.tiles, -(-row_tiles // self.walk), 1)
         base = None if descriptor.base is None else descriptor.base.value
         out, check = descriptor.out.value, descriptor.check_finite
+        sink = f"dora {descriptor.magnitude.value}" if descriptor.is_dora else "delta" if base is None else "merge"
+        choices = (base, out, sources, sink, check, tile, self.early)
+        kernel = weight_tile.weight_tile(*choices)
+        at_once = device.multiprocessors * kernel.min_blocks
+        self.walk = walk_of(self.tiles, row_tiles, at_once) if tile.base == "walk" else 1
+        self.grid = (self.tiles, -(-row_tiles // self.walk), 1)
         if descriptor.is_dora:
-            sink = f"dora {descriptor.magnitude.value}"
-            dora = weight_tile.weight_tile(base, out, sources, sink, check, tile, self.early)
             unsettled = dataclasses.replace(tile, settled=False)
             norm = weight_tile.weight_tile(base, out, sources, "norm", False, unsettled, self.early)
-            self.norm, self.merge = norm.launcher(self.grid), dora.launcher(self.grid)
+            self.norm, self.merge = norm.launcher(self.grid), kernel.launcher(self.grid)
             return
-        choices = (base, out, sources, "delta" if base is None else "merge", check, tile, self.early)
-        self.kernel = weight_tile.weight_tile(*choices)
+        self.kernel = kernel
         if not self.contractions:
             self.group_kernel = weight_tile.weight_tile_grouped(*choices)
 

@@ -11,8 +11,9 @@ from plans.weight import tile as tiles
 from plans.weight.descriptor import WeightDescriptor
 from plans.weight.program import prepared_bytes
 
-LEAST_PRODUCTS = 4
-"""Instructions of 16 ranks for each 32 columns from which reading right factors once for four warps pays."""
+LEAST_PRODUCTS, LEAST_PRODUCTS_ALONE = 4, 2
+"""Products of 16 ranks for each group from which reading right factors once for four warps pays: where a base is read,
+and for a delta alone."""
 _SOURCES = ("low_rank", "hadamard")
 
 
@@ -37,7 +38,8 @@ def refuses(descriptor: WeightDescriptor) -> str:
 def suits(descriptor: WeightDescriptor) -> bool:
     """Whether the products are large enough."""
     found = (product for source in tiles.tile_sources(descriptor) for product in products(source))
-    return sum(product.steps * product.pairs for product in found) >= LEAST_PRODUCTS
+    least = LEAST_PRODUCTS_ALONE if descriptor.base is None else LEAST_PRODUCTS
+    return sum(product.steps * product.pairs for product in found) >= least
 
 
 class WgmmaProgram(tiles.TileProgram):

@@ -1,0 +1,79 @@
+"""How a block of Hopper's narrow products works, and its shared memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from kernels.wgmma import DEPTH
+
+GROUP_ROWS = 64
+_LEAST_SPAN = 32
+WARPGROUP, WARP = 128, 32
+_SHARED_BYTES, _PAIRED_BYTES = 227 * 1024, 116 * 1024
+"""Shared memory for stages, and what of it blocks take that share a depth: more than a half, as a grid of few blocks
+must not queue on some multiprocessors, and little more, so that they may take places while another grid ends."""
+
+_HALF_BYTES = 113 * 1024
+_MOST_STAGES = 32
+
+
+@dataclass(frozen=True)
+class StreamTile:
+    """How a block works.
+
+    ``groups`` of 64 rows, ``columns`` of the product (a multiple of 8), ``parts`` blocks that share the depth, of
+    ``cluster`` that are placed on neighbouring multiprocessors. ``by_lines``: B's lines are values of K, not columns;
+    ``a_by_lines``: A's too, not rows. ``halves``: two blocks fill a multiprocessor. ``beside``: nothing is read that
+    the grid before writes, which the last block waits for in the end.
+    """
+
+    groups: int
+    columns: int
+    parts: int
+    cluster: int
+    by_lines: bool = False
+    a_by_lines: bool = False
+    halves: bool = False
+    beside: bool = False
+
+    @property
+    def threads(self) -> int:
+        """Warpgroups that multiply, and one that loads."""
+        return WARPGROUP * (self.groups + 1)
+
+    @property
+    def a_bytes(self) -> int:
+        """Bytes of a stage of A."""
+        return self.groups * GROUP_ROWS * DEPTH * 2
+
+    @property
+    def span(self) -> int:
+        """Bytes of a line of B's stage."""
+        return max(_LEAST_SPAN, 2 * self.columns) if self.by_lines else 2 * DEPTH
+
+    @property
+    def b_bytes(self) -> int:
+        """Bytes of a stage of B."""
+        return DEPTH * self.span if self.by_lines else self.columns * self.span
+
+    @property
+    def b_box(self) -> tuple[int, int]:
+        """(lines, columns) of a stage of B, as it is stored."""
+        return (DEPTH, self.span // 2) if self.by_lines else (self.columns, DEPTH)
+
+    @property
+    def sums_bytes(self) -> int:
+        """Bytes of the sums that the blocks of a cluster exchange."""
+        return 4 * self.groups * GROUP_ROWS * self.columns if self.parts > 1 else 0
+
+    @property
+    def stages(self) -> int:
+        """As many as there is room for."""
+        room = _HALF_BYTES - self.sums_bytes if self.halves else _PAIRED_BYTES if self.parts > 1 else _SHARED_BYTES
+        return min(_MOST_STAGES, room // (self.a_bytes + self.b_bytes + 16))
+
+    @property
+    def shared_bytes(self) -> int:
+        """Stages, sums, barriers; too much for two blocks of a multiprocessor, but for halves of one."""
+        needed = self.stages * (self.a_bytes + self.b_bytes + 16) + self.sums_bytes
+        return needed if self.halves else max(_PAIRED_BYTES, needed)

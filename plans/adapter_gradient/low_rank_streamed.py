@@ -1,0 +1,97 @@
+"""The streamed SKU of LoCon's gradients (sm_90a): TMA brings g and x."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from kernels.adapter_gradient.low_rank_streamed import low_rank_gradient_streamed
+from kernels.matmul.streamed_tile import GROUP_ROWS, StreamTile
+from kernels.target import SIMULATOR
+from kernels.wgmma import DEPTH
+from plans.core.device import Device
+from plans.core.operand import Operand
+from plans.core.plan import Launches, Sku
+from plans.core.precision import PrecisionGuarantee
+from plans.core.sku import ArchSku, BackendKind
+from plans.core.tensor import TensorRef
+from plans.core.tensor_map import Box, map_address
+from plans.core.workspace import Workspace
+
+if TYPE_CHECKING:
+    from plans.adapter_gradient.low_rank import LowRankGradientArgs, LowRankGradientDescriptor
+
+MOST_RANKS = 64
+_LEAST_ROWS = 8 * DEPTH
+_PAIR = 2
+
+
+def _refuses(descriptor: LowRankGradientDescriptor) -> str:
+    """Beyond what tensor cores refuse."""
+    if descriptor.parts > 1 or descriptor.rank > MOST_RANKS:
+        return f"wants t in one part of at most {MOST_RANKS} ranks, found {descriptor.parts} of {descriptor.rank}"
+    return ""
+
+
+def _suits(descriptor: LowRankGradientDescriptor) -> bool:
+    """Whether there are rows enough for a pipeline."""
+    return not SIMULATOR and descriptor.rows >= _LEAST_ROWS
+
+
+class StreamedProgram:
+    """One launch; pairs of blocks share the rows of 64 columns."""
+
+    reads_addresses = True
+
+    def __init__(self, descriptor: LowRankGradientDescriptor, device: Device) -> None:
+        self.descriptor, self.device = descriptor, device
+        operands = descriptor.operands()
+        self.empty = not descriptor.rank or not operands
+        if self.empty:
+            return
+        self.wides, self.narrows = operands[1::3], operands[2::3]
+        turned = [side[4] for side in descriptor._sides()]
+        columns = 8 << (-(-descriptor.rank // 8) - 1).bit_length()
+        self.tile = StreamTile(1, columns, _PAIR, _PAIR, True, True, True, descriptor.beside)
+        kind, out = descriptor.element.value, descriptor.out.value
+        made = low_rank_gradient_streamed(kind, out, self.tile, (turned[0], turned[-1]))
+        tiles = [-(-wide.shape[1] // GROUP_ROWS) for wide in self.wides]
+        self.work = (GROUP_ROWS, tiles[0], sum(tiles), -(-descriptor.rows // DEPTH))
+        self.launch = made.launcher((_PAIR * sum(tiles), 1, 1), overlaps=True)
+
+    def bind(self, args: LowRankGradientArgs, workspace: Workspace) -> Launches:
+        """The launch; none where there is nothing to write."""
+        if self.empty:
+            return []
+        outs, wides, narrows = zip(*args.sides, strict=True)
+        results = [(out.data, wide.shape[1]) for out, wide in zip(outs, self.wides, strict=True)]
+        maps = [self._maps(wides, self.wides, (DEPTH, GROUP_ROWS)), self._maps(narrows, self.narrows, self.tile.b_box)]
+        flat = [*results[0], *results[-1], *(side for pair in maps for side in (pair[0], pair[-1]))]
+        return [(self.launch, (*flat, *self.work, self.descriptor.rank, np.float32(args.scale)))]
+
+    def _maps(self, tensors: tuple[TensorRef, ...], operands: tuple[Operand, ...], box: tuple[int, int]) -> list[int]:
+        found = []
+        for tensor, operand in zip(tensors, operands, strict=True):
+            size, shape = operand.element.itemsize, (operand.shape[0], operand.shape[-1])
+            matrix = Box.of_matrix(tensor.address, operand.element, shape, operand.strides[0], box, box[1] * size)
+            found.append(map_address(self.device, matrix))
+        return found
+
+
+def streamed_sku(
+    refuses: Callable[[LowRankGradientDescriptor], str],
+    guarantee: Callable[[LowRankGradientDescriptor], PrecisionGuarantee],
+) -> Sku:
+    """The SKU, of what tensor cores refuse and promise."""
+    return Sku(
+        name="streamed",
+        backend=BackendKind.STREAMED,
+        arch=ArchSku.SM90A,
+        refuses=lambda descriptor: refuses(descriptor) or _refuses(descriptor),
+        guarantee=guarantee,
+        build=StreamedProgram,
+        alignment=16,
+        suits=_suits,
+    )
