@@ -221,6 +221,8 @@ def mix_blocks(kind: str, groups: int, ragged: bool, transposed: bool, vector: i
         if block >= blocks:
             begin, items = items, _u32(_u32(rows) * spans)
             block, blocks = _u32(block - blocks), _u32(grid_x() - blocks)
+        if items <= begin:
+            return
         stride = _u32(blocks * _u32(warps * several))
         first = _u32(begin + _u32(_u32(block * _u32(warps) + number) * _u32(several)))
         for i in range(several):

@@ -58,6 +58,12 @@ def _store32(pointer, index, a):
     _words(pointer, index, 1)[0] = a
 
 
+def _prefetch(pointer, index):
+    pass
+
+
+# Of 128 bytes to L2: a hint, which changes nothing that anybody reads, so that it may come before what was written.
+prefetch = instruction("prefetch.global.L2 [$0];", (GLOBAL,), twin=_prefetch)
 load128_stream = instruction(
     "ld.global.L1::no_allocate.L2::128B.v4.u32 {$0,$1,$2,$3}, [$4];", (GLOBAL,), "rrrr", twin=_load128
 )
@@ -70,7 +76,6 @@ load32 = instruction("ld.global.nc.b32 $0, [$1];", (GLOBAL,), "r", twin=_load32)
 load64_written = instruction("ld.global.v2.u32 {$0,$1}, [$2];", (GLOBAL,), "rr", twin=_load64)
 load32_written = instruction("ld.global.b32 $0, [$1];", (GLOBAL,), "r", twin=_load32)
 shared_load128 = instruction("ld.shared.v4.u32 {$0,$1,$2,$3}, [$4];", (SHARED,), "rrrr", twin=_load128)
-shared_load32 = instruction("ld.shared.b32 $0, [$1];", (SHARED,), "r", twin=_load32)
 shared_load64 = instruction("ld.shared.v2.u32 {$0,$1}, [$2];", (SHARED,), "rr", twin=_load64)
 shared_store64 = instruction("st.shared.v2.b32 [$0], {$1,$2};", (SHARED, *"rr"), twin=_store64)
 shared_store128 = instruction("st.shared.v4.b32 [$0], {$1,$2,$3,$4};", (SHARED, *"rrrr"), twin=_store128)

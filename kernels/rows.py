@@ -6,8 +6,8 @@ one order: a thread's own elements, lanes by a butterfly, warps likewise.
 
 What an expression sees of an element, in this order: the row's own operands, operands by column, the element's
 position, operands by row, what these pick, 1 / n and scalars, the results of the stages before. Stages that do not need
-each other are one pass. Columns that a stage reads are kept beside the row, and all of them where that is little; else
-others are read where results are made, as registers are worth more than a second access to a cache.
+each other are one pass. Columns that a stage reads are kept beside the row; others are read where results are made, as
+registers are worth more than a second access to a cache.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ BLOCK = 32 if SIMULATOR else 128
 """Threads of a block whose rows have teams within a warp."""
 
 
-_LITTLE = 24
-"""Words of a row and its columns in a thread that leave room for _THREADS_RESIDENT of them on a multiprocessor."""
-_THREADS_RESIDENT = 1 if SIMULATOR else 1536
+_LITTLE = 8
+"""Words of a row of one matrix in a thread that leave room for _THREADS_RESIDENT of them on a multiprocessor."""
+_THREADS_RESIDENT = 1 if SIMULATOR else 2048
 
 
 def block_of(team: int) -> tuple[int, int]:
@@ -125,18 +125,14 @@ class Held(NamedTuple):
 
     @property
     def bounded(self) -> bool:
-        """Whether _THREADS_RESIDENT threads have the registers for all that a row of one matrix needs."""
-        complete = len(self.operands.full) == 1 and len(self.columns) == len(self.operands.columns)
-        return complete and bool(self.columns) and 0 < self.words * self.shape.chunks <= _LITTLE
+        """Whether _THREADS_RESIDENT threads have the registers for what a row of one matrix needs."""
+        return len(self.operands.full) == 1 and 0 < self.words * self.shape.chunks <= _LITTLE
 
 
 def held_of(stages: Stages, operands: Operands, shape: Shape) -> Held:
-    """A row with the columns that stages read, or with all of them where that is little."""
-    if not shape.chunks:
-        return Held(operands, (), shape)
-    everything = Held(operands, tuple(range(len(operands.columns))), shape)
+    """A row with the columns that stages read."""
     by_stages = set().union(*(columns_read(program, operands) for _, program in stages))
-    return everything if everything.bounded else Held(operands, tuple(sorted(by_stages)), shape)
+    return Held(operands, tuple(sorted(by_stages)) if shape.chunks else (), shape)
 
 
 def _loader(own: Held) -> Callable:

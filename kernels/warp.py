@@ -127,7 +127,6 @@ def team_barrier(threads: int) -> Callable:
     return instruction(f"{{ .reg .b32 own; {own} bar.sync own, {threads}; }}", "", twin=_team_barrier)
 
 
-warpgroup_barrier = team_barrier(128)
 shuffle_xor = instruction("shfl.sync.bfly.b32 $0, $1, $2, 31, 0xffffffff;", "fr", "f", twin=_shuffle_xor)
 shuffle_xor_word = instruction("shfl.sync.bfly.b32 $0, $1, $2, 31, 0xffffffff;", "rr", "r", twin=_shuffle_xor_word)
 shuffle_from = instruction("shfl.sync.idx.b32 $0, $1, $2, 31, 0xffffffff;", "fr", "f", twin=_shuffle_from)

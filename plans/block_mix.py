@@ -24,7 +24,7 @@ from plans.core.workspace import Workspace
 
 _FLOATS = (ElementKind.BF16, ElementKind.F16, ElementKind.F32)
 _UNIT = 8
-BYTES_A_CYCLE = 20.0
+BYTES_A_CYCLE = 22.0
 """That a multiprocessor reads and writes here while others multiply."""
 _SHARED_BYTES = 48 * 1024
 _LARGEST = 1 << 31
@@ -176,15 +176,14 @@ class _Program:
         return [(self.launch, (*pointers, *self.numbers))]
 
 
-def shares(descriptor: BlockMixDescriptor, items: int, device: Device) -> tuple[int, int, int]:
-    """How many items and multiprocessors are of those that the next launch needs early, and multiprocessors in all."""
+def shares(descriptor: BlockMixDescriptor, items: int, device: Device) -> tuple[int, int]:
+    """How many items the multiprocessors take that the next launch needs early, and how many these are; or (0, 0)."""
     spare, cycles = descriptor.spare
     out, x, _ = descriptor.operands()
     share = min(1.0, spare * cycles * BYTES_A_CYCLE / max(1, out.nbytes + x.nbytes))
     if share <= spare / device.multiprocessors:
-        return 0, 0, device.multiprocessors
-    quick = items - round(share * items)
-    return (quick, device.multiprocessors - spare, device.multiprocessors) if quick else (0, 0, spare)
+        return 0, 0
+    return items - round(share * items), device.multiprocessors - spare
 
 
 def _build_mma(descriptor: BlockMixDescriptor, device: Device) -> _Program:
@@ -194,9 +193,9 @@ def _build_mma(descriptor: BlockMixDescriptor, device: Device) -> _Program:
     made = kernel.mix_blocks(descriptor.element.value, groups, ragged, descriptor.transposed, vector, early)
     items = descriptor.rows * spans
     of_block = kernel.warps_of(groups) * kernel.items_at_once(groups)
-    quick_items, quick_blocks, blocks = shares(descriptor, items, device)
-    if not quick_blocks:
-        blocks = min(-(-items // of_block), blocks)
+    quick_items, quick_blocks = shares(descriptor, items, device)
+    # Blocks without work are launched too: a grid of the spare ones alone kept the next launch's clusters waiting.
+    blocks = device.multiprocessors if quick_blocks else min(-(-items // of_block), device.multiprocessors)
     more = (reciprocal_of(max(1, spans)), quick_items, quick_blocks)
     return _Program(descriptor, made, blocks, _shared_bytes(descriptor), early, more)
 

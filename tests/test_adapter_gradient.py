@@ -17,7 +17,7 @@ from plans.adapter_gradient import (
 from plans.core import BackendKind, ElementKind, InvalidProblem, NoSku, PlanPreference
 
 BF16, F16, F32 = ElementKind.BF16, ElementKind.F16, ElementKind.F32
-CLUSTER, MMA, PORTABLE = BackendKind.CLUSTER, BackendKind.MMA, BackendKind.PORTABLE
+MMA, PORTABLE, STREAMED = BackendKind.MMA, BackendKind.PORTABLE, BackendKind.STREAMED
 
 LOW_RANK = [
     (1, 8, 8, 8, {}),
@@ -45,18 +45,23 @@ def low_rank_arguments(tensors, scale):
     return LowRankGradientArgs([tuple(tensors[i : i + 3]) for i in range(0, len(tensors), 3)], scale)
 
 
+def streams(case):
+    """Whether t is one part of at most 64 ranks."""
+    return case[-1].get("parts", 1) == 1 and case[3] <= 64
+
+
 @pytest.mark.parametrize(
     ("case", "backend"),
     [
         *((case, MMA) for case in LOW_RANK + LARGE),
-        *((case, CLUSTER) for case in LOW_RANK[1:] + LARGE[:3]),
         *((case, PORTABLE) for case in LOW_RANK[2:]),
+        *((case, STREAMED) for case in [*LOW_RANK, *LARGE, (300, 200, 72, 16, {})] if streams(case)),
     ],
     ids=str,
 )
 def test_low_rank_factors(device, poisoned, rng, case, backend):
-    if backend is CLUSTER and device.arch < (9, 0):
-        pytest.skip("clusters are sm_90's")
+    if backend is STREAMED and device.arch < (9, 0):
+        pytest.skip("TMA is sm_90's")
     *extents, options = case
     descriptor = LowRankGradientDescriptor(*extents, **options)
     check(device, poisoned, LowRankGradientPlan, descriptor, low_rank_arguments, rng.standard_normal, backend)
@@ -70,10 +75,14 @@ def test_low_rank_factors_of_any_extent_and_kind(device, poisoned, rng):
         LowRankGradientPlan.select(None, descriptor, PlanPreference(prefer_backend=MMA), device)
 
 
-@pytest.mark.parametrize("backend", [PORTABLE, MMA, CLUSTER], ids=lambda backend: backend.value)
+@pytest.mark.parametrize("backend", [PORTABLE, MMA, STREAMED], ids=lambda backend: backend.value)
 @pytest.mark.parametrize("extents", [(0, 8, 16, 8), (16, 8, 8, 0), (8, 0, 0, 8)], ids=str)
 def test_no_low_rank_rows_ranks_or_sides(device, poisoned, rng, extents, backend):
     descriptor = LowRankGradientDescriptor(*extents)
+    if backend is STREAMED and not descriptor.rows:
+        with pytest.raises(NoSku, match="wants rows, found none"):
+            LowRankGradientPlan.select(None, descriptor, PlanPreference(prefer_backend=backend), device)
+        return
     check(device, poisoned, LowRankGradientPlan, descriptor, low_rank_arguments, rng.standard_normal, backend)
 
 

@@ -54,8 +54,8 @@ def test_multiprocessors_with_time_to_spare(device, rng, shape, part):
     nbytes = 2 * shape[0] * (shape[1] + shape[2]) * shape[3]
     descriptor = BlockMixDescriptor(*shape, early=True, spare=(few, part * nbytes / few / BYTES_A_CYCLE))
     if few < everything:
-        wanted = {0.05: (0, 0, everything), 0.4: (items - round(0.4 * items), everything - few, everything)}
-        assert shares(descriptor, items, device) == wanted.get(part, (0, 0, few))
+        wanted = (0, 0) if part == 0.05 else (items - round(part * items), everything - few)
+        assert shares(descriptor, items, device) == wanted
     run(device, rng, descriptor, BackendKind.MMA)
 
 

@@ -82,6 +82,13 @@ def test_a_term_of_scale_zero_is_left_out_whatever_it_holds(device, poisoned, rn
     assert_kept(problem, run(problem, poisoned, backend))
 
 
+@EVERY_SKU
+def test_a_term_of_no_depth_adds_nothing(device, poisoned, rng, backend):
+    segments, terms = (Segment(0), Segment(16)), (LowRankTerm(8), LowRankTerm(8, of=1))
+    descriptor = SegmentedMatmulDescriptor(20, 24, segments, low_rank=terms)
+    check(device, poisoned, rng, descriptor, backend, (1.0, 1.0), (1.0, 1.0))
+
+
 def test_terms_share_launches_up_to_64_columns():
     terms = tuple(LowRankTerm(rank) for rank in (16, 20, 16, 136, 8))
     found = inner_products(SegmentedMatmulDescriptor(8, 8, (Segment(8),), low_rank=terms))

@@ -5,7 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from kernels.target import SIMULATOR
 from lycoris import tensor
+from lycoris.tensor.autograd import grad
 from lycoris.tensor.kronecker import diagonal, sum_with_blocks, together_of
 from lycoris.tensor.products import flipped
 from plans.core import ElementKind
@@ -50,3 +52,33 @@ def test_a_diagonal_of_blocks(rng):
     block = rng.standard_normal((3, 5))
     found = diagonal(packed(block, F32), 4).numpy()
     assert (found == np.kron(np.eye(4), block.astype(np.float32))).all()
+
+
+WIDE = [(9, (2, 3), (80, 72))]
+if not SIMULATOR:
+    WIDE += [(9, (2, 2), (72, 80)), (2048, (8, 8), (384, 384)), (515, (8, 6), (1536, 384))]
+
+
+@pytest.mark.parametrize(("rows", "mixing", "block"), WIDE, ids=str)
+def test_gradients_of_wide_blocks(rows, mixing, block, rng):
+    """Where w1's gradient may be made beside x's; twice bit for bit."""
+    (a, b), (c, d) = mixing, block
+    shapes = ((rows, b * d), (a * c, b * d), (a, b), (c, d), (rows, a * c))
+    given = [packed(0.25 * rng.standard_normal(shape), BF16) for shape in shapes]
+    x, weight, w1, w2, g = (tensor.numpy().astype(np.float64) for tensor in given)
+    wanted = [part.requires_grad_() for part in (given[0], *given[2:4])]
+
+    def gradients():
+        y = tensor.kronecker_linear(wanted[0], given[1], wanted[1], [wanted[2]], scale=0.5)
+        return [found.numpy() for found in grad([y], wanted, [given[4]])]
+
+    weighted = (g.T @ x).reshape(a, c, b, d) * 0.5
+    exact = (
+        g @ (weight + 0.5 * np.kron(w1, w2)),
+        np.einsum("ucmd,cd->um", weighted, w2),
+        np.einsum("ucmd,um->cd", weighted, w1),
+    )
+    first, second = gradients(), gradients()
+    for found, again, value in zip(first, second, exact, strict=True):
+        np.testing.assert_array_equal(found, again)
+        assert np.linalg.norm(found.astype(np.float64) - value) <= 2**-7 * np.linalg.norm(value)

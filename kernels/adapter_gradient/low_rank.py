@@ -3,7 +3,7 @@
 For y = x W^T + s (x D^T) U^T these are d_up^T = s (x D^T)^T g and d_down = s (g U)^T x, both in one launch: reading g
 and x once each is all the work. A warp takes 16 rows and 64 columns at once, which come to a ring of shared memory of
 its own, several steps ahead. The warps of a block share the rows and add up in order; so do blocks, through workspace
-(``partial_sums``) or within a cluster (``low_rank_cluster``).
+(``partial_sums``).
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ SUMS, WIDE, NARROW, COLUMNS, WIDE_STRIDE, NARROW_STRIDE, PART_STRIDE = range(7)
 _PITCH = SPAN + 8
 """Elements from a row of the wide operand in shared memory to the next, which then begins at other banks."""
 
-PARKED_PITCH = SPAN + 8
+_PARKED_PITCH = SPAN + 8
 _RING_BYTES = {1: 96 << 10, 2: 96 << 10, 4: 150 << 10}
 """Of shared memory by groups of ranks: two blocks on Hopper's multiprocessors, or one that reads more at once."""
 _MMA = {"bf16": tensor_core.mma_bf16, "f16": tensor_core.mma_f16}
@@ -45,7 +45,7 @@ def _narrow_pitch(tiles: int, parts: int) -> int:
     return STEP * tiles * parts + 8
 
 
-def ring(tiles: int, parts: int) -> tuple[int, int]:
+def _stages(tiles: int, parts: int) -> tuple[int, int]:
     """Steps under way, and elements of shared memory of one of a warp's."""
     elements = STEP * (_PITCH + _narrow_pitch(tiles, parts))
     return max(2, min(4, _RING_BYTES[tiles] // (2 * WARPS * elements))), elements
@@ -125,9 +125,9 @@ def _multiplier(kind: str, tiles: int, parts: int) -> Callable:
     return multiply
 
 
-def accumulator(kind: str, tiles: int, parts: int) -> Callable:
+def _accumulator(kind: str, tiles: int, parts: int) -> Callable:
     """A device function: a warp's sums over its rows of the block's."""
-    (stages, staged), sum_count = ring(tiles, parts), 32 * tiles
+    (stages, staged), sum_count = _stages(tiles, parts), 32 * tiles
     stage, multiply = _stager(tiles, parts), _multiplier(kind, tiles, parts)
     arrived = memory.copy_async_wait(stages - 2)
 
@@ -158,14 +158,14 @@ def accumulator(kind: str, tiles: int, parts: int) -> Callable:
 
 
 @device
-def park(shared, sums, first, lane, number):
+def _park(shared, sums, first, lane, number):
     """A warp's sums of 16 ranks as [rank, column] in its place of shared memory, fp32."""
     g, t = _u32(lane >> _u32(2)), _u32(lane & _u32(3))
-    at = _u32(_u32(number * _u32(STEP * PARKED_PITCH)) + _u32(_u32(g * _u32(PARKED_PITCH)) + _u32(t << _u32(1))))
+    at = _u32(_u32(number * _u32(STEP * _PARKED_PITCH)) + _u32(_u32(g * _u32(_PARKED_PITCH)) + _u32(t << _u32(1))))
     for j in range(8):
         for half in range(2):
             s = first + 4 * j + 2 * half
-            place = np.int64(_u32(_u32(at + _u32(8 * half * PARKED_PITCH + 8 * j)) << _u32(1)))
+            place = np.int64(_u32(_u32(at + _u32(8 * half * _PARKED_PITCH + 8 * j)) << _u32(1)))
             memory.shared_store64(shared, place, bits.f32_bits(sums[s]), bits.f32_bits(sums[s + 1]))
 
 
@@ -176,11 +176,11 @@ def _add_up(shared, side, start, rank0, rank, column0, thread):
     for turn in range(STEP * SPAN // 4 // THREADS):
         place = _u32(thread + _u32(turn * THREADS))
         row, column = _u32(place // _u32(SPAN // 4)), _u32(_u32(place % _u32(SPAN // 4)) << _u32(2))
-        at = _u32(_u32(_u32(row * _u32(PARKED_PITCH)) + column) << _u32(1))
+        at = _u32(_u32(_u32(row * _u32(_PARKED_PITCH)) + column) << _u32(1))
         for i in range(4):
             values[i] = np.float32(0)
         for other in range(WARPS):
-            words = memory.shared_load128(shared, np.int64(_u32(at + _u32(2 * other * STEP * PARKED_PITCH))))
+            words = memory.shared_load128(shared, np.int64(_u32(at + _u32(2 * other * STEP * _PARKED_PITCH))))
             for i in range(4):
                 values[i] += bits.bits_f32(words[i])
         to, across = rank0 + np.int64(row), column0 + np.int64(column)
@@ -200,8 +200,8 @@ def low_rank_gradient(kind: str, tiles: int, parts: int, beside: bool = False):
     column] in fp32. Columns and strides are multiples of eight elements. ``beside``: the grid may run beside the one
     before it, none of whose results it takes, and ends after that one (sm_90).
     """
-    sum_count, (stages, staged) = 32 * tiles, ring(tiles, parts)
-    accumulate = accumulator(kind, tiles, parts)
+    sum_count, (stages, staged) = 32 * tiles, _stages(tiles, parts)
+    accumulate = _accumulator(kind, tiles, parts)
 
     @device
     def work(side, block, rows, rows_of_block, rank):
@@ -216,7 +216,7 @@ def low_rank_gradient(kind: str, tiles: int, parts: int, beside: bool = False):
         start = block_y() * rank * side[COLUMNS]
         for tile in range(tiles):
             block_barrier()
-            park(shared, sums, 32 * tile, lane, number)
+            _park(shared, sums, 32 * tile, lane, number)
             block_barrier()
             _add_up(shared, side, start, rank0 + np.int64(STEP * tile), rank, column0, thread)
 
@@ -238,7 +238,7 @@ def low_rank_gradient(kind: str, tiles: int, parts: int, beside: bool = False):
 
     pointer = ELEMENTS[kind].pointer
     side = types.Tuple((f32p, pointer, pointer, i64, i64, i64, i64))
-    shared_bytes = max(2 * WARPS * stages * staged, 4 * WARPS * STEP * PARKED_PITCH)
+    shared_bytes = max(2 * WARPS * stages * staged, 4 * WARPS * STEP * _PARKED_PITCH)
     options = {"threads": THREADS, "shared_bytes": shared_bytes, "max_registers": 128 if tiles == 1 else None}
     options |= barrier.HOPPER if beside else {}
     return kernel, (side, side, i64, i64, i64, i64), options

@@ -11,11 +11,23 @@ from collections.abc import Callable
 
 import numpy as np
 
-from kernels import barrier, bits, functions, warp, wgmma
-from kernels.attention.forward import edge_of, finisher, hider
+from kernels import barrier, bits, wgmma
+from kernels.attention.forward import edge_of, finisher, hider, online_softmax
 from kernels.attention.products import packer
 from kernels.attention.query_walk import query_producer, query_work
-from kernels.attention.ring import HELD_BYTES, ROWS, WIDTH, Ring, hand_back, kept_room, specialised, stage_follower
+from kernels.attention.ring import (
+    HELD_BYTES,
+    ROWS,
+    WIDTH,
+    Ring,
+    hand_back,
+    kept_room,
+    specialised,
+    stage_follower,
+    turn_giver,
+    turn_taker,
+    uniform,
+)
 from kernels.attention.tiles import BATCH, HEAD, MATRIX, POINTER, TOKEN, clamped, clearer, lane_of, storer
 from kernels.barrier import early_options, entrance
 from kernels.target import cuda, device, f32, f32p, i64, kernel_factory, types
@@ -31,110 +43,64 @@ _NOTHING = np.float32(-math.inf)
 _u32 = np.uint32
 
 
-@device
-def _shifted(scores, most, older, factor, shifted):
-    """Scores in units of powers, less their row's maximum so far; ``older``: what sums under earlier ones shrink by."""
-    for half in range(2):
-        high = most[half]
-        for j in range(_COLUMNS // 8):
-            at = 4 * j + 2 * half
-            high = functions.maximum(high, functions.maximum(scores[at], scores[at + 1]))
-        high = warp.quad_maximum(high)
-        # A row that has seen nothing keeps a finite base, as infinity minus infinity is no number.
-        base = np.float32(0) if high == _NOTHING else high
-        shift = base * factor
-        older[half] = functions.exp2((most[half] - base) * factor)
-        most[half] = high
-        for j in range(_COLUMNS // 8):
-            at = 4 * j + 2 * half
-            shifted[at] = scores[at] * factor - shift
-            shifted[at + 1] = scores[at + 1] * factor - shift
+def _softener(kind: str, causal: bool) -> Callable:
+    """``soften(arrays, edges, factor, before, thread)``: words of powers, when the scores of a stage are there.
 
-
-@device
-def _powers(shifted, totals, older):
-    """Powers of two in place, and each row's sum of them."""
-    for half in range(2):
-        total = totals[half] * older[half]
-        for j in range(_COLUMNS // 8):
-            for i in range(2):
-                power = functions.exp2(shifted[4 * j + 2 * half + i])
-                total += power
-                shifted[4 * j + 2 * half + i] = power
-        totals[half] = total
-
-
-@device
-def _rescale(out, older):
-    for half in range(2):
-        for j in range(_RESULTS // 4):
-            out[4 * j + 2 * half] = out[4 * j + 2 * half] * older[half]
-            out[4 * j + 2 * half + 1] = out[4 * j + 2 * half + 1] * older[half]
-
-
-def _stage_taker(kind: str, causal: bool, last: bool) -> Callable:
-    """``take(...)``: what a stage, whose scores are there, adds to the result; that product is under way at the end.
-
-    The product of the stage before, whose pair of barriers is ``before``, may be under way at the beginning. Unless it
-    is the last, the next stage's scores are made meanwhile. Gives the next stage and its phase.
+    ``before`` is the pair of barriers of the stage before, 0 where there is none; ``edges`` are the first key,
+    `edge_of`'s number, all keys.
     """
-    along, across = start_products(_COLUMNS, _ALONG, kind), add_products(WIDTH, _ACROSS, kind)
-    result_there, next_there, packed = settle(0 if last else 1, _RESULTS), settle(1, _SCORES), packer(kind, TILE)
-    lines, turned = wgmma.operand_descriptor(True), wgmma.operand_descriptor(False)
-    following, hide, where, stage_bytes = (
-        stage_follower(RING),
-        hider(TILE, causal),
-        lane_of(TILE),
-        _u32(RING.stage_bytes),
-    )
+    all_there, packed, online = settle(0, _SCORES, _RESULTS), packer(kind, TILE), online_softmax(TILE)
+    hide, where = hider(TILE, causal), lane_of(TILE)
 
     @device
-    def take(base, barriers, kept, arrays, edges, factor, before, stage, phase, thread):
-        scores, shifted, words, most, totals, older, out = arrays
-        at = _u32(base + stage * stage_bytes)
-        hide(scores, edges[0], edges[1], edges[2], where(thread)[0])
-        _shifted(scores, most, older, factor, shifted)
-        stage, phase = following(stage, phase)
-        if not last:
-            barrier.barrier_wait(_u32(barriers + stage * _u32(16)), phase)
-            along(scores, lines(kept), lines(_u32(base + stage * stage_bytes)))
-        _powers(shifted, totals, older)
-        result_there(out)
+    def soften(arrays, edges, factor, before, thread):
+        scores, words, most, totals, out = arrays
+        all_there(scores, out)
+        lane = where(thread)[0]
         if before != _u32(0):
-            hand_back(before, where(thread)[0])
-        packed(shifted, words)
-        _rescale(out, older)
-        across(out, words, turned(_u32(at + _u32(_WALKED_BYTES))))
-        if not last:
-            next_there(scores)
-        return stage, phase
+            hand_back(before, lane)
+        hide(scores, edges[0], edges[1], edges[2], lane)
+        online(scores, most, totals, out, factor)
+        packed(scores, words)
 
-    return take
+    return soften
 
 
 def _walker(kind: str, causal: bool) -> Callable:
-    """``walk(...)``: over the keys that a tile of queries sees; gives the next stage and its phase."""
-    take, take_last = _stage_taker(kind, causal, False), _stage_taker(kind, causal, True)
-    along, there, settled = start_products(_COLUMNS, _ALONG, kind), settle(0, _SCORES), settle(0, _RESULTS)
-    lines, stage_bytes, where = wgmma.operand_descriptor(True), _u32(RING.stage_bytes), lane_of(TILE)
+    """``walk(...)``: over the keys that a tile of queries sees; gives the next stage, phase and turn."""
+    along, across = start_products(_COLUMNS, WIDTH // 16, kind), add_products(WIDTH, _COLUMNS // 16, kind)
+    take_turn, give_turn, following = turn_taker(RING), turn_giver(RING), stage_follower(RING)
+    lines, turned = wgmma.operand_descriptor(True), wgmma.operand_descriptor(False)
+    soften, settled, where = _softener(kind, causal), settle(0, _RESULTS), lane_of(TILE)
+    stage_bytes, values_at = _u32(RING.stage_bytes), _u32(RING.walked_bytes)
 
     @device
-    def walk(base, barriers, kept, arrays, edge, keys, seen, factor, stage, phase, thread):
+    def walk(base, barriers, kept, arrays, edge, keys, seen, factor, stage, phase, turn, mine, thread):
         if seen == _u32(0):
-            return stage, phase
+            return stage, phase, turn
         pair, before, key = _u32(barriers + stage * _u32(16)), _u32(0), _u32(0)
         barrier.barrier_wait(pair, phase)
+        take_turn(barriers, turn, mine)
         along(arrays[0], lines(kept), lines(_u32(base + stage * stage_bytes)))
-        there(arrays[0])
+        turn = give_turn(barriers, turn, mine, thread)
         while _u32(key + _u32(_COLUMNS)) < seen:
-            pair, edges = _u32(barriers + stage * _u32(16)), (key, edge, keys)
-            stage, phase = take(base, barriers, kept, arrays, edges, factor, before, stage, phase, thread)
-            before, key = pair, _u32(key + _u32(_COLUMNS))
-        pair, edges = _u32(barriers + stage * _u32(16)), (key, edge, keys)
-        stage, phase = take_last(base, barriers, kept, arrays, edges, factor, before, stage, phase, thread)
-        settled(arrays[6])
+            soften(arrays, (key, edge, keys), factor, before, thread)
+            before, values = pair, _u32(base + stage * stage_bytes + values_at)
+            stage, phase = following(stage, phase)
+            pair, key = _u32(barriers + stage * _u32(16)), _u32(key + _u32(_COLUMNS))
+            barrier.barrier_wait(pair, phase)
+            take_turn(barriers, turn, mine)
+            across(arrays[4], arrays[1], turned(values))
+            along(arrays[0], lines(kept), lines(_u32(base + stage * stage_bytes)))
+            turn = give_turn(barriers, turn, mine, thread)
+        soften(arrays, (key, edge, keys), factor, before, thread)
+        take_turn(barriers, turn, mine)
+        across(arrays[4], arrays[1], turned(_u32(base + stage * stage_bytes + values_at)))
+        turn = give_turn(barriers, turn, mine, thread)
+        settled(arrays[4])
         hand_back(pair, where(thread)[0])
-        return stage, phase
+        stage, phase = following(stage, phase)
+        return stage, phase, turn
 
     return walk
 
@@ -150,26 +116,27 @@ def _consumer(kind: str, causal: bool) -> Callable:
     def consume(shared, base, barriers, thread, state):
         out, lse, _, queries, keys, width, heads, _, diagonal, tiles, factor = state
         scores = cuda.local.array(_SCORES, np.float32)
-        shifted = cuda.local.array(_SCORES, np.float32)
         words = cuda.local.array(_WORDS, np.uint32)
-        older = cuda.local.array(2, np.float32)
         sums = cuda.local.array(_RESULTS, np.float32)
         most = cuda.local.array(2, np.float32)
         totals = cuda.local.array(2, np.float32)
-        arrays = (scores, shifted, words, most, totals, older, sums)
-        stage, phase, turn = _u32(0), _u32(0), _u32(0)
+        arrays = scores, words, most, totals, sums
+        mine = uniform(_u32(thread >> _u32(7)))
+        stage, phase, turn, tile = _u32(0), _u32(0), _u32(0), _u32(0)
         number = _u32(block_x())
         while number < _u32(tiles):
             _, _, row0, seen = work(number, queries, keys, heads, diagonal)
             lane, line0 = where(thread)
             edge = edge_at(row0, line0, lane, keys, diagonal)
-            kept, kept_pair, kept_phase = room(base, barriers, turn)
-            kept = _u32(kept + _u32(thread >> _u32(7)) * _u32(HELD_BYTES // 2))
+            kept, kept_pair, kept_phase = room(base, barriers, tile)
+            kept = _u32(kept + mine * _u32(HELD_BYTES // 2))
             clear_out(sums)
             clear_totals(totals)
             clear_most(most)
             barrier.barrier_wait(kept_pair, kept_phase)
-            stage, phase = walk(base, barriers, kept, arrays, edge, _u32(keys), seen, factor, stage, phase, thread)
+            stage, phase, turn = walk(
+                base, barriers, kept, arrays, edge, _u32(keys), seen, factor, stage, phase, turn, mine, thread
+            )
             lane, line0 = where(thread)
             hand_back(kept_pair, lane)
             batch, head, row0, _ = work(bits.again(number), queries, keys, heads, diagonal)
@@ -177,7 +144,7 @@ def _consumer(kind: str, causal: bool) -> Callable:
             finish(most, totals, lse, (batch * heads + head) * queries + row0, left, factor, line0, lane)
             at = batch * out[BATCH] + head * out[HEAD] + row0 * out[TOKEN]
             store(shared, np.int64(results), sums, totals, out[POINTER], at, out[TOKEN], left, width, line0, lane)
-            turn = _u32(turn + _u32(1))
+            tile = _u32(tile + _u32(1))
             number = _u32(number + _u32(grid_x()))
 
     return consume
@@ -203,5 +170,5 @@ def attention_forward_wgmma(kind: str, causal: bool, early: bool = False):
         enter()
         run(thread_index(), (out, lse, maps, queries, keys, width, heads, group, diagonal, tiles, factor))
 
-    parameters = (MATRIX, f32p, types.UniTuple(types.uint64, 3), *(i64,) * 7, f32)
+    parameters = MATRIX, f32p, types.UniTuple(types.uint64, 3), *(i64,) * 7, f32
     return kernel, parameters, RING.options() | early_options(early)

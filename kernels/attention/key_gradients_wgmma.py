@@ -25,18 +25,21 @@ from kernels.attention.ring import (
     kept_room,
     specialised,
     stage_follower,
+    turn_giver,
+    turn_taker,
+    uniform,
 )
+from kernels.attention.stage import pair_starter
 from kernels.attention.statistics import STATISTICS
 from kernels.attention.tiles import BATCH, HEAD, MATRIX, POINTER, TOKEN, clamped, lane_of, row_of, storer
 from kernels.barrier import early_options, entrance
 from kernels.target import cuda, device, f32, f32p, i64, kernel_factory, types
 from kernels.warp import block_x, grid_x, thread_index
-from kernels.wgmma_registers import add_products, settle, start_products, zero_sums
+from kernels.wgmma_registers import add_products, settle, zero_sums
 
 RING = Ring(4, 64, 2, True)
 TILE = RING.tile
 _COLUMNS, _WALKED_BYTES = RING.columns, RING.walked_bytes
-_STEPS = WIDTH // 16
 _COUNT, _WORDS = TILE.columns // 2, TILE.columns // 4
 _NOTHING = np.float32(-math.inf)
 _u32 = np.uint32
@@ -75,7 +78,7 @@ def _producer(work: Callable) -> Callable:
 
     @device
     def produce(base, barriers, state):
-        _, _, maps, statistics, padded, queries, keys, _, heads, group, diagonal, tiles, _, _ = state
+        (_, _, maps, statistics, padded, queries, keys, _, heads, group, diagonal, tiles, _, _) = state
         for i in range(4):
             barrier.tensor_map_acquire(maps[i])
         stage, phase, turn = _u32(0), _u32(0), _u32(0)
@@ -112,8 +115,8 @@ def _hide(scores, hidden0, line0, lane):
 
 
 @device
-def _powers(shared, at, scores, powers, factor, lane):
-    """The powers of scores; ``at`` is where the queries' log-sum-exps are."""
+def _powers(shared, at, scores, factor, lane):
+    """Scores become powers; ``at`` is where the queries' log-sum-exps are."""
     start = at + np.int64(_u32(_u32(lane & _u32(3)) << _u32(2)))
     for j in range(_COLUMNS // 8):
         low, high = memory.shared_load64(shared, start + np.int64(16 * j))
@@ -121,12 +124,12 @@ def _powers(shared, at, scores, powers, factor, lane):
             for i in range(2):
                 number = 4 * j + 2 * half + i
                 shift = bits.bits_f32(low if i == 0 else high)
-                powers[number] = functions.exp2(scores[number] * factor - shift)
+                scores[number] = functions.exp2(scores[number] * factor - shift)
 
 
 @device
 def _differences(shared, at, grads, powers, lane):
-    """DS = P (grads - delta), with the queries' deltas ``at`` a place."""
+    """The gradients of scores, P (grads - delta), with the queries' deltas ``at`` a place."""
     start = at + np.int64(_u32(_u32(lane & _u32(3)) << _u32(2)))
     for j in range(_COLUMNS // 8):
         low, high = memory.shared_load64(shared, start + np.int64(16 * j))
@@ -136,82 +139,87 @@ def _differences(shared, at, grads, powers, lane):
                 grads[number] = (grads[number] - bits.bits_f32(low if i == 0 else high)) * powers[number]
 
 
-def _stage_taker(kind: str, causal: bool, last: bool) -> Callable:
-    """``take(...)``: what a stage, whose scores are there, adds to d_k and d_v.
-
-    Under way are at its beginning the product that makes the stage's other gradients, and maybe the last one that the
-    stage before added, whose pair of barriers is ``before``; at its end the same of the next stage and of this. Gives
-    the next stage and its phase.
-    """
-    along, across = start_products(_COLUMNS, _STEPS, kind), add_products(WIDTH, _STEPS, kind)
-    grads_there, next_there, packed = (
-        settle(1 if last else 2, _COUNT),
-        settle(2, _COUNT, WIDTH // 2),
-        packer(kind, TILE),
-    )
-    lines, turned = wgmma.operand_descriptor(True), wgmma.operand_descriptor(False)
-    following, where, stage_bytes = stage_follower(RING), lane_of(TILE), _u32(RING.stage_bytes)
-    numbers_at, number_elements = _WALKED_BYTES, 2 * _COLUMNS
+def _stage_adder(kind: str) -> Callable:
+    """``add(base, stage, arrays)``: the products that add a stage to d_v and d_k."""
+    across, turned = add_products(WIDTH, _COLUMNS // 16, kind), wgmma.operand_descriptor(False)
+    stage_bytes = RING.stage_bytes
 
     @device
-    def take(shared, base, barriers, kept, arrays, hidden0, factor, before, stage, phase, thread):
-        scores, powers, grads, power_words, grad_words, d_k, d_v = arrays
-        at = _u32(stage * stage_bytes)
+    def add(base, stage, arrays):
+        place = _u32(base + stage * _u32(stage_bytes))
+        across(arrays[5], arrays[2], turned(_u32(place + _u32(_WALKED_BYTES))))
+        across(arrays[4], arrays[3], turned(place))
+
+    return add
+
+
+def _differentiator(kind: str, causal: bool) -> Callable:
+    """``differentiate(shared, stage, arrays, hidden0, factor, before, thread)``: words of P and dS of a stage.
+
+    ``before`` is the pair of barriers of the stage before, 0 where there is none.
+    """
+    scores_there, grads_there, packed = settle(1, _COUNT), settle(0, _COUNT, _COUNT), packer(kind, TILE)
+    where, elements, numbers_at = lane_of(TILE), RING.stage_bytes // 2, _WALKED_BYTES
+
+    @device
+    def differentiate(shared, stage, arrays, hidden0, factor, before, thread):
+        scores, grads, power_words, grad_words, _, _ = arrays
+        scores_there(scores)
         lane, line0 = where(thread)
-        if causal and hidden0 + np.int64(line0 + _u32(15)) > np.int64(0):
-            _hide(scores, hidden0, line0, lane)
-        numbers = np.int64(at >> _u32(1)) + np.int64(numbers_at)
-        _powers(shared, numbers, scores, powers, factor, lane)
-        packed(powers, power_words)
-        across(d_v, power_words, turned(_u32(base + at + _u32(_WALKED_BYTES))))
-        stage, phase = following(stage, phase)
-        place = _u32(base + stage * stage_bytes)
-        if not last:
-            barrier.barrier_wait(_u32(barriers + stage * _u32(16)), phase)
-            along(scores, lines(kept), lines(place))
-        grads_there(grads)
         if before != _u32(0):
             hand_back(before, lane)
-        _differences(shared, numbers + np.int64(number_elements), grads, powers, lane)
+        if causal and hidden0 + np.int64(line0 + _u32(15)) > np.int64(0):
+            _hide(scores, hidden0, line0, lane)
+        numbers = np.int64(_u32(stage * _u32(elements))) + np.int64(numbers_at)
+        _powers(shared, numbers, scores, factor, lane)
+        packed(scores, power_words)
+        grads_there(grads, scores)
+        _differences(shared, numbers + np.int64(2 * _COLUMNS), grads, scores, lane)
         packed(grads, grad_words)
-        across(d_k, grad_words, turned(_u32(base + at)))
-        if not last:
-            along(grads, lines(_u32(kept + _u32(HELD_BYTES))), lines(_u32(place + _u32(_WALKED_BYTES))))
-            next_there(scores, d_v)
-        return stage, phase
 
-    return take
+    return differentiate
 
 
 def _walker(kind: str, causal: bool) -> Callable:
-    """``walk(...)``: over the queries of all heads that see a tile of keys; gives the next stage and its phase."""
-    take, take_last = _stage_taker(kind, causal, False), _stage_taker(kind, causal, True)
-    along, scores_there = start_products(_COLUMNS, _STEPS, kind), settle(1, _COUNT)
-    settled, lines = settle(0, WIDTH // 2, WIDTH // 2), wgmma.operand_descriptor(True)
-    stage_bytes, where = _u32(RING.stage_bytes), lane_of(TILE)
+    """``walk(...)``: over the queries of all heads that see a tile of keys; gives the next stage, phase and turn."""
+    start, add, differentiate = pair_starter(RING, kind), _stage_adder(kind), _differentiator(kind, causal)
+    take_turn, give_turn, following = turn_taker(RING), turn_giver(RING), stage_follower(RING)
+    settled, where = settle(0, WIDTH // 2, WIDTH // 2), lane_of(TILE)
 
     @device
-    def walk(shared, base, barriers, kept, arrays, hidden, of_head, group, factor, stage, phase, thread):
+    def walk(shared, base, barriers, kept, arrays, seen_by, factor, stage, phase, turn, mine, thread):
+        hidden, of_head, group = seen_by
         left = _u32(of_head * group)
         if left == _u32(0):
-            return stage, phase
+            return stage, phase, turn
         pair, before, seen = _u32(barriers + stage * _u32(16)), _u32(0), _u32(0)
         barrier.barrier_wait(pair, phase)
-        place = _u32(base + stage * stage_bytes)
-        along(arrays[0], lines(kept), lines(place))
-        along(arrays[2], lines(_u32(kept + _u32(HELD_BYTES))), lines(_u32(place + _u32(_WALKED_BYTES))))
-        scores_there(arrays[0])
+        take_turn(barriers, turn, mine)
+        start(base, kept, stage, arrays[0], arrays[1])
+        turn = give_turn(barriers, turn, mine, thread)
         while left > _u32(1):
-            pair, hidden0 = _u32(barriers + stage * _u32(16)), hidden - np.int64(_u32(seen * _u32(_COLUMNS)))
-            stage, phase = take(shared, base, barriers, kept, arrays, hidden0, factor, before, stage, phase, thread)
-            before, left, seen = pair, _u32(left - _u32(1)), _u32(seen + _u32(1))
+            hidden0 = hidden - np.int64(_u32(seen * _u32(_COLUMNS)))
+            differentiate(shared, stage, arrays, hidden0, factor, before, thread)
+            before, done = pair, stage
+            left, seen = _u32(left - _u32(1)), _u32(seen + _u32(1))
             if seen == of_head:
                 seen = _u32(0)
-        pair, hidden0 = _u32(barriers + stage * _u32(16)), hidden - np.int64(_u32(seen * _u32(_COLUMNS)))
-        stage, phase = take_last(shared, base, barriers, kept, arrays, hidden0, factor, before, stage, phase, thread)
-        settled(arrays[5], arrays[6])
+            stage, phase = following(stage, phase)
+            pair = _u32(barriers + stage * _u32(16))
+            barrier.barrier_wait(pair, phase)
+            take_turn(barriers, turn, mine)
+            add(base, done, arrays)
+            start(base, kept, stage, arrays[0], arrays[1])
+            turn = give_turn(barriers, turn, mine, thread)
+        hidden0 = hidden - np.int64(_u32(seen * _u32(_COLUMNS)))
+        differentiate(shared, stage, arrays, hidden0, factor, before, thread)
+        take_turn(barriers, turn, mine)
+        add(base, stage, arrays)
+        turn = give_turn(barriers, turn, mine, thread)
+        settled(arrays[4], arrays[5])
         hand_back(pair, where(thread)[0])
-        return stage, phase
+        stage, phase = following(stage, phase)
+        return stage, phase, turn
 
     return walk
 
@@ -223,28 +231,28 @@ def _consumer(kind: str, causal: bool, work: Callable) -> Callable:
 
     @device
     def consume(shared, base, barriers, thread, state):
-        d_k, d_v, _, _, _, queries, keys, width, heads, group, diagonal, tiles, factor, scale = state
+        (d_k, d_v, _, _, _, queries, keys, width, heads, group, diagonal, tiles, factor, scale) = state
         scores = cuda.local.array(_COUNT, np.float32)
-        powers = cuda.local.array(_COUNT, np.float32)
         grads = cuda.local.array(_COUNT, np.float32)
         power_words = cuda.local.array(_WORDS, np.uint32)
         grad_words = cuda.local.array(_WORDS, np.uint32)
         d_k_sums = cuda.local.array(_COUNT, np.float32)
         d_v_sums = cuda.local.array(_COUNT, np.float32)
         factors = cuda.local.array(2, np.float32)
-        arrays = (scores, powers, grads, power_words, grad_words, d_k_sums, d_v_sums)
-        stage, phase, turn = _u32(0), _u32(0), _u32(0)
+        arrays = scores, grads, power_words, grad_words, d_k_sums, d_v_sums
+        mine = uniform(_u32(thread >> _u32(7)))
+        stage, phase, turn, tile = _u32(0), _u32(0), _u32(0), _u32(0)
         number = _u32(block_x())
         while number < _u32(tiles):
             _, _, _, first, of_head, hidden0 = work(number, queries, keys, heads, diagonal)
-            kept, kept_pair, kept_phase = room(base, barriers, turn)
-            kept = _u32(kept + _u32(thread >> _u32(7)) * _u32(HELD_BYTES // 2))
+            kept, kept_pair, kept_phase = room(base, barriers, tile)
+            kept = _u32(kept + mine * _u32(HELD_BYTES // 2))
             clear(d_k_sums)
             clear(d_v_sums)
             barrier.barrier_wait(kept_pair, kept_phase)
-            hidden = hidden0 - np.int64(first)
-            stage, phase = walk(
-                shared, base, barriers, kept, arrays, hidden, of_head, _u32(group), factor, stage, phase, thread
+            seen_by = (hidden0 - np.int64(first), of_head, _u32(group))
+            stage, phase, turn = walk(
+                shared, base, barriers, kept, arrays, seen_by, factor, stage, phase, turn, mine, thread
             )
             lane, line0 = where(thread)
             hand_back(kept_pair, lane)
@@ -258,7 +266,7 @@ def _consumer(kind: str, causal: bool, work: Callable) -> Callable:
                 factors[i] = np.float32(1)
             at = batch * d_v[BATCH] + other * d_v[HEAD] + row0 * d_v[TOKEN]
             store(shared, np.int64(results), d_v_sums, factors, d_v[POINTER], at, d_v[TOKEN], left, width, line0, lane)
-            turn = _u32(turn + _u32(1))
+            tile = _u32(tile + _u32(1))
             number = _u32(number + _u32(grid_x()))
 
     return consume
@@ -284,5 +292,5 @@ def attention_key_gradients_wgmma(kind: str, causal: bool, early: bool = False):
         )  # fmt: skip
         run(thread_index(), state)
 
-    parameters = (MATRIX, MATRIX, MAPS, f32p, *(i64,) * 8, f32, f32)
+    parameters = MATRIX, MATRIX, MAPS, f32p, *(i64,) * 8, f32, f32
     return kernel, parameters, RING.options() | early_options(early)

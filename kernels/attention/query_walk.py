@@ -44,7 +44,7 @@ def query_producer(ring: Ring, causal: bool) -> Callable:
         stage_follower(ring),
         barrier.tma_load(4),
     )
-    stage_bytes, loaded_bytes, kept = _u32(ring.stage_bytes), _u32(ring.loaded_bytes), ring.kept
+    stage_bytes, loaded_bytes, kept = (_u32(ring.stage_bytes), _u32(ring.loaded_bytes), ring.kept)
     columns, walked_bytes = _u32(ring.columns), _u32(ring.walked_bytes)
 
     @device

@@ -15,6 +15,8 @@ import numpy as np
 from kernels import barrier
 from kernels.attention.tiles import Tile
 from kernels.matmul.wgmma_load import next_stage
+from kernels.ptx import instruction
+from kernels.simulator import collective
 from kernels.target import cuda, device
 from kernels.warp import block_barrier, sync_warp
 
@@ -75,13 +77,13 @@ class Ring:
 
     @property
     def barriers_at(self) -> int:
-        """Two barriers, full and empty, of every stage and of both rooms for kept lines."""
+        """Two barriers, full and empty, of every stage and of both rooms for kept lines; one a warpgroup for turns."""
         return self.results_at + HELD_BYTES
 
     @property
     def shared_bytes(self) -> int:
         """All of it."""
-        return self.barriers_at + 16 * (self.stages + 2)
+        return self.barriers_at + 16 * (self.stages + 3)
 
     def options(self) -> dict:
         """A kernel's launch bounds."""
@@ -98,6 +100,9 @@ def barrier_maker(ring: Ring) -> Callable:
             full = _u32(barriers + _u32(number) * _u32(16))
             barrier.barrier_init(full, _u32(1))
             barrier.barrier_init(_u32(full + _u32(8)), _u32(WARPS))
+        for group in range(2):
+            turn = _u32(barriers + _u32(16 * pairs + 8 * group))
+            barrier.barrier_init(turn, _u32(WARPS // 2))
         barrier.barrier_init_visible()
 
     return make
@@ -124,6 +129,43 @@ def begin_loading(pair, phase, nbytes):
     return pair
 
 
+def _first_lane(value):
+    return collective(lambda lanes: [lanes[0]] * len(lanes), value)
+
+
+# What all lanes of a warp have, as the first one's: only so ptxas knows that it is one value, and computes descriptors
+# of it in uniform registers, from which wgmma takes them.
+uniform = instruction("shfl.sync.idx.b32 $0, $1, 0, 31, 0xffffffff;", "r", "r", twin=_first_lane)
+
+
+def turn_taker(ring: Ring) -> Callable:
+    """``take_turn(barriers, turn, group)``: wait for a warpgroup's turn to ask for products; the first's is first.
+
+    Where both ask at once, products of both take twice as long, and nothing is under way while both do the rest.
+    """
+    at = _u32(16 * (ring.stages + 2))
+
+    @device
+    def take_turn(barriers, turn, group):
+        barrier.barrier_wait(_u32(barriers + at + group * _u32(8)), _u32(_u32(turn ^ group ^ _u32(1)) & _u32(1)))
+
+    return take_turn
+
+
+def turn_giver(ring: Ring) -> Callable:
+    """``give_turn(barriers, turn, group, thread)``: the other warpgroup's turn; the number of the own next one."""
+    at = _u32(16 * (ring.stages + 2))
+
+    @device
+    def give_turn(barriers, turn, group, thread):
+        other = _u32(group ^ _u32(1))
+        if (thread & _u32(31)) == _u32(0):
+            barrier.barrier_arrive(_u32(barriers + at + other * _u32(8)))
+        return _u32(turn + _u32(1))
+
+    return give_turn
+
+
 def kept_loader(ring: Ring) -> Callable:
     """``load(base, barriers, turn, maps, row0, head, batch)``: asks for the lines that a block keeps in a turn."""
     load_box, several, room = barrier.tma_load(4), ring.kept == 2, kept_room(ring)
@@ -142,13 +184,13 @@ def kept_loader(ring: Ring) -> Callable:
 
 def kept_room(ring: Ring) -> Callable:
     """``room(base, barriers, turn)``: where the lines of a block's so-manyeth turn lie, their barriers, the phase."""
-    at, nbytes, pairs_at = _u32(ring.kept_at), _u32(ring.kept_bytes), _u32(16 * ring.stages)
+    at, nbytes, pairs_at = (_u32(ring.kept_at), _u32(ring.kept_bytes), _u32(16 * ring.stages))
 
     @device
     def room(base, barriers, turn):
         which = _u32(turn & _u32(1))
         pair = _u32(barriers + pairs_at + which * _u32(16))
-        return _u32(base + at + which * nbytes), pair, _u32(_u32(turn >> _u32(1)) & _u32(1))
+        return (_u32(base + at + which * nbytes), pair, _u32(_u32(turn >> _u32(1)) & _u32(1)))
 
     return room
 
@@ -156,7 +198,7 @@ def kept_room(ring: Ring) -> Callable:
 def specialised(ring: Ring, produce: Callable, consume: Callable) -> Callable:
     """``run(state)``: the parts of a block's warpgroups; both are given the shared memory, its address, the state."""
     make, barriers_at = barrier_maker(ring), _u32(ring.barriers_at)
-    give, take = barrier.registers_give(PRODUCER_REGISTERS), barrier.registers_take(CONSUMER_REGISTERS)
+    give, take = (barrier.registers_give(PRODUCER_REGISTERS), barrier.registers_take(CONSUMER_REGISTERS))
 
     @device
     def run(thread, state):

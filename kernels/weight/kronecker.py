@@ -3,7 +3,8 @@
 A thread keeps runs of eight neighbouring elements of w2 in registers, of neighbouring rows, and walks over blocks m of
 one block row l, so that w2 is read once for several blocks. Where rows of w2 are short, neighbouring threads take
 neighbouring blocks: a warp still writes long pieces of the weight. Base and result move in 16-byte accesses; the bases
-of the next blocks are on their way to shared memory while these are merged.
+of the next blocks are on their way to shared memory while these are merged, and those of the first to L2 while the
+launch before still runs.
 """
 
 from __future__ import annotations

@@ -74,8 +74,9 @@ def kronecker_linear(
         for factor in chain if edges[1] or (edges[0] and d <= c) else chain[:-1]:
             grown.append(product(grown[-1], factor, kind))
         pairs = shaped(g, (count * a, c)), shaped(inner, (count * a, d))
-        # Beside d_x's product, whose operands are held here, the first of the factors' gradients is made.
-        beside = bool(edges[0] and d <= c and any(edges[1:]))
+        # Where blocks are few and wide, w1's gradient is made beside d_x's product, whose operands are held here; those
+        # of narrow blocks read more, and would slow the product down.
+        beside = bool(edges[0] and edges[1] and _NARROW < d <= c)
         if edges[0] and d <= c:  # mixed after w2, which w1 wants anyway, there is no more to read, and less to multiply
             back = mixed(shaped(grown[-1], (count, a * d)), mixing, d, kind, True, scale)
             d_x = sum_of_products(((g, matrix),), (1.0,), edges[0].kind, None, back, early=beside)
@@ -87,26 +88,25 @@ def kronecker_linear(
             d_x = shaped(d_x, x_shape)
             if b < a:  # the same sum over fewer blocks
                 pairs = shaped(outer, (count * b, c)), shaped(rows, (count * b, d))
-        d_seconds = [None]
-        if len(chain) == 1 and edges[2] and min(c, d) <= _NARROW:
-            d_seconds, beside = [_second_gradient(*pairs, edges[2].kind, beside)], False
         if edges[1]:
             v = shaped(grown[-1], (count, a * d))
             d_w1 = mixing_gradient(v, rows, (a, b), d, edges[1].kind, scale, beside=beside)
-        if len(chain) > 1:
+        if len(chain) == 1:
+            d_seconds = [_second_gradient(*pairs, edges[2].kind) if edges[2] else None]
+        else:
             d_seconds = _factor_gradients(grown, shaped(inner, (count * a, d)), chain, edges[2:])
-        elif edges[2] and min(c, d) > _NARROW:
-            d_seconds = [product(flipped(pairs[0]), pairs[1], edges[2].kind)]
         return [d_x, d_w1, *d_seconds]
 
     return autograd.record("kronecker_linear", out, inputs, (rows, matrix, mixing, *chain), pull)
 
 
-def _second_gradient(g: Tensor, x: Tensor, kind: ElementKind, beside: bool) -> Tensor:
-    """The sum g.T @ x over many rows, one of them narrow, as a low-rank factor's, which reads each once."""
+def _second_gradient(g: Tensor, x: Tensor, kind: ElementKind) -> Tensor:
+    """The sum g.T @ x over many rows; where one of them is narrow, as a low-rank factor's, which reads each once."""
     if x.shape[1] <= _NARROW:
-        return low_rank_gradients(None, (g, x), kind, 1.0, beside=beside)[1]
-    return low_rank_gradients((g, x), None, kind, 1.0, beside=beside)[0]
+        return low_rank_gradients(None, (g, x), kind, 1.0)[1]
+    if g.shape[1] <= _NARROW:
+        return low_rank_gradients((g, x), None, kind, 1.0)[0]
+    return product(flipped(g), x, kind)
 
 
 def _factor_gradients(

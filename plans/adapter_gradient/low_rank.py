@@ -13,14 +13,14 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from kernels.adapter_gradient import low_rank as kernel
-from kernels.adapter_gradient import low_rank_cluster as cluster
 from kernels.target import SIMULATOR
+from plans.adapter_gradient.low_rank_streamed import streamed_sku
 from plans.core.device import Device
 from plans.core.errors import InvalidProblem
 from plans.core.operand import Operand
@@ -34,11 +34,15 @@ from plans.partial_sums import SLOTS, Partial, Sums, partial_bytes
 _FLOATS = (ElementKind.BF16, ElementKind.F16, ElementKind.F32)
 _UNIT = 8
 _LARGEST = 1 << 31
-_MOST_PARTS, _MOST_GRID_ROWS = SLOTS, 65535
+_MOST_PARTS = SLOTS
 # By an H200's times of several numbers of blocks, in turns of 128 rows of as many blocks as run at once: a block's
 # beginning and end, a turn of a block that runs alone, a part that is written and added up, the launch that does that.
 _TURNS_A_BLOCK, _TURNS_ALONE, _TURNS_A_PART, _TURNS_A_LAUNCH = 2.0, 0.5, 0.5, 2.0
-_TURNS_BESIDE = 12
+_STREAMED, _STREAMED_ALONE, _STREAMED_FIXED = 0.85, 0.2, 1.5
+"""The same where TMA reads: a turn of all, one of a block that runs alone, beginning and end."""
+
+_LEAST_STREAMED = 1 << 22
+"""Elements of g and x that are worth tensor maps, which name addresses and so cost the host."""
 
 
 @dataclass(frozen=True)
@@ -176,28 +180,14 @@ def _slots(descriptor: LowRankGradientDescriptor) -> int:
     return SLOTS // 2 if _tiles(descriptor) == kernel.MOST_TILES else SLOTS
 
 
-def _shares(descriptor: LowRankGradientDescriptor, most: int, seconds: Callable) -> tuple[int, int]:
-    """Blocks along the rows, and the rows of one: those that are done first."""
-    turns = _turns(descriptor)
-    wanted = 2 if SIMULATOR else min(range(1, min(most, turns) + 1), key=functools.partial(seconds, descriptor))
-    of_block = -(-turns // min(wanted, turns))
-    return max(1, -(-turns // of_block)), of_block * kernel.ROWS_OF_TURN
-
-
 @functools.lru_cache(maxsize=4096)
 def _row_blocks(descriptor: LowRankGradientDescriptor) -> tuple[int, int]:
-    """Blocks that leave parts, and the rows of one: few, as some are done beside another grid, and the rest after."""
-    number, of_block = _shares(descriptor, _MOST_PARTS, _seconds_by_parts)
-    if not descriptor.beside or SIMULATOR:
-        return number, of_block
-    of_block = min(of_block, _TURNS_BESIDE * kernel.ROWS_OF_TURN)
-    return max(1, -(-descriptor.rows // of_block)), of_block
-
-
-@functools.lru_cache(maxsize=4096)
-def _cluster_blocks(descriptor: LowRankGradientDescriptor) -> tuple[int, int]:
-    """Blocks of a cluster, and the rows of one."""
-    return _shares(descriptor, cluster.MOST_BLOCKS, _seconds)
+    """Blocks along the rows, and the rows of one: those that are done first; of about the same, the most."""
+    turns = _turns(descriptor)
+    counts = range(min(_MOST_PARTS, turns), 0, -1)
+    wanted = 2 if SIMULATOR else min(counts, key=lambda number: round(_seconds_by_parts(descriptor, number)))
+    of_block = -(-turns // min(wanted, turns))
+    return max(1, -(-turns // of_block)), of_block * kernel.ROWS_OF_TURN
 
 
 def _column_blocks(descriptor: LowRankGradientDescriptor) -> int:
@@ -240,19 +230,18 @@ def _mma_refuses(descriptor: LowRankGradientDescriptor) -> str:
     return ""
 
 
-def _cluster_refuses(descriptor: LowRankGradientDescriptor) -> str:
-    if reason := _mma_refuses(descriptor):
-        return reason
-    together, apart = _cluster_blocks(descriptor)[0], _row_blocks(descriptor)[0]
-    if _column_blocks(descriptor) > _MOST_GRID_ROWS:
-        return f"wants at most {_MOST_GRID_ROWS} blocks of columns, found {_column_blocks(descriptor)}"
-    if _seconds(descriptor, together) > _seconds_by_parts(descriptor, apart):
-        return f"wants few rows for its columns: {apart} blocks are faster than {cluster.MOST_BLOCKS} of a cluster"
-    return ""
+def _suits_streamed(descriptor: LowRankGradientDescriptor) -> bool:
+    """Whether it reads enough, in columns enough, that one launch of pairs of blocks for 64 columns is the fastest."""
+    elements = descriptor.rows * (descriptor.out_features + descriptor.in_features)
+    if SIMULATOR or elements < _LEAST_STREAMED:
+        return False
+    of_block = -(-_turns(descriptor) // 2)
+    turns = max(_STREAMED * 2 * _column_blocks(descriptor) * of_block / SLOTS, _STREAMED_ALONE * of_block)
+    return turns + _STREAMED_FIXED <= _seconds_by_parts(descriptor, _row_blocks(descriptor)[0])
 
 
 def _guarantee(precision: MathPrecision, descriptor: LowRankGradientDescriptor) -> PrecisionGuarantee:
-    blocks = max(_row_blocks(descriptor)[0], cluster.MOST_BLOCKS)
+    blocks = max(_row_blocks(descriptor)[0], 2)
     return PrecisionGuarantee(
         math_precision=precision,
         accumulator=ElementKind.F32,
@@ -308,34 +297,6 @@ class _MmaProgram:
         return [(self.multiply, flat), (self.sums.launch, self.sums.arguments(results, workspace, args.scale))]
 
 
-class _ClusterProgram:
-    """One launch, whose clusters add up the sums of their blocks."""
-
-    def __init__(self, descriptor: LowRankGradientDescriptor, device: Device) -> None:
-        d, self.empty = descriptor, _empty(descriptor)
-        if self.empty:
-            return
-        (number, of_block), sides = _cluster_blocks(d), d._sides()
-        turned = (sides[0][4], sides[-1][4])
-        made = cluster.low_rank_gradient_cluster(
-            d.element.value, d.out.value, _tiles(d), d.parts, number, turned, d.beside
-        )
-        columns = _column_blocks(d)
-        self.numbers = _side_numbers(d)
-        self.rest = (d.rows, of_block, d.rank, -(-sides[0][2] // kernel.SPAN), columns)
-        self.launch = made.launcher((number, columns, _rank_blocks(d)), overlaps=d.beside)
-
-    def bind(self, args: LowRankGradientArgs, workspace: Workspace) -> Launches:
-        """The launch; none where there is nothing to write."""
-        if self.empty:
-            return []
-        sides = [
-            (*(tensor.data for tensor in side), *numbers)
-            for side, numbers in zip(args.sides, self.numbers, strict=True)
-        ]
-        return [(self.launch, (*sides[0], *sides[-1], *self.rest, np.float32(args.scale)))]
-
-
 class _PortableProgram:
     """A launch for each gradient."""
 
@@ -367,15 +328,7 @@ class LowRankGradientPlan(Plan):
 
     name = "low-rank gradient"
     skus = (
-        Sku(
-            name="cluster",
-            backend=BackendKind.CLUSTER,
-            arch=ArchSku.SM90A,
-            refuses=_cluster_refuses,
-            guarantee=lambda d: _guarantee(MathPrecision.BF16_TENSOR_CORE, d),
-            build=_ClusterProgram,
-            alignment=16,
-        ),
+        streamed_sku(_mma_refuses, functools.partial(_guarantee, MathPrecision.BF16_TENSOR_CORE), _suits_streamed),
         Sku(
             name="mma",
             backend=BackendKind.MMA,

@@ -9,7 +9,6 @@ import numpy as np
 
 from kernels.adapter_gradient.low_rank_streamed import low_rank_gradient_streamed
 from kernels.matmul.streamed_tile import GROUP_ROWS, StreamTile
-from kernels.target import SIMULATOR
 from kernels.wgmma import DEPTH
 from plans.core.device import Device
 from plans.core.operand import Operand
@@ -24,20 +23,16 @@ if TYPE_CHECKING:
     from plans.adapter_gradient.low_rank import LowRankGradientArgs, LowRankGradientDescriptor
 
 MOST_RANKS = 64
-_LEAST_ROWS = 8 * DEPTH
 _PAIR = 2
 
 
 def _refuses(descriptor: LowRankGradientDescriptor) -> str:
     """Beyond what tensor cores refuse."""
+    if not descriptor.rows:
+        return "wants rows, found none: TMA has no map of nothing"
     if descriptor.parts > 1 or descriptor.rank > MOST_RANKS:
         return f"wants t in one part of at most {MOST_RANKS} ranks, found {descriptor.parts} of {descriptor.rank}"
     return ""
-
-
-def _suits(descriptor: LowRankGradientDescriptor) -> bool:
-    """Whether there are rows enough for a pipeline."""
-    return not SIMULATOR and descriptor.rows >= _LEAST_ROWS
 
 
 class StreamedProgram:
@@ -83,8 +78,9 @@ class StreamedProgram:
 def streamed_sku(
     refuses: Callable[[LowRankGradientDescriptor], str],
     guarantee: Callable[[LowRankGradientDescriptor], PrecisionGuarantee],
+    suits: Callable[[LowRankGradientDescriptor], bool],
 ) -> Sku:
-    """The SKU, of what tensor cores refuse and promise."""
+    """The SKU, of what tensor cores refuse and promise, and of when it is the fast one."""
     return Sku(
         name="streamed",
         backend=BackendKind.STREAMED,
@@ -93,5 +89,5 @@ def streamed_sku(
         guarantee=guarantee,
         build=StreamedProgram,
         alignment=16,
-        suits=_suits,
+        suits=suits,
     )

@@ -83,7 +83,7 @@ class LowRankProgram:
         self.reads_addresses = any(getattr(program, "reads_addresses", False) for program in (self.second, *self.inner))
 
     def _launch(self, inner: Inner, last: bool, second: Sku) -> PortableInner | StreamedInner:
-        if second.backend is BackendKind.WGMMA:
+        if second.backend is BackendKind.WGMMA and self.descriptor.segments[inner.of].k:
             return StreamedInner(self.descriptor, inner, self.device, self.second if last else None)
         return PortableInner(self.descriptor, inner, self.device, self.beside)
 

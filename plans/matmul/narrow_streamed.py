@@ -23,6 +23,8 @@ def _refuses(descriptor: SegmentedMatmulDescriptor) -> str:
     if reason := narrow_refuses(descriptor):
         return reason
     rows, k = descriptor.m * (descriptor.batch or 1), descriptor.segments[0].k
+    if not k:
+        return "wants a sum of something: TMA has no map of nothing"
     return f"wants fewer than 2**31 rows and terms, found {rows} and {k}" if max(rows, k) >= _LARGEST else ""
 
 

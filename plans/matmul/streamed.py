@@ -18,7 +18,7 @@ _MOST_ROWS, _MOST_PAIRED = 4 * GROUP_ROWS, 2 * GROUP_ROWS
 _PAIR = 2
 
 # In cycles as a product's count has them, 0.69 ns each on an H200: what a multiprocessor reads beside a product on all
-# others (64 GB/s), what each of all reads (30 GB/s, memory's rate), and a launch's beginning and end.
+# others (55 to 77 GB/s), what each of all reads (30 GB/s, memory's rate), and a launch's beginning and end.
 _BYTES_A_CYCLE, _BYTES_A_CYCLE_OF_ALL, _FIXED_CYCLES = 44.0, 21.0, 3000.0
 
 
