@@ -62,8 +62,8 @@ def projected_by_lanes(mode, n, iterations):
 
 def unwound_by_lanes(mode, n, iterations):
     """A kernel: the gradient of the logits of two matrices."""
-    along, sinkhorn, length = along_lanes(n), gradient_by_lanes(mode.value), 2 * 2 * iterations * MOST_STREAMS
-    place, cell, forth, back = along.place, along.cell, sinkhorn.forth, sinkhorn.back
+    along, back, length = along_lanes(n), gradient_by_lanes(mode.value), 2 * 2 * iterations * MOST_STREAMS
+    place, cell = along.place, along.cell
 
     def kernel(logits, d_out, out):
         kept = cuda.shared.array(length, np.float32)
@@ -71,9 +71,7 @@ def unwound_by_lanes(mode, n, iterations):
         i, j, inside, e = cell(k)
         at = np.int64(half) * np.int64(n * n) + np.int64(e) - np.int64(2 * n)
         own = np.int64(half) * np.int64(2 * iterations * MOST_STREAMS)
-        steps = np.int64(iterations)
-        x, share = forth(logits[at], inside, kept, own, i, j, steps, EPS)
-        found = back(logits[at], d_out[at], x, share, inside, kept, own, i, j, steps, EPS)
+        found = back(logits[at], d_out[at], inside, kept, own, i, j, np.int64(iterations), EPS)
         if inside:
             out[at] = found
 

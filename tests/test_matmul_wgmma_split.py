@@ -103,3 +103,9 @@ def test_large(device, poisoned, rng, shape):
     descriptor = MatmulDescriptor(*shape, epilogue=(Bias(),)).segmented
     parts, tile = split_of(descriptor)
     solve(device, poisoned, descriptor, gaussian(rng), max(2, parts), tile=tile)
+
+
+def test_a_split_sum_has_no_multiprocessors_to_spare(device):
+    """As every program but that of whole sums by wgmma; live LoKrs ask whichever they get (test_adapted_random)."""
+    descriptor = MatmulDescriptor(130, 72, 200, out=F32).segmented
+    assert SegmentedMatmulPlan(descriptor, split(2), device).program.spare() == (0, 0.0)

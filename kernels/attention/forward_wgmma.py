@@ -36,10 +36,9 @@ from kernels.wgmma_registers import add_products, settle, start_products, zero_s
 
 RING = Ring(3, 128, 1)
 TILE = RING.tile
-_COLUMNS, _WALKED_BYTES = RING.columns, RING.walked_bytes
-_ALONG, _ACROSS = WIDTH // 16, RING.columns // 16
+_COLUMNS = RING.columns
 _SCORES, _WORDS, _RESULTS = RING.columns // 2, RING.columns // 4, WIDTH // 2
-_NOTHING = np.float32(-math.inf)
+"""Numbers of a thread: its scores, words of powers, and sums of results."""
 _u32 = np.uint32
 
 
@@ -78,10 +77,11 @@ def _walker(kind: str, causal: bool) -> Callable:
     def walk(base, barriers, kept, arrays, edge, keys, seen, factor, stage, phase, turn, mine, thread):
         if seen == _u32(0):
             return stage, phase, turn
+        scores, words, _, _, out = arrays
         pair, before, key = _u32(barriers + stage * _u32(16)), _u32(0), _u32(0)
         barrier.barrier_wait(pair, phase)
         take_turn(barriers, turn, mine)
-        along(arrays[0], lines(kept), lines(_u32(base + stage * stage_bytes)))
+        along(scores, lines(kept), lines(_u32(base + stage * stage_bytes)))
         turn = give_turn(barriers, turn, mine, thread)
         while _u32(key + _u32(_COLUMNS)) < seen:
             soften(arrays, (key, edge, keys), factor, before, thread)
@@ -90,14 +90,14 @@ def _walker(kind: str, causal: bool) -> Callable:
             pair, key = _u32(barriers + stage * _u32(16)), _u32(key + _u32(_COLUMNS))
             barrier.barrier_wait(pair, phase)
             take_turn(barriers, turn, mine)
-            across(arrays[4], arrays[1], turned(values))
-            along(arrays[0], lines(kept), lines(_u32(base + stage * stage_bytes)))
+            across(out, words, turned(values))
+            along(scores, lines(kept), lines(_u32(base + stage * stage_bytes)))
             turn = give_turn(barriers, turn, mine, thread)
         soften(arrays, (key, edge, keys), factor, before, thread)
         take_turn(barriers, turn, mine)
-        across(arrays[4], arrays[1], turned(_u32(base + stage * stage_bytes + values_at)))
+        across(out, words, turned(_u32(base + stage * stage_bytes + values_at)))
         turn = give_turn(barriers, turn, mine, thread)
-        settled(arrays[4])
+        settled(out)
         hand_back(pair, where(thread)[0])
         stage, phase = following(stage, phase)
         return stage, phase, turn
@@ -120,7 +120,7 @@ def _consumer(kind: str, causal: bool) -> Callable:
         sums = cuda.local.array(_RESULTS, np.float32)
         most = cuda.local.array(2, np.float32)
         totals = cuda.local.array(2, np.float32)
-        arrays = scores, words, most, totals, sums
+        arrays = (scores, words, most, totals, sums)
         mine = uniform(_u32(thread >> _u32(7)))
         stage, phase, turn, tile = _u32(0), _u32(0), _u32(0), _u32(0)
         number = _u32(block_x())
@@ -152,7 +152,7 @@ def _consumer(kind: str, causal: bool) -> Callable:
 
 @kernel_factory(("bf16", True, True), ("f16", False))
 def attention_forward_wgmma(kind: str, causal: bool, early: bool = False):
-    """Parameters: out, log-sum-exps; the maps of q (boxes of 128 lines), k and v (of 64).
+    """Parameters: out, log-sum-exps; the maps of q (boxes of a block's lines), k and v (of a stage's).
 
     Then queries, keys, width, q's heads, those of one of k's, diagonal, tiles of queries in all, scale log2(e). Maps
     are of [batch, head, token, element].

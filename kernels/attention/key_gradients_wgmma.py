@@ -142,13 +142,14 @@ def _differences(shared, at, grads, powers, lane):
 def _stage_adder(kind: str) -> Callable:
     """``add(base, stage, arrays)``: the products that add a stage to d_v and d_k."""
     across, turned = add_products(WIDTH, _COLUMNS // 16, kind), wgmma.operand_descriptor(False)
-    stage_bytes = RING.stage_bytes
+    stage_bytes, walked_bytes = _u32(RING.stage_bytes), _u32(RING.walked_bytes)
 
     @device
     def add(base, stage, arrays):
-        place = _u32(base + stage * _u32(stage_bytes))
-        across(arrays[5], arrays[2], turned(_u32(place + _u32(_WALKED_BYTES))))
-        across(arrays[4], arrays[3], turned(place))
+        _, _, power_words, grad_words, d_k, d_v = arrays
+        place = _u32(base + stage * stage_bytes)
+        across(d_v, power_words, turned(_u32(place + walked_bytes)))
+        across(d_k, grad_words, turned(place))
 
     return add
 
@@ -192,10 +193,11 @@ def _walker(kind: str, causal: bool) -> Callable:
         left = _u32(of_head * group)
         if left == _u32(0):
             return stage, phase, turn
+        scores, grads, _, _, d_k, d_v = arrays
         pair, before, seen = _u32(barriers + stage * _u32(16)), _u32(0), _u32(0)
         barrier.barrier_wait(pair, phase)
         take_turn(barriers, turn, mine)
-        start(base, kept, stage, arrays[0], arrays[1])
+        start(base, kept, stage, scores, grads)
         turn = give_turn(barriers, turn, mine, thread)
         while left > _u32(1):
             hidden0 = hidden - np.int64(_u32(seen * _u32(_COLUMNS)))
@@ -209,14 +211,14 @@ def _walker(kind: str, causal: bool) -> Callable:
             barrier.barrier_wait(pair, phase)
             take_turn(barriers, turn, mine)
             add(base, done, arrays)
-            start(base, kept, stage, arrays[0], arrays[1])
+            start(base, kept, stage, scores, grads)
             turn = give_turn(barriers, turn, mine, thread)
         hidden0 = hidden - np.int64(_u32(seen * _u32(_COLUMNS)))
         differentiate(shared, stage, arrays, hidden0, factor, before, thread)
         take_turn(barriers, turn, mine)
         add(base, stage, arrays)
         turn = give_turn(barriers, turn, mine, thread)
-        settled(arrays[4], arrays[5])
+        settled(d_k, d_v)
         hand_back(pair, where(thread)[0])
         stage, phase = following(stage, phase)
         return stage, phase, turn
@@ -239,7 +241,7 @@ def _consumer(kind: str, causal: bool, work: Callable) -> Callable:
         d_k_sums = cuda.local.array(_COUNT, np.float32)
         d_v_sums = cuda.local.array(_COUNT, np.float32)
         factors = cuda.local.array(2, np.float32)
-        arrays = scores, grads, power_words, grad_words, d_k_sums, d_v_sums
+        arrays = (scores, grads, power_words, grad_words, d_k_sums, d_v_sums)
         mine = uniform(_u32(thread >> _u32(7)))
         stage, phase, turn, tile = _u32(0), _u32(0), _u32(0), _u32(0)
         number = _u32(block_x())
@@ -277,7 +279,7 @@ MAPS = types.UniTuple(types.uint64, 4)
 
 @kernel_factory(("bf16", True, True), ("f16", False))
 def attention_key_gradients_wgmma(kind: str, causal: bool, early: bool = False):
-    """Parameters: d_k, d_v; the maps of k and v (boxes of 128 lines), q and d_out (of 64); statistics.
+    """Parameters: d_k, d_v; the maps of k and v (boxes of a block's lines), q and d_out (of a stage's); statistics.
 
     Then how many queries those have room for, queries, keys, width, k's heads, q's heads of one of k's, diagonal, tiles
     of keys in all, scale log2(e), scale. Maps are of [batch, head, token, element].

@@ -97,10 +97,11 @@ def _walker(kind: str, causal: bool) -> Callable:
     def walk(base, barriers, kept, arrays, edge, keys, seen, factor, stage, phase, turn, mine, thread):
         if seen == _u32(0):
             return stage, phase, turn
+        scores, grads, words, _, _, d_q = arrays
         pair, before, key = _u32(barriers + stage * _u32(16)), _u32(0), _u32(0)
         barrier.barrier_wait(pair, phase)
         take_turn(barriers, turn, mine)
-        start(base, kept, stage, arrays[0], arrays[1])
+        start(base, kept, stage, scores, grads)
         turn = give_turn(barriers, turn, mine, thread)
         while _u32(key + _u32(_COLUMNS)) < seen:
             differentiate(arrays, (key, edge, keys), factor, before, thread)
@@ -109,14 +110,14 @@ def _walker(kind: str, causal: bool) -> Callable:
             pair, key = _u32(barriers + stage * _u32(16)), _u32(key + _u32(_COLUMNS))
             barrier.barrier_wait(pair, phase)
             take_turn(barriers, turn, mine)
-            across(arrays[5], arrays[2], turned(place))
-            start(base, kept, stage, arrays[0], arrays[1])
+            across(d_q, words, turned(place))
+            start(base, kept, stage, scores, grads)
             turn = give_turn(barriers, turn, mine, thread)
         differentiate(arrays, (key, edge, keys), factor, before, thread)
         take_turn(barriers, turn, mine)
-        across(arrays[5], arrays[2], turned(_u32(base + stage * stage_bytes)))
+        across(d_q, words, turned(_u32(base + stage * stage_bytes)))
         turn = give_turn(barriers, turn, mine, thread)
-        settled(arrays[5])
+        settled(d_q)
         hand_back(pair, where(thread)[0])
         stage, phase = following(stage, phase)
         return stage, phase, turn
@@ -138,7 +139,7 @@ def _consumer(kind: str, causal: bool) -> Callable:
         d_q_sums = cuda.local.array(_COUNT, np.float32)
         sums = cuda.local.array(2, np.float32)
         deltas = cuda.local.array(2, np.float32)
-        arrays = scores, grads, words, sums, deltas, d_q_sums
+        arrays = (scores, grads, words, sums, deltas, d_q_sums)
         mine = uniform(_u32(thread >> _u32(7)))
         stage, phase, turn, tile = _u32(0), _u32(0), _u32(0), _u32(0)
         number = _u32(block_x())
@@ -173,7 +174,7 @@ def _consumer(kind: str, causal: bool) -> Callable:
 
 @kernel_factory(("bf16", True, True), ("f16", False))
 def attention_query_gradient_wgmma(kind: str, causal: bool, early: bool = False):
-    """Parameters: d_q; the maps of q and d_out (boxes of 128 lines), k and v (of 64); statistics.
+    """Parameters: d_q; the maps of q and d_out (boxes of a block's lines), k and v (of a stage's); statistics.
 
     Then how many queries those have room for, queries, keys, width, q's heads, those of one of k's, diagonal, tiles of
     queries in all, scale log2(e), scale. Maps are of [batch, head, token, element].

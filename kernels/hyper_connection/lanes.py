@@ -14,7 +14,6 @@ from types import SimpleNamespace
 import numpy as np
 
 from kernels import bits, warp
-from kernels.barrier import early_options, entrance
 from kernels.hyper_connection.project import exact_parts
 from kernels.hyper_connection.spread_stage import OF_X, PARTS, of_lifts, record_words, rows_of
 from kernels.hyper_connection.static import post_weight, pre_weight, sigmoid
@@ -89,11 +88,11 @@ def mixing_by_lanes(mode: str) -> Callable:
 
 
 @functools.cache
-def gradient_by_lanes(mode: str) -> SimpleNamespace:
-    """Device functions of a warp: from a logit to M's element, and the gradient of the one for that of the other.
+def gradient_by_lanes(mode: str) -> Callable:
+    """A device function of a warp: the gradient of a logit for that of M's element, of two matrices at once.
 
-    They take two matrices at once. ``kept`` has from ``at`` on four places a step, for the sample's divisors, 0 of a
-    line that the guard left as it is. Steps are gone back through as in ``kernels/sinkhorn_thread.py``.
+    ``kept`` has from ``at`` on four places a step, for the sample's divisors, 0 of a line that the guard left as it is.
+    Steps are gone back through as in ``kernels/sinkhorn_thread.py``.
     """
     softmax, scale_of, start = mode == "softmax", line_scale(mode), _start(mode)
     first = 1 if softmax else 0
@@ -115,19 +114,13 @@ def gradient_by_lanes(mode: str) -> SimpleNamespace:
         return x, g
 
     @device
-    def forth(logit, inside, kept, at, i, j, iterations, eps):
-        """M's element, and the softmax's part of the logit's."""
+    def back(logit, d_mixing, inside, kept, at, i, j, iterations, eps):
         x, share = start(logit, inside, eps)
         for iteration in range(iterations):
             if not softmax or iteration > 0:
                 x = step_forth(x, kept, at, 2 * iteration, True, i, j, eps)
             x = step_forth(x, kept, at, 2 * iteration + 1, False, i, j, eps)
         warp.sync_warp()
-        return x, share
-
-    @device
-    def back(logit, d_mixing, x, share, inside, kept, at, i, j, iterations, eps):
-        """The gradient of the logit, from what ``forth`` gave and left."""
         g = d_mixing * x if inside else np.float32(0)
         for after in range(iterations):
             step = 2 * (iterations - 1 - after)
@@ -139,7 +132,7 @@ def gradient_by_lanes(mode: str) -> SimpleNamespace:
             return g - share * line_sum(g, 1)
         return np.float32(0) if logit > np.float32(MAX_EXPONENT) else g
 
-    return SimpleNamespace(forth=forth, back=back)
+    return back
 
 
 @functools.cache
@@ -194,8 +187,8 @@ def along_lanes(n: int) -> SimpleNamespace:
     return SimpleNamespace(place=place, taken=taken, owner=owner, factor=factor, logit=logit, cell=cell)
 
 
-@kernel_factory(("exp", 1), ("exp", 2), ("exp", 4), ("softmax", 4), ("exp", 4, True))
-def sample_weights_by_lanes(mode, n, early=False):
+@kernel_factory(("exp", 1), ("exp", 2), ("exp", 4), ("softmax", 4))
+def sample_weights_by_lanes(mode, n):
     """Lines of ``projected`` and of mixing weights from parts of P and of the sum of squares; half a warp a sample.
 
     Parameters: parts, alpha, bias, projected, weights, splits, B, flat, iterations, eps. ``parts`` [splits, B,
@@ -203,7 +196,7 @@ def sample_weights_by_lanes(mode, n, early=False):
     """
     outputs, along, project, s_pre = n * (n + 2), along_lanes(n), mixing_by_lanes(mode), pre_weight(mode)
     place, taken, logit_of, cell_of = along.place, along.taken, along.logit, along.cell
-    slots, enter = -(-(outputs + 1) // LANES), entrance(early)
+    slots = -(-(outputs + 1) // LANES)
 
     @device
     def total_of(parts, at, splits, stride):
@@ -219,7 +212,6 @@ def sample_weights_by_lanes(mode, n, early=False):
         return total
 
     def kernel(parts, alpha, bias, projected, weights, splits, batch, flat, iterations, eps):
-        enter()
         p = cuda.local.array(slots, np.float32)
         logits = cuda.local.array(slots, np.float32)
         half, k = place()
@@ -245,7 +237,7 @@ def sample_weights_by_lanes(mode, n, early=False):
         if there and inside:
             weights[to + np.int64(e)] = x
 
-    return kernel, (f32p,) * 5 + (i64, i64, i64, i64, f32), {"threads": WARP * WARPS} | early_options(early)
+    return kernel, (f32p,) * 5 + (i64, i64, i64, i64, f32), {"threads": WARP * WARPS}
 
 
 @functools.cache
@@ -310,19 +302,16 @@ def _write_lifts(n: int) -> Callable:
     return write
 
 
-@kernel_factory(
-    ("exp", 1, WARPS), ("exp", 2, WARPS), ("exp", 4, WARPS), ("softmax", 4, FEWER_WARPS), ("exp", 4, WARPS, True)
-)
-def sample_weights_by_lanes_backward(mode, n, warps, early=False):
+@kernel_factory(("exp", 1, WARPS), ("exp", 2, WARPS), ("exp", 4, WARPS), ("softmax", 4, FEWER_WARPS))
+def sample_weights_by_lanes_backward(mode, n, warps):
     """From the gradients of mixing weights to the records' lifts, and sums for the gradients of bias and alpha.
 
     Parameters: projected, alpha, bias, shares, records, parts, B, iterations, eps, flat. ``shares`` [B, n (n + 2)];
     what ``records`` hold is said in ``spread_stage.py``, lifts being alpha d_logits / r, and that of x
     -sum(d_logits alpha P) / (r**3 flat); where blocks go beyond the last sample lifts are zero. ``parts`` [blocks,
-    n (n + 2) + 3]. The launch before makes shares and records alone: an ``early`` kernel waits for them with M made.
+    n (n + 2) + 3].
     """
-    outputs, along, sinkhorn, record = n * (n + 2), along_lanes(n), gradient_by_lanes(mode), record_words(n, True)
-    forth, back, enter = sinkhorn.forth, sinkhorn.back, entrance(early)
+    outputs, along, back, record = n * (n + 2), along_lanes(n), gradient_by_lanes(mode), record_words(n, True)
     slots, place, taken, logit_of, cell_of = -(-rows_of(n) // LANES), along.place, along.taken, along.logit, along.cell
     factor, owner_of = along.factor, along.owner
     write_parts, write_lifts, sums_length = _block_parts(n, warps), _write_lifts(n), warps * WARP
@@ -352,11 +341,10 @@ def sample_weights_by_lanes_backward(mode, n, warps, early=False):
             p = projected[line + np.int64(e)] if e < np.uint32(outputs) else np.float32(0)
             logits[s], ratio[s] = logit_of(p, root, alpha, bias, e), p / root
         i, j, inside, e = cell_of(k)
-        logit, at = taken(logits, slots, e, half), own * np.int64(2 * MOST_STREAMS) * iterations
-        m, share = forth(logit, inside, kept, at, i, j, iterations, eps)
-        enter()
-        d_mixing = shares[to + np.int64(e)]
-        of_mixing = back(logit, d_mixing, m, share, inside, kept, at, i, j, iterations, eps)
+        of_mixing = back(
+            taken(logits, slots, e, half), shares[to + np.int64(e)], inside, kept,
+            own * np.int64(2 * MOST_STREAMS) * iterations, i, j, iterations, eps,
+        )  # fmt: skip
         pull = np.float32(0)
         for s in range(slots):
             e = np.uint32(k + np.uint32(LANES * s))
@@ -377,4 +365,4 @@ def sample_weights_by_lanes_backward(mode, n, warps, early=False):
             records[b * np.int64(record) + np.int64(OF_X)] = -(pull / (root * np.float32(flat)))
         write_parts(d, ratio, k, sums, parts)
 
-    return kernel, (f32p,) * 6 + (i64, i64, f32, i64), {"threads": WARP * warps} | early_options(early)
+    return kernel, (f32p,) * 6 + (i64, i64, f32, i64), {"threads": WARP * warps}

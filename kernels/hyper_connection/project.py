@@ -15,7 +15,6 @@ from types import SimpleNamespace
 import numpy as np
 
 from kernels import bits, memory, tensor_core, warp
-from kernels.barrier import early_options, entrance
 from kernels.elements import ELEMENTS
 from kernels.simulator import WARP
 from kernels.target import SIMULATOR, cuda, device, f32p, i64, kernel_factory
@@ -75,15 +74,15 @@ def _sum_of_squares() -> Callable:
     return add
 
 
-@kernel_factory(("bf16", 4), ("f32", 4), ("bf16", 1), ("bf16", 8), ("bf16", 4, True))
-def project_tile(projection, n, early=False):
+@kernel_factory(("bf16", 4), ("f32", 4), ("bf16", 1), ("bf16", 8))
+def project_tile(projection, n):
     """Parts of P and of the sum of squares, [splits, B, n (n + 2) + 1]; grid (blocks of samples, splits).
 
     Parameters: x, rows, parts, flat, B, steps, with ``steps`` how many STEPs of k a split takes.
     """
     outputs = n * (n + 2)
     tiles = -(-outputs // _TILE)
-    fragments, add_squares, enter = _fragments(projection), _sum_of_squares(), entrance(early)
+    fragments, add_squares = _fragments(projection), _sum_of_squares()
     fetch_rows, of_rows = fragments.fetch, fragments.parts
     row_words, sums, a_words = 4 * of_rows, 4 * tiles, 8 * _AHEAD
 
@@ -110,7 +109,6 @@ def project_tile(projection, n, early=False):
                 acc[c], acc[c + 1], acc[c + 2], acc[c + 3] = r0, r1, r2, r3
 
     def kernel(x, rows, parts, flat, batch, steps):
-        enter()
         acc = cuda.local.array(sums, np.float32)
         a = cuda.local.array(a_words, np.uint32)
         b = cuda.local.array(row_words, np.uint32)
@@ -150,5 +148,4 @@ def project_tile(projection, n, early=False):
                     parts[at + np.int64(outputs)] = squares if half == 0 else lower_squares
 
     pointer = ELEMENTS["bf16"].pointer
-    parameters = (pointer, ELEMENTS[projection].pointer, f32p, i64, i64, i64)
-    return kernel, parameters, {"threads": WARP * WARPS} | early_options(early)
+    return kernel, (pointer, ELEMENTS[projection].pointer, f32p, i64, i64, i64), {"threads": WARP * WARPS}

@@ -16,7 +16,6 @@ from types import SimpleNamespace
 import numpy as np
 
 from kernels import memory, tensor_core, warp
-from kernels.barrier import early_options, entrance
 from kernels.elements import ELEMENTS
 from kernels.hyper_connection.project import exact_parts
 from kernels.hyper_connection.spread_stage import (
@@ -260,12 +259,12 @@ def _streams(role: str, projection: str | None, n: int, j: int) -> Callable:
 
 _EXAMPLES = (
     ("full", "bf16", "bf16", 4), ("full", "f32", "f32", 4), ("full", "bf16", "f32", 3), ("full", None, "bf16", 4),
-    ("pre", "bf16", "bf16", 4), ("pre", "f32", None, 1), ("full", "bf16", "bf16", 4, True),
+    ("pre", "bf16", "bf16", 4), ("pre", "f32", None, 1),
 )  # fmt: skip
 
 
 @kernel_factory(*_EXAMPLES)
-def spread_tile(role, projection, gamma_element, n, early=False):
+def spread_tile(role, projection, gamma_element, n):
     """d_x[b, j] = carried[b, j] + s_pre[j] da[b] + rows_j^T lifts[b] + lift x[b, j]; and sums for gamma and the rows.
 
     Carried is sum_i M[i, j] d[b, i] in role "full", and d[b, j] in role "pre", where ``d_line`` [B, C] is the gradient
@@ -273,8 +272,7 @@ def spread_tile(role, projection, gamma_element, n, early=False):
     x, gamma, d, d_line, records, rows, d_x, gamma_sums, parts, C, B, steps; ``records`` are there up to a multiple of
     16 samples, with lifts of zero behind the last, ``gamma_sums`` [splits, C], written where there is a gamma,
     ``parts`` [splits, n (n + 2), n C] of the gradient of the rows, where there are any. The grid is (blocks of
-    channels, splits), a split ``steps`` of STEP samples. The launch before makes records alone: an ``early`` kernel
-    waits for them with the rest on its way.
+    channels, splits), a split ``steps`` of STEP samples.
     """
     projected, rows_kind, layout = projection is not None, projection or "bf16", Layout(role, projection, n)
     fill, of_samples, of_lifts = _fill(rows_kind, n), staged(role, projection, n), _lifts(role, rows_kind, n)
@@ -284,13 +282,14 @@ def spread_tile(role, projection, gamma_element, n, early=False):
     streams, both = _streams(role, projection, n, 0), 2 * RUN
     fetch_gamma, _, gamma_pointer = gamma_runs(gamma_element, 1)
     gamma_words, normalised = ELEMENTS[gamma_element or "f32"].words, gamma_element is not None
-    of_projection, arrived, enter = rows_gradient(role, rows_kind, n), memory.copy_async_wait_all, entrance(early)
+    of_projection, arrived = rows_gradient(role, rows_kind, n), memory.copy_async_wait_all
     add_rows, store_rows, sums = of_projection.add, of_projection.store, of_projection.sums if projected else 1
 
     @device
-    def ahead(shared, stage, x, d, d_line, b, g, c, channels, batch):
+    def ahead(shared, stage, x, d, d_line, records, b, g, c, channels, batch):
         """Start the copies of 16 samples from b on, the lane's of the g-th and the one eight further."""
         end = batch - np.int64(1)
+        park_records(shared, stage, records, b)
         park(shared, stage, x, d, d_line, min(b + g, end), min(b + g + np.int64(8), end), c, channels)
 
     @device
@@ -320,7 +319,7 @@ def spread_tile(role, projection, gamma_element, n, early=False):
         c = min(of_warp + np.int64(8) * t, channels - np.int64(RUN))
         b, stage = warp.block_y() * steps * np.int64(STEP), np.uint32(0)
         last = min(batch, b + steps * np.int64(STEP))
-        ahead(shared, stage, x, d, d_line, b, g, c, channels, batch)
+        ahead(shared, stage, x, d, d_line, records, b, g, c, channels, batch)
         if projected:
             fill(shared, rows, first, channels)
         fetch_gamma(gamma, scale, 0, c)
@@ -328,16 +327,13 @@ def spread_tile(role, projection, gamma_element, n, early=False):
             of_gamma[e] = np.float32(0)
         for i in range(sums):
             of_rows[i] = np.float32(0)
-        enter()
-        park_records(shared, stage, records, b)
         while b < last:
             coming, other = b + np.int64(STEP), np.uint32(stage ^ np.uint32(1))
             arrived()
             # Records are the whole block's; and the other stage is free.
             warp.block_barrier()
             if coming < last:
-                park_records(shared, other, records, coming)
-                ahead(shared, other, x, d, d_line, coming, g, c, channels, batch)
+                ahead(shared, other, x, d, d_line, records, coming, g, c, channels, batch)
             spread(shared, stage, scale, of_gamma, d_x, b + g, c, inside, channels, batch)
             if projected:
                 add_rows(of_rows, shared, stage)
@@ -356,5 +352,4 @@ def spread_tile(role, projection, gamma_element, n, early=False):
         pointer, gamma_pointer, pointer, pointer, f32p, ELEMENTS[rows_kind].pointer, pointer, f32p, f32p, i64, i64, i64,
     )  # fmt: skip
     options = {"threads": WARP * WARPS, "shared_bytes": layout.bytes}
-    options["min_blocks"] = min(2, blocks_by_shared(layout.bytes))
-    return kernel, parameters, options | early_options(early)
+    return kernel, parameters, options | {"min_blocks": min(2, blocks_by_shared(layout.bytes))}

@@ -16,7 +16,6 @@ from types import SimpleNamespace
 import numpy as np
 
 from kernels import memory, warp
-from kernels.barrier import early_options, entrance
 from kernels.elements import ELEMENTS, parked8
 from kernels.hyper_connection.weights import static_line
 from kernels.simulator import WARP
@@ -200,21 +199,18 @@ _EXAMPLES = (
     ("full", "bf16", "bf16", 2, Shape(512, 2, 3), "exp"),
     ("pre", "bf16", "bf16", 4, Shape(512, 1, 2), "softmax"),
     ("post", "bf16", None, 4, Shape(512, 1, 2), None),
-    ("full", "bf16", "bf16", 4, Shape(160, 1, 4), None, True),
 )
 
 
 @kernel_factory(*_EXAMPLES)
-def stream(role, element, gamma_element, n, shape, static, early=False):
+def stream(role, element, gamma_element, n, shape, static):
     """A walk over samples b: roles "full", out[b] = M x[b] + s_post y[b]; "pre", out[b] = y[b]; "post", y is given.
 
     y is the RMS-normalised s_pre x[b], or s_pre x[b] itself where gamma_element is None. ``static`` is None where
     ``weights`` have a line a sample, "given" where they are one line for all, and else Sinkhorn's mode: then every
     block makes the line from h_pre, h_post and h_res, while its first samples are on their way, and in role "pre" the
-    first block writes it to ``weights``. Samples' lines of roles "full" and "pre" are made by the launch before, and
-    nothing else that is read: an ``early`` kernel waits for them with x on its way. Parameters: x, gamma, y, weights,
-    h_pre, h_post, h_res, out, C, B, blocks, iterations, eps; ``y`` [B, C] is read in role "post", gamma where there is
-    one.
+    first block writes it to ``weights``. Parameters: x, gamma, y, weights, h_pre, h_post, h_res, out, C, B, blocks,
+    iterations, eps; ``y`` [B, C] is read in role "post", gamma where there is one.
     """
     per_sample, made = static is None, static not in (None, "given")
     make_line = static_line(static if made else "exp", n)
@@ -227,23 +223,18 @@ def stream(role, element, gamma_element, n, shape, static, early=False):
     store8, warps = ELEMENTS[element].store8, shape.threads // WARP
     total_of, arrived = block_sum(warps), memory.copy_async_wait(stages - 1)
     gamma_words, values_of_run = runs * ELEMENTS[gamma_element or "f32"].words, RUN * n
-    enter, samples_first = entrance(early), early and per_sample and not given
     ring_length, partials, held = (stages + 1) * count, 2 * warps, RUN * runs
 
     @device
-    def park_sample(shared, x, y, b, number, channels, batch):
-        """Start the copies of the block's number-th sample b, if there is one."""
+    def ahead(shared, ring, x, y, weights, b, number, channels, batch):
+        """Start the copies of the block's number-th sample b, if there is one; always one group."""
         if b < batch:
             stage = np.uint32(number % np.uint32(stages))
             park(shared, stage, x, b * np.int64(n) * channels, 0, n, channels, channels)
             if given:
                 park(shared, stage, y, b * channels, n, 1, channels, channels)
-
-    @device
-    def fetch_weights(ring, weights, b, number, batch):
-        """Start the copies of its weights; always ends one group."""
-        if per_sample and b < batch:
-            fetch_line(ring, weights, b * np.int64(count), number)
+            if per_sample:
+                fetch_line(ring, weights, b * np.int64(count), number)
         memory.copy_async_commit()
 
     @device
@@ -286,25 +277,18 @@ def stream(role, element, gamma_element, n, shape, static, early=False):
         a = cuda.local.array(held, np.float32)
         v = cuda.local.array(RUN, np.float32)
         b, number = warp.block_x(), np.uint32(0)
-        if samples_first:
-            for s in range(stages - 1):
-                park_sample(shared, x, y, b + np.int64(s) * blocks, np.uint32(s), channels, batch)
-        enter()
         if not per_sample and not made:
             fetch_line(ring, weights, np.int64(0), number)
         for s in range(stages - 1):
-            if not samples_first:
-                park_sample(shared, x, y, b + np.int64(s) * blocks, np.uint32(s), channels, batch)
-            fetch_weights(ring, weights, b + np.int64(s) * blocks, np.uint32(s), batch)
+            ahead(shared, ring, x, y, weights, b + np.int64(s) * blocks, np.uint32(s), channels, batch)
         if made:
             make_line(h_pre, h_post, h_res, ring, iterations, eps)
         for run in range(runs):
             if channel(run) < channels:
                 fetch_gamma(gamma, words, run, channel(run))
         while b < batch:
-            coming, sample = np.uint32(number + np.uint32(stages - 1)), b + np.int64(stages - 1) * blocks
-            park_sample(shared, x, y, sample, coming, channels, batch)
-            fetch_weights(ring, weights, sample, coming, batch)
+            coming = np.uint32(number + np.uint32(stages - 1))
+            ahead(shared, ring, x, y, weights, b + np.int64(stages - 1) * blocks, coming, channels, batch)
             arrived()
             if per_sample or number == np.uint32(0):
                 warp.block_barrier()
@@ -341,5 +325,4 @@ def stream(role, element, gamma_element, n, shape, static, early=False):
     pointer = ELEMENTS[element].pointer
     parameters = (pointer, gamma_pointer, pointer, f32p, f32p, f32p, f32p, pointer, i64, i64, i64, i64, f32)
     # More than four streams do not fit in the registers that two blocks of 512 threads leave a thread.
-    options = launch_options(element, lines, shape, most_threads=1024 if n <= 4 else 512)
-    return kernel, parameters, options | early_options(early)
+    return kernel, parameters, launch_options(element, lines, shape, most_threads=1024 if n <= 4 else 512)

@@ -15,7 +15,6 @@ from collections.abc import Callable
 import numpy as np
 
 from kernels import memory, warp
-from kernels.barrier import early_options, entrance
 from kernels.elements import ELEMENTS
 from kernels.hyper_connection.stream import (
     MOST_THREADS,
@@ -165,12 +164,11 @@ _EXAMPLES = (
     ("pre", "bf16", "bf16", 4, Shape(512, 1, 2), "given"),
     ("post", "bf16", None, 4, Shape(512, 1, 2), None),
     ("post", "f32", None, 2, Shape(160, 1, 2), None),
-    ("full", "bf16", "bf16", 4, Shape(512, 1, 2), "exp", True),
 )
 
 
 @kernel_factory(*_EXAMPLES)
-def stream_backward(role, element, gamma_element, n, shape, static, early=False):
+def stream_backward(role, element, gamma_element, n, shape, static):
     """A walk over samples: d_x[b], and the sums for the mixing weights and for gamma.
 
     Roles: "full", the whole connection, d [B, n, C] the gradient of out; "post", what comes after the sublayer, whose
@@ -196,7 +194,7 @@ def stream_backward(role, element, gamma_element, n, shape, static, early=False)
     total_of, write_sums, arrived = block_sums(warps), line_sums(count, warps), memory.copy_async_wait(stages - 1)
     gamma_words = runs * ELEMENTS[gamma_element or "f32"].words
     line_length, partials, sums_held = slots * count, 4 * warps, warps * count
-    held, gamma_held, enter = RUN * runs, RUN * runs * threads if normalised else 1, entrance(early)
+    held, gamma_held = RUN * runs, RUN * runs * threads if normalised else 1
 
     @device
     def own(e):
@@ -221,7 +219,6 @@ def stream_backward(role, element, gamma_element, n, shape, static, early=False)
         x, gamma, d, extra, weights, h_pre, h_post, h_res, d_x, d_y, sums, gamma_sums, first, channels, stride, row,
         batch, blocks, iterations, eps,
     ):  # fmt: skip
-        enter()
         shared = cuda.shared.array(0, np.uint16, alignment=128)
         line = cuda.shared.array(line_length, np.float32)
         partial = cuda.shared.array(partials, np.float32)
@@ -318,5 +315,4 @@ def stream_backward(role, element, gamma_element, n, shape, static, early=False)
         pointer, gamma_pointer, pointer, pointer, f32p, f32p, f32p, f32p, pointer, pointer, f32p, f32p, i64, i64, i64,
         i64, i64, i64, i64, f32,
     )  # fmt: skip
-    options = launch_options(element, 2 * n + has_extra, shape, gamma_held * 4, MOST_THREADS)
-    return kernel, parameters, options | early_options(early)
+    return kernel, parameters, launch_options(element, 2 * n + has_extra, shape, gamma_held * 4, MOST_THREADS)

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from kernels import memory, warp
-from kernels.barrier import early_options, entrance
 from kernels.elements import ELEMENTS, parked8
 from kernels.hyper_connection.spread_stage import OF_PULL, OF_ROOT, OF_WEIGHTS
 from kernels.hyper_connection.stream import RUN, gamma_runs
@@ -169,9 +168,8 @@ def _add_run(role: str, element: str, gamma_element: str | None, n: int, threads
 @kernel_factory(
     ("full", "bf16", "bf16", 4, Crew(1, 4)), ("full", "f32", "f32", 1, Crew(2, 1)),
     ("pre", "bf16", "bf16", 4, Crew(5, 1)), ("pre", "bf16", None, 4, Crew(1, 4)),
-    ("full", "bf16", "bf16", 4, Crew(1, 4), True),
 )  # fmt: skip
-def stream_shares(role, element, gamma_element, n, crew, early=False):
+def stream_shares(role, element, gamma_element, n, crew):
     """Of every sample: the gradient [B, n (n + 2)] of s_pre, s_post and M, and its record but for lifts.
 
     Roles: "full", d [B, n, C] is the gradient of out; "pre", d [B, C] is that of the aggregate, and ``more`` [B, n (n +
@@ -184,7 +182,7 @@ def stream_shares(role, element, gamma_element, n, crew, early=False):
     lines, of_d, normalised = (2 * n, n, gamma_element is not None) if full else (n + 1, 1, gamma_element is not None)
     (park_run, _), (fetch_gamma, unpack_gamma, gamma_pointer) = parked8(element, threads), gamma_runs(gamma_element, 1)
     add_run, scatter = _add_run(role, element, gamma_element, n, threads), _scatter_sums()
-    finish, arrived, enter = _finish(role, n, normalised), memory.copy_async_wait(STAGES - 1), entrance(early)
+    finish, arrived = _finish(role, n, normalised), memory.copy_async_wait(STAGES - 1)
     gamma_words, held, sums_length = ELEMENTS[gamma_element or "f32"].words, 2 * n, parts * samples * WARP
     read = held if full else n
 
@@ -220,7 +218,6 @@ def stream_shares(role, element, gamma_element, n, crew, early=False):
         return value
 
     def kernel(x, gamma, d, weights, more, shares, records, pitch, stride, channels, batch, steps, eps):
-        enter()
         shared = cuda.shared.array(0, np.uint16, alignment=128)
         sums = cuda.shared.array(sums_length, np.float32)
         words = cuda.local.array(gamma_words, np.uint32)
@@ -261,5 +258,4 @@ def stream_shares(role, element, gamma_element, n, crew, early=False):
     parameters = (pointer, gamma_pointer, pointer, f32p, f32p, f32p, f32p, i64, i64, i64, i64, i64, f32)
     nbytes = STAGES * lines * threads * ELEMENTS[element].words * 4
     resident = min(MOST_WARPS * WARP // threads, blocks_by_shared(nbytes + 4 * sums_length))
-    options = {"threads": threads, "shared_bytes": nbytes, "min_blocks": max(1, resident)}
-    return kernel, parameters, options | early_options(early)
+    return kernel, parameters, {"threads": threads, "shared_bytes": nbytes, "min_blocks": max(1, resident)}

@@ -8,7 +8,6 @@ from collections.abc import Callable
 import numpy as np
 
 from kernels import warp
-from kernels.barrier import early_options, entrance
 from kernels.hyper_connection.lanes import MOST_STREAMS, along_lanes, gradient_by_lanes
 from kernels.hyper_connection.static import THREADS, sigmoid
 from kernels.simulator import WARP
@@ -103,20 +102,19 @@ def sum_parts():
     return kernel, (f32p, f32p, f32p, i64, i64, i64), {"threads": THREADS}
 
 
-@kernel_factory((), (True,))
-def sum_gradients(early=False):
+@kernel_factory(())
+def sum_gradients():
     """The sums over parts for the gradients of a dynamic H: of its projection, of bias and alpha, and of gamma.
 
     Parameters: parts, of_weights, gamma_sums, d_projection, d_bias, d_alpha, d_gamma, width, m, C, splits, blocks:
     ``parts`` [splits, width], ``of_weights`` [blocks, m + 3], m of them bias's, ``gamma_sums`` [splits, C], C 0 where
     there is no gamma. The first block takes bias and alpha, then 32 channels a block gamma's, the others the rest.
     """
-    total_of, enter = _column_sum(GROUPS), entrance(early)
+    total_of = _column_sum(GROUPS)
 
     def kernel(
         parts, of_weights, gamma_sums, d_projection, d_bias, d_alpha, d_gamma, width, m, channels, splits, blocks
     ):
-        enter()
         partial = cuda.shared.array(THREADS, np.float32)
         thread, block = np.int64(warp.thread_index()), warp.block_x()
         lane, of_gamma = thread % np.int64(WARP), (channels + np.int64(WARP - 1)) // np.int64(WARP)
@@ -136,32 +134,25 @@ def sum_gradients(early=False):
             if column < width:
                 d_projection[column] = strided_sum(parts, column, np.int64(0), splits, 1, width)
 
-    return kernel, (f32p,) * 7 + (i64,) * 5, {"threads": THREADS} | early_options(early)
+    return kernel, (f32p,) * 7 + (i64,) * 5, {"threads": THREADS}
 
 
-@kernel_factory(("exp", 2, False), ("exp", 4, False), ("softmax", 4, True), ("exp", 4, False, True))
-def finish_static(mode, n, added, early=False):
+@kernel_factory(("exp", 2, False), ("exp", 4, False), ("softmax", 4, True))
+def finish_static(mode, n, added):
     """The sums of the blocks' sums, and back through the mixing weights.
 
     Where they are ``added`` to the gradient of the weights by another way, ``more`` [n (n + 2)], it is read.
     Parameters: sums, gamma_sums, more, h_pre, h_post, h_res, d_gamma, d_h_pre, d_h_post, d_h_res, rows, gamma_rows, C,
     iterations, eps. Blocks from the second on take 32 channels of gamma each; the first takes the mixing weights, with
-    the shared memory of ``kept_bytes`` for one warp. The launch before makes sums alone: an ``early`` kernel waits for
-    them with M made.
+    the shared memory of ``kept_bytes`` for one warp.
     """
-    sinkhorn, along, count, total_of = gradient_by_lanes(mode), along_lanes(n), n * (n + 2), _column_sum(GROUPS)
-    forth, back, place, cell, enter = sinkhorn.forth, sinkhorn.back, along.place, along.cell, entrance(early)
+    back, along, count, total_of = gradient_by_lanes(mode), along_lanes(n), n * (n + 2), _column_sum(GROUPS)
+    place, cell = along.place, along.cell
 
     @device
-    def of_lane():
-        """Where the lane's divisors begin over iterations, its row, its column, whether it has one, and its weight."""
-        half, k = place()
-        i, j, inside, e = cell(k)
-        return np.int64(half) * np.int64(2 * MOST_STREAMS), i, j, inside, e
-
-    @device
-    def of_weights(total, m, share, h_pre, h_post, h_res, d_h_pre, d_h_post, d_h_res, kept, iterations, eps):
+    def of_weights(total, h_pre, h_post, h_res, d_h_pre, d_h_post, d_h_res, iterations, eps):
         """Of one warp, whose lanes have the gradient of a weight each."""
+        kept = cuda.shared.array(0, np.float32)
         lane = np.int64(warp.thread_index())
         if lane < np.int64(n):
             s = sigmoid(h_pre[lane])
@@ -169,10 +160,11 @@ def finish_static(mode, n, added, early=False):
         elif lane < np.int64(2 * n):
             s = sigmoid(h_post[lane - np.int64(n)])
             d_h_post[lane - np.int64(n)] = total * np.float32(2) * s * (np.float32(1) - s)
-        own, i, j, inside, e = of_lane()
-        at, d_mixing = np.int64(e) - np.int64(2 * n), warp.shuffle_from(total, e)
-        found = back(h_res[at], d_mixing, m, share, inside, kept, own * iterations, i, j, iterations, eps)
-        if inside and own == np.int64(0):
+        half, k = place()
+        i, j, inside, e = cell(k)
+        at, own = np.int64(e) - np.int64(2 * n), np.int64(half) * np.int64(2 * MOST_STREAMS) * iterations
+        found = back(h_res[at], warp.shuffle_from(total, e), inside, kept, own, i, j, iterations, eps)
+        if inside and half == np.uint32(0):
             d_h_res[at] = found
 
     def kernel(
@@ -180,14 +172,8 @@ def finish_static(mode, n, added, early=False):
         iterations, eps,
     ):  # fmt: skip
         partial = cuda.shared.array(THREADS, np.float32)
-        kept = cuda.shared.array(0, np.float32)
         thread = np.int64(warp.thread_index())
-        lane, m, share = thread % np.int64(WARP), np.float32(0), np.float32(0)
-        if warp.block_x() == np.int64(0) and thread < np.int64(WARP):
-            own, i, j, inside, e = of_lane()
-            logit = h_res[np.int64(e) - np.int64(2 * n)]
-            m, share = forth(logit, inside, kept, own * iterations, i, j, iterations, eps)
-        enter()
+        lane = thread % np.int64(WARP)
         if warp.block_x() > np.int64(0):
             c = (warp.block_x() - np.int64(1)) * np.int64(WARP) + lane
             total = total_of(gamma_sums, c, channels, gamma_rows, partial)
@@ -198,6 +184,6 @@ def finish_static(mode, n, added, early=False):
             if added and lane < np.int64(count):
                 total += more[lane]
             if thread < np.int64(WARP):
-                of_weights(total, m, share, h_pre, h_post, h_res, d_h_pre, d_h_post, d_h_res, kept, iterations, eps)
+                of_weights(total, h_pre, h_post, h_res, d_h_pre, d_h_post, d_h_res, iterations, eps)
 
-    return kernel, (f32p,) * 10 + (i64, i64, i64, i64, f32), {"threads": THREADS} | early_options(early)
+    return kernel, (f32p,) * 10 + (i64, i64, i64, i64, f32), {"threads": THREADS}

@@ -8,8 +8,6 @@ import numpy as np
 
 from kernels.sinkhorn import EXTENTS
 from plans.core import (
-    ArchSku,
-    Device,
     ElementKind,
     InvalidProblem,
     MathPrecision,
@@ -67,11 +65,6 @@ def refuses_kinds(batch: int, n_streams: int, **kinds: ElementKind | None) -> st
     if n_streams > EXTENTS[-1]:
         return f"takes 1 to {EXTENTS[-1]} streams, not {n_streams}"
     return "" if batch < _BLOCKS else "takes fewer than 2**31 samples"
-
-
-def begins_early(device: Device) -> bool:
-    """Whether launches take their places while the ones before them end (docs/architecture.md, "Early launches")."""
-    return device.arch >= ArchSku.SM90A.value
 
 
 def static_operands(n: int) -> tuple[Operand, ...]:

@@ -15,14 +15,7 @@ from kernels.hyper_connection import project as project_kernel
 from kernels.hyper_connection import weights as weights_kernel
 from kernels.sinkhorn_thread import THREADS
 from plans.core import Device, ElementKind, Workspace
-from plans.hyper_connection.common import (
-    KINDS,
-    NamedArguments,
-    begins_early,
-    scratch_bytes,
-    scratch_pointers,
-    weights_count,
-)
+from plans.hyper_connection.common import KINDS, NamedArguments, scratch_bytes, scratch_pointers, weights_count
 from plans.hyper_connection.stream import Launch, Stream, refuses_stream, shape_of, stream_units
 from plans.sinkhorn import sinkhorn_units, units_by_thread
 
@@ -84,19 +77,16 @@ DERIVATION = (
 class FastWeights:
     """Two launches: parts of the projection, then ``projected`` and ``mixing``; of the plans whose H is dynamic."""
 
-    def __init__(self, descriptor: Any, device: Device) -> None:
-        self.descriptor, early = descriptor, begins_early(device)
-        d, (self.splits, self.steps) = descriptor, split_of(descriptor)
-        made = project_kernel.project_tile(d.projection.value, d.n_streams, early)
+    def __init__(self, descriptor: Any) -> None:
+        self.descriptor = d = descriptor
+        self.splits, self.steps = split_of(d)
+        made = project_kernel.project_tile(d.projection.value, d.n_streams)
         self.project = made.launcher((-(-d.batch // project_kernel.SAMPLES), self.splits, 1))
         if _by_lanes(d):
-            weigh, samples = (
-                lanes_kernel.sample_weights_by_lanes(d.mode.value, d.n_streams, early),
-                lanes_kernel.samples_of(lanes_kernel.WARPS),
-            )
+            weigh, samples = lanes_kernel.sample_weights_by_lanes, lanes_kernel.samples_of(lanes_kernel.WARPS)
         else:
-            weigh, samples = weights_kernel.sample_weights_by_thread(d.mode.value, d.n_streams), THREADS
-        self.weigh = weigh.launcher((-(-d.batch // samples), 1, 1))
+            weigh, samples = weights_kernel.sample_weights_by_thread, THREADS
+        self.weigh = weigh(d.mode.value, d.n_streams).launcher((-(-d.batch // samples), 1, 1))
 
     def bind(self, args: NamedArguments, parts: Any, logits: Any) -> list[Launch]:
         """Both launches."""
@@ -113,7 +103,7 @@ class DynamicStreamProgram:
 
     def __init__(self, descriptor: Any, device: Device) -> None:
         self.descriptor = d = descriptor
-        self.weights = FastWeights(d, device)
+        self.weights = FastWeights(d)
         self.stream = Stream("full", d.element, d.gamma, d.shape, None, device)
 
     def bind(self, args: NamedArguments, workspace: Workspace) -> list[Launch]:
@@ -128,7 +118,7 @@ class DynamicPreProgram:
 
     def __init__(self, descriptor: Any, device: Device) -> None:
         self.descriptor = d = descriptor
-        self.weights = FastWeights(d, device)
+        self.weights = FastWeights(d)
         self.stream = Stream("pre", d.element, d.gamma, d.shape, None, device)
 
     def bind(self, args: NamedArguments, workspace: Workspace) -> list[Launch]:

@@ -19,14 +19,7 @@ from kernels.hyper_connection.static import THREADS
 from kernels.hyper_connection.sums import GROUPS, sum_gradients
 from kernels.simulator import WARP
 from plans.core import Device, ElementKind, Workspace
-from plans.hyper_connection.common import (
-    KINDS,
-    NamedArguments,
-    begins_early,
-    scratch_bytes,
-    scratch_pointers,
-    weights_count,
-)
+from plans.hyper_connection.common import KINDS, NamedArguments, scratch_bytes, scratch_pointers, weights_count
 from plans.hyper_connection.stream import Launch, refuses_stream
 from plans.sinkhorn import gradient_units, gradient_units_by_thread
 
@@ -135,16 +128,16 @@ class DynamicStreamBackwardProgram:
         self.role, self.descriptor = role, descriptor
         d, n, m, channels = descriptor, descriptor.n_streams, weights_count(descriptor.n_streams), descriptor.hidden_dim
         gamma, self.of_gamma = (None, 0) if d.gamma is None else (d.gamma.value, channels)
-        (crew, self.steps), warps, early = crew_of(d), _lane_warps(d), begins_early(device)
-        made = shares_kernel.stream_shares(role, d.element.value, gamma, n, crew, early)
+        (crew, self.steps), warps = crew_of(d), _lane_warps(d)
+        made = shares_kernel.stream_shares(role, d.element.value, gamma, n, crew)
         self.shares = made.launcher((-(-d.batch // crew.samples), 1, 1))
-        unwind = lanes_kernel.sample_weights_by_lanes_backward(d.mode.value, n, warps, early)
+        unwind = lanes_kernel.sample_weights_by_lanes_backward(d.mode.value, n, warps)
         kept = lanes_kernel.kept_bytes(warps, d.sinkhorn_iters)
         self.unwind = unwind.launcher((_weight_blocks(d), 1, 1), kept)
-        spread = spread_tile(role, d.projection.value, gamma, n, early)
+        spread = spread_tile(role, d.projection.value, gamma, n)
         self.spread = spread.launcher((*spread_grid(d)[:2], 1))
         of_projection = -(-m * n * channels // THREADS)
-        self.sum = sum_gradients(early).launcher((1 + -(-self.of_gamma // WARP) + of_projection, 1, 1))
+        self.sum = sum_gradients().launcher((1 + -(-self.of_gamma // WARP) + of_projection, 1, 1))
 
     def bind(self, args: NamedArguments, workspace: Workspace) -> list[Launch]:
         """All launches."""

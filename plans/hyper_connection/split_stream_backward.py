@@ -16,7 +16,7 @@ from kernels.hyper_connection.lanes import kept_bytes
 from kernels.hyper_connection.sums import finish_static, sum_parts
 from kernels.simulator import WARP
 from plans.core import Device, Workspace
-from plans.hyper_connection.common import NamedArguments, begins_early, scratch_bytes, scratch_pointers, weights_count
+from plans.hyper_connection.common import NamedArguments, scratch_bytes, scratch_pointers, weights_count
 from plans.hyper_connection.stream import Launch, refuses_stream
 from plans.hyper_connection.stream_backward import blocks_for
 from plans.sinkhorn import gradient_units, gradient_units_by_thread
@@ -128,8 +128,7 @@ class PostStreamProgram:
     def __init__(self, descriptor: Any, most_bytes: int, device: Device) -> None:
         self.descriptor, self.most_bytes = descriptor, most_bytes
         d, n, shape = descriptor, descriptor.n_streams, _shape(descriptor, most_bytes)
-        static = None if d.per_sample else "given"
-        made = kernel.stream_backward("post", d.element.value, None, n, shape, static, begins_early(device))
+        made = kernel.stream_backward("post", d.element.value, None, n, shape, None if d.per_sample else "given")
         resident = device.multiprocessors * made.min_blocks
         self.blocks = min(d.batch, resident) if d.per_sample else _blocks(d, most_bytes)
         self.stream = made.launcher((self.blocks, 1, 1))
@@ -172,13 +171,13 @@ class PreStreamProgram:
     def __init__(self, descriptor: Any, most_bytes: int, device: Device) -> None:
         self.descriptor, self.most_bytes = descriptor, most_bytes
         d, n, shape = descriptor, descriptor.n_streams, _shape(descriptor, most_bytes)
-        gamma, early = None if d.gamma is None else d.gamma.value, begins_early(device)
+        gamma = None if d.gamma is None else d.gamma.value
         self.blocks = _blocks(d, most_bytes)
-        made = kernel.stream_backward("pre", d.element.value, gamma, n, shape, "given", early)
+        made = kernel.stream_backward("pre", d.element.value, gamma, n, shape, "given")
         self.stream = made.launcher((self.blocks, 1, 1))
         of_gamma = 0 if gamma is None else -(-d.hidden_dim // WARP)
         kept = kept_bytes(1, d.sinkhorn_iters)
-        self.finish = finish_static(d.mode.value, n, True, early).launcher((1 + of_gamma, 1, 1), kept)
+        self.finish = finish_static(d.mode.value, n, True).launcher((1 + of_gamma, 1, 1), kept)
 
     def bind(self, args: NamedArguments, workspace: Workspace) -> list[Launch]:
         """The launches."""

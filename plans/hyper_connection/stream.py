@@ -14,7 +14,7 @@ import numpy as np
 from kernels.hyper_connection import stream as kernel
 from kernels.sinkhorn_thread import MAX_N
 from plans.core import Device, ElementKind, Workspace
-from plans.hyper_connection.common import KINDS, begins_early
+from plans.hyper_connection.common import KINDS
 from plans.sinkhorn import SinkhornDescriptor, SinkhornMode, refuses_by_thread
 
 ALIGNMENT = 16
@@ -75,8 +75,7 @@ class Stream:
     ) -> None:
         batch, n, channels = shape
         block = shape_of(element, n + (role == "post"), channels)
-        kinds = (element.value, gamma.value if gamma else None)
-        made = kernel.stream(role, *kinds, n, block, static, begins_early(device))
+        made = kernel.stream(role, element.value, gamma.value if gamma else None, n, block, static)
         blocks = min(batch, blocks or device.multiprocessors * made.min_blocks)
         self._launch, self._sizes = made.launcher((blocks, 1, 1)), (channels, batch, blocks)
 

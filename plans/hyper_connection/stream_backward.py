@@ -15,7 +15,7 @@ from kernels.hyper_connection.lanes import kept_bytes
 from kernels.hyper_connection.sums import finish_static
 from kernels.simulator import WARP
 from plans.core import Device, ElementKind, Workspace
-from plans.hyper_connection.common import begins_early, scratch_bytes, scratch_pointers, weights_count
+from plans.hyper_connection.common import scratch_bytes, scratch_pointers, weights_count
 from plans.hyper_connection.stream import Launch, refuses_stream
 from plans.sinkhorn import (
     SinkhornDescriptor,
@@ -99,14 +99,14 @@ def units(d: Any, most_bytes: int, counted: float) -> float:
 class StreamBackwardProgram:
     """Two launches: all samples, then the sums over blocks and back through the mixing weights."""
 
-    def __init__(self, descriptor: Any, most_bytes: int, blocks: int | None = None, early: bool = False) -> None:
+    def __init__(self, descriptor: Any, most_bytes: int, blocks: int | None = None) -> None:
         self.descriptor, self.most_bytes = descriptor, most_bytes
         d, n, mode = descriptor, descriptor.n_streams, SinkhornMode.EXP.value
         shape, usual = _settings(d, most_bytes)
         self.blocks = min(usual, blocks or usual)
-        made = kernel.stream_backward("full", d.element.value, d.gamma.value, n, shape, mode, early)
+        made = kernel.stream_backward("full", d.element.value, d.gamma.value, n, shape, mode)
         self.stream = made.launcher((self.blocks, 1, 1))
-        self.finish = finish_static(mode, n, False, early).launcher(
+        self.finish = finish_static(mode, n, False).launcher(
             (1 + -(-d.hidden_dim // WARP), 1, 1), kept_bytes(1, d.sinkhorn_iters)
         )
 
@@ -140,6 +140,6 @@ def build(most_bytes: int) -> Any:
     """What a SKU with so much shared memory builds."""
 
     def program(descriptor: Any, device: Device) -> StreamBackwardProgram:
-        return StreamBackwardProgram(descriptor, most_bytes, early=begins_early(device))
+        return StreamBackwardProgram(descriptor, most_bytes)
 
     return program

@@ -89,6 +89,10 @@ class MatmulProgram:
             (a.strides[-2], b.strides[-2], _batch_stride(a), _batch_stride(b)) for a, b in descriptor.segment_operands
         )
 
+    def spare(self) -> tuple[int, float]:
+        """Multiprocessors, in pairs, that a launch before may keep, and for how many cycles; none where unknown."""
+        return 0, 0.0
+
     def result_arguments(self, args: SegmentedMatmulArgs) -> tuple:
         """Pointer, rows, columns, row stride and batch stride of the result."""
         return (args.out.data, *self.result)

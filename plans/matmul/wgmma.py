@@ -221,7 +221,7 @@ class WgmmaProgram(MatmulProgram):
         return self.device.multiprocessors - busy * self.tile.cluster, cycles
 
     def spare(self) -> tuple[int, float]:
-        """Multiprocessors, in pairs, that a launch before may keep, and for how many cycles: they have a tile less."""
+        """Those with a tile less, for as long as one takes."""
         if self.empty:
             return 0, 0.0
         idle, cycles = self.idle_multiprocessors()
