@@ -20,7 +20,7 @@ from kernels.wgmma import DEPTH
 from plans.core.device import Device
 from plans.core.tensor_map import Box, map_address
 from plans.matmul.descriptor import SegmentedMatmulArgs, SegmentedMatmulDescriptor
-from plans.matmul.program import element_offset
+from plans.matmul.program import MatmulProgram, element_offset
 from plans.matmul.streamed import blocks_beside, rows_map, stream_of
 
 UNIT = 8
@@ -134,14 +134,16 @@ class PortableInner(_Launch):
 
 
 class StreamedInner(_Launch):
-    """By TMA; beside the product that follows, ``second``, where that leaves multiprocessors idle for long enough."""
+    """By TMA; beside the product, ``second``, where that follows and leaves multiprocessors idle for long enough."""
 
     reads_addresses = True
 
-    def __init__(self, descriptor: SegmentedMatmulDescriptor, inner: Inner, device: Device, second: Any) -> None:
+    def __init__(
+        self, descriptor: SegmentedMatmulDescriptor, inner: Inner, device: Device, second: MatmulProgram | None
+    ) -> None:
         super().__init__(descriptor, inner, device)
         shape = descriptor.m, self.results, inner.width
-        beside = blocks_beside(second, device, *shape, self.segment.k)
+        beside = blocks_beside(second, device, *shape, self.segment.k) if second else 0
         self.stream = stream_of(*shape, device.multiprocessors, beside)
         kernel = low_rank_streamed(self.segment.a.value, inner.tiles, self.stream.tile, self.whole)
         self.launch = kernel.launcher((self.stream.blocks, 1, 1), overlaps=True)

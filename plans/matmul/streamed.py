@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from kernels.matmul.streamed_tile import GROUP_ROWS, StreamTile
 from kernels.wgmma import DEPTH
@@ -10,6 +10,7 @@ from plans.core.device import Device
 from plans.core.operand import Operand
 from plans.core.tensor import TensorRef
 from plans.core.tensor_map import Box, map_address
+from plans.matmul.program import MatmulProgram
 
 _UNIT = 8
 _MOST_ROWS, _MOST_PAIRED = 4 * GROUP_ROWS, 2 * GROUP_ROWS
@@ -65,16 +66,13 @@ def stream_of(
     return Stream(tile, height, tiles, results * tiles, blocks)
 
 
-def blocks_beside(second: Any, device: Device, rows: int, results: int, columns: int, depth: int) -> int:
-    """Multiprocessors, in pairs, that a program of a product leaves idle in its last round of tiles.
+def blocks_beside(second: MatmulProgram, device: Device, rows: int, results: int, columns: int, depth: int) -> int:
+    """Multiprocessors, in pairs, that a product leaves idle in its last round of tiles.
 
     0 where a narrow product before it would end sooner, all in all, on all of them: the first tiles of the others need
     its result in the end.
     """
-    if not hasattr(second, "idle_multiprocessors"):
-        return 0
-    idle, cycles = second.idle_multiprocessors()
-    blocks = idle // _PAIR * _PAIR
+    blocks, cycles = second.spare()
     if not blocks:
         return 0
     late = stream_of(rows, results, columns, device.multiprocessors, blocks).cycles(depth, _BYTES_A_CYCLE) - cycles
