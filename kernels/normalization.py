@@ -25,6 +25,7 @@ BLOCKS = 2 if SIMULATOR else 132
 _MOST_TEAMS = 8
 _STAGES = 2
 _KINDS = ("bf16", "bf16", "bf16", "bf16")
+_u32 = np.uint32
 
 
 def teams_of(team: int) -> int:
@@ -35,6 +36,12 @@ def teams_of(team: int) -> int:
 def stage_bytes(kinds: tuple[str, ...], threads: int) -> int:
     """Shared memory of the rows that are on their way, and later of a block's sums but one team's."""
     return _STAGES * threads * sum(4 * ELEMENTS[kind].words for kind in kinds[:2])
+
+
+@device
+def index_of(row, width, column):
+    """An element's index in a matrix of fewer than 2**31 rows and columns: one multiplication of 32 bits by 32."""
+    return np.int64(np.uint64(row) * np.uint64(width)) + np.int64(column)
 
 
 def _emitter(biased: bool, team: int, teams: int) -> Callable:
@@ -76,9 +83,9 @@ def _emitter(biased: bool, team: int, teams: int) -> Callable:
                 take(shared, sums_w, np.int64(other), 0, at)
                 if biased:
                     take(shared, sums_b, np.int64(other), 2, at)
-            store(d_w, warp.block_x() * n + at, sums_w, 0, np.uint32(0))
+            store(d_w, warp.block_x() * n + at, sums_w, 0, _u32(0))
             if biased:
-                store(d_b, warp.block_x() * n + at, sums_b, 0, np.uint32(0))
+                store(d_b, warp.block_x() * n + at, sums_b, 0, _u32(0))
 
     return emit
 
@@ -117,38 +124,37 @@ def norm_backward(centred, biased, added, kinds, team, early=False):
                    cuda.local.array(RUN, np.float32))  # fmt: skip
         sums_w, sums_b = cuda.local.array(RUN, np.float32), cuda.local.array(RUN, np.float32)
         enter()
-        thread = warp.thread_index()
-        own, lane = np.int64(thread // np.uint32(team)), np.int64(thread & np.uint32(team - 1))
-        first, step = warp.block_x() * np.int64(teams) + own, warp.grid_x() * np.int64(teams)
-        at = lane * np.int64(RUN)
+        thread, lines, width = warp.thread_index(), _u32(count), _u32(n)
+        own, at = _u32(thread // _u32(team)), _u32(_u32(thread & _u32(team - 1)) * _u32(RUN))
+        first, step = _u32(_u32(warp.block_x()) * _u32(teams) + own), _u32(_u32(warp.grid_x()) * _u32(teams))
         for k in range(RUN):
             a[k], b[k], c[k] = np.float32(0), np.float32(0), np.float32(0)
             sums_w[k], sums_b[k] = np.float32(0), np.float32(0)
         for stage in range(_STAGES):
-            row = first + np.int64(stage) * step
-            if row < count and at < n:
-                park_x(shared, 0, stage, thread, x, row * n + at)
-                park_g(shared, g_first, stage, thread, g, row * n + at)
+            row = _u32(first + _u32(stage) * step)
+            if row < lines and at < width:
+                park_x(shared, 0, stage, thread, x, index_of(row, width, at))
+                park_g(shared, g_first, stage, thread, g, index_of(row, width, at))
             memory.copy_async_commit()
-        if at < n:
-            fetch_w(w, at, raw, 0)
+        if at < width:
+            fetch_w(w, np.int64(at), raw, 0)
             unpack_w(raw, 0, c, 0)
-        row, slot = first, np.int64(0)
-        nearest = min(row, count - np.int64(1))
+        row, slot = first, _u32(0)
+        nearest = min(row, _u32(lines - _u32(1)))
         mean, rstd = means[nearest] if centred else np.float32(0), rstds[nearest]
-        while row < count:  # a range would divide
-            later, following = row + np.int64(_STAGES) * step, min(row + step, count - np.int64(1))
+        while row < lines:  # a range would divide
+            later, following = _u32(row + _u32(_STAGES) * step), min(_u32(row + step), _u32(lines - _u32(1)))
             # A row ahead: this chain of latencies is as long as a row may take.
             next_mean, next_rstd = means[following] if centred else np.float32(0), rstds[following]
             wait()
-            if at < n:
+            if at < width:
                 unpark_x(shared, 0, slot, thread, a, 0)
                 unpark_g(shared, g_first, slot, thread, b, 0)
                 if adds:
-                    fetch_r(rest, row * n + at, ends, 0)
-                if later < count:
-                    park_x(shared, 0, slot, thread, x, later * n + at)
-                    park_g(shared, g_first, slot, thread, g, later * n + at)
+                    fetch_r(rest, index_of(row, width, at), ends, 0)
+                if later < lines:
+                    park_x(shared, 0, slot, thread, x, index_of(later, width, at))
+                    park_g(shared, g_first, slot, thread, g, index_of(later, width, at))
             memory.copy_async_commit()
             total, dot = np.float32(0), np.float32(0)
             for k in range(RUN):
@@ -159,22 +165,22 @@ def norm_backward(centred, biased, added, kinds, team, early=False):
                 total += b[k]
                 dot += b[k] * a[k]
             # A slot of the sums is taken again after the next barrier, when everyone has read it.
-            if slot == np.int64(0):
+            if slot == _u32(0):
                 total, dot = first_sums((total, dot), parts)
             else:
                 total, dot = other_sums((total, dot), parts)
             total, dot = total * inverse if centred else np.float32(0), dot * inverse
             for k in range(RUN):
                 b[k] = (b[k] - total - a[k] * dot) * rstd
-            if at < n:
+            if at < width:
                 if adds:
                     unpack_r(ends, 0, a, 0)
                     for k in range(RUN):
                         b[k] += a[k]
-                store_x(d_x, row * n + at, b, 0, np.uint32(0))
-            row, slot, mean, rstd = row + step, np.int64(1) - slot, next_mean, next_rstd
+                store_x(d_x, index_of(row, width, at), b, 0, _u32(0))
+            row, slot, mean, rstd = _u32(row + step), _u32(_u32(1) - slot), next_mean, next_rstd
         memory.copy_async_wait_all()
-        emit(shared, sums_w, sums_b, d_w, d_b, own, at, n)
+        emit(shared, sums_w, sums_b, d_w, d_b, np.int64(own), np.int64(at), n)
 
     pointers = [ELEMENTS[kind].pointer for kind in (*kinds, added or kinds[3])]
     parameters = (*pointers, f32p, f32p, f32p, f32p, f32, i64, i64)
