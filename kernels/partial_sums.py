@@ -21,7 +21,6 @@ ALONE, SOME, ALL = (0, 2, 4) if SIMULATOR else (0, 8, 16)
 AT_ONCE = 8
 """Loads of a thread under way together."""
 _ALONE_THREADS = 64 if SIMULATOR else 256
-AT_ONCE = 8
 FEW, MANY = 16, 1 << 16
 """Parts that a thread adds up alone, and elements of which each has a thread, however many parts there are."""
 MANY_PARTS = 65

@@ -18,7 +18,7 @@ from plans.core.errors import InvalidProblem
 from plans.core.operand import Operand
 from plans.core.plan import Arguments, Launches, Plan, Sku
 from plans.core.precision import ElementKind, MathPrecision, PrecisionGuarantee
-from plans.core.sku import ArchSku, BackendKind, OpCategory
+from plans.core.sku import ArchSku, BackendKind, OpCategory, begins_early
 from plans.core.tensor import TensorMut, TensorRef
 from plans.core.workspace import Workspace
 
@@ -187,7 +187,7 @@ def shares(descriptor: BlockMixDescriptor, items: int, device: Device) -> tuple[
 
 
 def _build_mma(descriptor: BlockMixDescriptor, device: Device) -> _Program:
-    early = descriptor.early and device.arch >= ArchSku.SM90A.value
+    early = descriptor.early and begins_early(device)
     groups, vector = _groups(descriptor), kernel.weight_vector(descriptor.operands()[2].shape[1])
     ragged, spans = descriptor.in_blocks % 8 > 0, -(-descriptor.width // kernel.SPAN)
     made = kernel.mix_blocks(descriptor.element.value, groups, ragged, descriptor.transposed, vector, early)

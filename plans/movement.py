@@ -30,6 +30,7 @@ from plans.core import (
     Workspace,
 )
 from plans.core.plan import UnaryArguments
+from plans.core.sku import begins_early
 
 MAX_AXES = 6
 _VECTOR_BYTES = 16
@@ -142,7 +143,7 @@ class _WindowProgram:
         groups = (shape, d.shifts, d.signs, d.source_shape, source.strides, out.strides)
         if not d.shape:  # a single number is a window of one axis
             groups = ((1,), (0,), (1,), (1,), (1,), (1,))
-        made = kernel.window(d.element.value, axes, run, device.arch >= ArchSku.SM90A.value)
+        made = kernel.window(d.element.value, axes, run, begins_early(device))
         self.launch = made.launcher((-(-count // (run * kernel.THREADS)), 1, 1))
         self.fill = _fill_value(d.element, d.fill)
         diagonal = _NO_DIAGONAL if d.diagonal is None else d.diagonal

@@ -31,6 +31,7 @@ from plans.core import (
     Workspace,
 )
 from plans.core.plan import Arguments
+from plans.core.sku import begins_early
 from plans.expression import leaf
 from plans.partial_sums import Partial, Sums, partial_bytes
 from plans.rows import KINDS, RowsDescriptor
@@ -141,7 +142,7 @@ class _Program:
     """Two launches: rows with parts of the sums, and the sums."""
 
     def __init__(self, d: NormBackwardDescriptor, device: Device) -> None:
-        early = device.arch >= ArchSku.SM90A.value
+        early = begins_early(device)
         self.descriptor, self.sums = d, Sums(d.partials, d.out, early)
         kinds, added = tuple(kind.value for kind in d.kinds), d.added.value if d.added else ""
         self.launch = kernel.norm_backward(d.centred, d.bias, added, kinds, d.team, early).launcher((d.blocks, 1, 1))

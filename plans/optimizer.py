@@ -37,6 +37,7 @@ from plans.core import (
     Workspace,
 )
 from plans.core.plan import Arguments
+from plans.core.sku import begins_early
 from plans.expression import Expr, apply, leaf
 
 F32, I32, I64 = ElementKind.F32, ElementKind.I32, ElementKind.I64
@@ -252,7 +253,7 @@ class _UpdateProgram:
     def __init__(self, d: UpdateDescriptor, device: Device) -> None:
         blocks, self.launch = block_count(d.counts), None
         if blocks:
-            early = device.arch >= ArchSku.SM90A.value
+            early = begins_early(device)
             made = kernel.update(program(d.rule), d.rule.moments, d.kind.value, d.master, d.stochastic, early)
             self.launch = made.launcher((blocks, 1, 1))
 

@@ -39,6 +39,7 @@ from plans.core import (
     Workspace,
 )
 from plans.core.plan import Arguments
+from plans.core.sku import begins_early
 from plans.core.tensor import contiguous_strides
 from plans.expression import Expr, leaf
 
@@ -277,7 +278,7 @@ class _Program:
     @property
     def early(self) -> bool:
         """Whether the launch begins while the one before ends."""
-        return self.device.arch >= ArchSku.SM90A.value
+        return begins_early(self.device)
 
     def build(self, d: PointwiseDescriptor) -> None:
         """Set the launcher and what follows the scalars."""

@@ -41,6 +41,7 @@ from plans.core import (
     Workspace,
 )
 from plans.core.plan import Arguments
+from plans.core.sku import begins_early
 from plans.expression import Expr, leaf
 from plans.rows import KINDS, Symbols, symbols
 
@@ -221,7 +222,7 @@ class _Program:
         last = np.float32(d.scale)
         target = d.out if d.parts == 1 else _F32
         inverse = np.float32(1 / d.n if d.n else 0)
-        launches, early = _along if d.inner == 1 else _across, device.arch >= ArchSku.SM90A.value
+        launches, early = _along if d.inner == 1 else _across, begins_early(device)
         scale = last if d.parts == 1 else np.float32(1)
         self.first = launches(d, target, inverse, scale, early)
         self.partial = d.parts > 1

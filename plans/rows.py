@@ -38,6 +38,7 @@ from plans.core import (
     Workspace,
 )
 from plans.core.plan import Arguments
+from plans.core.sku import begins_early
 from plans.expression import Expr, leaf
 
 KINDS = (ElementKind.BF16, ElementKind.F16, ElementKind.F32)
@@ -280,7 +281,7 @@ class _Program:
         shape = kernel.Shape(team, width, max(1, d.accesses(width)) if resident else 0)
         _, rows_a_block = kernel.block_of(team)
         stages, final, last = d.recipe.programs
-        early = device.arch >= ArchSku.SM90A.value
+        early = begins_early(device)
         made = kernel.rows(stages, final, last, operands, shape, d.recipe.picks, early)
         self.launch = made.launcher((-(-d.rows // rows_a_block), 1, 1))
         self.inverse, self.rest = np.float32(1 / d.n if d.n else 0), (d.rows, d.n)

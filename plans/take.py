@@ -35,6 +35,7 @@ from plans.core import (
     Workspace,
 )
 from plans.core.plan import Arguments
+from plans.core.sku import begins_early
 
 _F32 = ElementKind.F32
 _FLOATS = (ElementKind.BF16, ElementKind.F16, _F32)
@@ -181,7 +182,7 @@ class _TakeProgram:
         count = math.prod(d.out_shape)
         self.launch = None
         if count:
-            made = kernel.take(d.element.value, d.index.value, d.elementwise, device.arch >= ArchSku.SM90A.value)
+            made = kernel.take(d.element.value, d.index.value, d.elementwise, begins_early(device))
             self.launch = made.launcher((-(-count // THREADS), 1, 1))
             self.rest = (
                 -1 if d.element in _INTEGERS else np.float32(np.nan),
@@ -206,7 +207,7 @@ class _RowsProgram:
         count = d.outer * d.chosen * inner
         self.launch = None
         if count:
-            made = kernel.take_rows(d.element.value, d.index.value, device.arch >= ArchSku.SM90A.value)
+            made = kernel.take_rows(d.element.value, d.index.value, begins_early(device))
             self.launch = made.launcher((-(-count // (THREADS * kernel.ACCESSES)), 1, 1))
             fill = np.full(4, -1 if d.element in _INTEGERS else np.nan, d.element.values).view(np.uint32)[0]
             self.rest = (fill, d.n, d.chosen, inner, count)
@@ -242,7 +243,7 @@ class _AddRows:
         units = d.outer * inner
         team = min(THREADS, 1 << (units - 1).bit_length())
         across, teams = -(-units // team), THREADS // team
-        early = device.arch >= ArchSku.SM90A.value
+        early = begins_early(device)
         sort = kernel.sort_places(d.index.value, early)
         add, finish = kernel.add_rows(d.element.value, width, early), kernel.add_parts(width, early)
         for first in range(0, d.chosen, kernel.RANGE):
@@ -278,7 +279,7 @@ class _AddElements:
         self.launch = None
         columns = d.outer * d.inner
         if columns and d.chosen:
-            made = kernel.gather_backward(d.element.value, d.index.value, device.arch >= ArchSku.SM90A.value)
+            made = kernel.gather_backward(d.element.value, d.index.value, begins_early(device))
             self.launch = made.launcher((-(-columns // THREADS), 1, 1))
             self.rest = (d.n, d.chosen, d.inner, columns)
 

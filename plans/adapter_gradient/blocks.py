@@ -16,7 +16,7 @@ from plans.core.errors import InvalidProblem
 from plans.core.operand import Operand
 from plans.core.plan import Arguments, Launches, Plan, Sku
 from plans.core.precision import ElementKind, MathPrecision, PrecisionGuarantee
-from plans.core.sku import ArchSku, BackendKind, OpCategory
+from plans.core.sku import ArchSku, BackendKind, OpCategory, begins_early
 from plans.core.tensor import TensorMut, TensorRef
 from plans.core.workspace import Workspace
 from plans.partial_sums import SLOTS, Partial, Sums
@@ -175,7 +175,7 @@ class _Program:
         self.empty = not descriptor.out_blocks * descriptor.in_blocks
         if not self.empty:
             _, g, x = descriptor.operands()
-            self.early = device.arch >= ArchSku.SM90A.value
+            self.early = begins_early(device)
             self.beside = descriptor.beside and self.early
             self.g = (g.strides[0], descriptor.out_blocks)
             self.x = (x.strides[0], descriptor.in_blocks)

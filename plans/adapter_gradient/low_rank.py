@@ -26,7 +26,7 @@ from plans.core.errors import InvalidProblem
 from plans.core.operand import Operand
 from plans.core.plan import Arguments, Launches, Plan, Sku
 from plans.core.precision import ElementKind, MathPrecision, PrecisionGuarantee
-from plans.core.sku import ArchSku, BackendKind, OpCategory
+from plans.core.sku import ArchSku, BackendKind, OpCategory, begins_early
 from plans.core.tensor import TensorMut, TensorRef
 from plans.core.workspace import Workspace
 from plans.partial_sums import SLOTS, Partial, Sums, partial_bytes
@@ -272,7 +272,7 @@ class _MmaProgram:
         if self.empty:
             return
         number, rows_of_block = _row_blocks(descriptor)
-        hopper = device.arch >= ArchSku.SM90A.value
+        hopper = begins_early(device)
         beside = descriptor.beside and hopper
         made = kernel.low_rank_gradient(descriptor.element.value, _tiles(descriptor), descriptor.parts, beside)
         of_first = -(-descriptor._sides()[0][2] // kernel.SPAN)

@@ -11,7 +11,6 @@ from plans.attention import wgmma
 from plans.attention.descriptor import AttentionArgs, AttentionDescriptor
 from plans.attention.guarantee import forward_guarantee
 from plans.attention.problem import (
-    begins_early,
     blocks_of,
     factor_of,
     matrix_arguments,
@@ -23,7 +22,7 @@ from plans.attention.problem import (
 from plans.core.device import Device
 from plans.core.plan import Launches, Plan, Sku
 from plans.core.precision import MathPrecision
-from plans.core.sku import ArchSku, BackendKind
+from plans.core.sku import ArchSku, BackendKind, begins_early
 from plans.core.workspace import Workspace
 
 

@@ -10,10 +10,8 @@ from kernels.attention import portable
 from kernels.attention.tiles import UNIT, Tile, padded
 from kernels.target import SIMULATOR
 from plans.attention.descriptor import AttentionDescriptor
-from plans.core.device import Device
 from plans.core.operand import Operand
 from plans.core.precision import ElementKind
-from plans.core.sku import ArchSku
 from plans.core.tensor import TensorRef
 
 MOST_WIDTH = 128
@@ -33,11 +31,6 @@ def tile_of(width: int) -> Tile:
 def blocks_of(slots: int, tokens: int, rows: int) -> int:
     """Blocks for tiles of ``rows`` tokens of every head."""
     return slots * -(-tokens // rows)
-
-
-def begins_early(device: Device) -> bool:
-    """Whether kernels may begin while the ones before them end."""
-    return device.arch >= ArchSku.SM90A.value
 
 
 def matrix_arguments(tensor: TensorRef) -> tuple:

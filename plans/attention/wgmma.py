@@ -10,7 +10,6 @@ from kernels.attention import forward_wgmma, key_gradients_wgmma, query_gradient
 from kernels.target import Kernel, Launcher
 from plans.attention.descriptor import AttentionArgs, AttentionBackwardDescriptor, AttentionDescriptor
 from plans.attention.problem import (
-    begins_early,
     blocks_of,
     factor_of,
     matrix_arguments,
@@ -20,6 +19,7 @@ from plans.attention.problem import (
 from plans.core.device import Device
 from plans.core.operand import Operand
 from plans.core.plan import Launches
+from plans.core.sku import begins_early
 from plans.core.tensor import TensorRef
 from plans.core.tensor_map import Box, map_address
 from plans.core.workspace import Workspace

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from plans.core.precision import ElementKind, PrecisionGuarantee
+
+if TYPE_CHECKING:
+    from plans.core.device import Device
 
 
 class OpCategory(enum.Enum):
@@ -45,6 +49,11 @@ class ArchSku(enum.Enum):
     ANY = (0, 0)
     SM80 = (8, 0)
     SM90A = (9, 0)
+
+
+def begins_early(device: Device) -> bool:
+    """Whether kernels there may take their places while the ones before them end (sm_90)."""
+    return device.arch >= ArchSku.SM90A.value
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from kernels.matmul.low_rank_streamed import low_rank_streamed
 from kernels.target import SIMULATOR
 from kernels.wgmma import DEPTH
 from plans.core.device import Device
+from plans.core.sku import begins_early
 from plans.core.tensor_map import Box, map_address
 from plans.matmul.descriptor import SegmentedMatmulArgs, SegmentedMatmulDescriptor
 from plans.matmul.program import MatmulProgram, element_offset
@@ -118,7 +119,7 @@ class PortableInner(_Launch):
 
     def __init__(self, descriptor: SegmentedMatmulDescriptor, inner: Inner, device: Device, beside: bool) -> None:
         super().__init__(descriptor, inner, device)
-        hopper, m = device.arch >= (9, 0), descriptor.m
+        hopper, m = begins_early(device), descriptor.m
         tile = inner_tile(m, sum(inner.tiles), hopper)
         blocks = min(device.multiprocessors, self.results * -(-m // tile.rows))
         kernel = low_rank_inner(self.segment.a.value, inner.tiles, tile, beside, self.whole, hopper)

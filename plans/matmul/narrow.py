@@ -8,7 +8,7 @@ from kernels.matmul.narrow import DEPTH, ROW_TILES, WARPS, matmul_narrow
 from plans.core.device import Device
 from plans.core.plan import Launches, Sku
 from plans.core.precision import ElementKind, MathPrecision, PrecisionGuarantee
-from plans.core.sku import ArchSku, BackendKind
+from plans.core.sku import ArchSku, BackendKind, begins_early
 from plans.core.workspace import Workspace
 from plans.matmul.descriptor import SegmentedMatmulArgs, SegmentedMatmulDescriptor
 from plans.matmul.program import MatmulProgram, kernel_steps, matmul_guarantee, refuses_low_rank
@@ -66,7 +66,7 @@ class NarrowProgram(MatmulProgram):
             return
         kind, tiles = descriptor.segments[0].a.value, -(-descriptor.n // 8)
         tiles = 1 << (tiles - 1).bit_length()  # few kernels serve all widths
-        early = descriptor.early and device.arch >= ArchSku.SM90A.value
+        early = descriptor.early and begins_early(device)
         by_lines = not descriptor.segments[0].b_transposed
         steps = kernel_steps(descriptor)
         kernel = matmul_narrow(kind, descriptor.out.value, tiles, steps, early, by_lines)

@@ -10,7 +10,7 @@ from kernels.target import SIMULATOR
 from plans.core.device import Device
 from plans.core.plan import Launches, Sku
 from plans.core.precision import ElementKind, MathPrecision, PrecisionGuarantee
-from plans.core.sku import ArchSku, BackendKind
+from plans.core.sku import ArchSku, BackendKind, begins_early
 from plans.core.tuning import tuned
 from plans.core.workspace import Workspace
 from plans.matmul.descriptor import SegmentedMatmulArgs, SegmentedMatmulDescriptor
@@ -114,7 +114,7 @@ class SkinnyProgram(MatmulProgram):
             return
         tile = tile or choose_tile(descriptor, device)
         self.tiles, blocks = _blocks(descriptor, tile)
-        overlaps = device.arch >= (9, 0)
+        overlaps = begins_early(device)
         early = sum(not segment.late for segment in descriptor.segments) % len(descriptor.segments)
         problem = SkinnyProblem(
             descriptor.segments[0].a.value,

@@ -10,7 +10,7 @@ import numpy as np
 
 from kernels.target import Kernel, Launcher
 from plans.core.device import Device
-from plans.core.sku import ArchSku
+from plans.core.sku import begins_early
 from plans.core.workspace import Workspace
 from plans.weight.descriptor import Sink, WeightArgs, WeightDescriptor
 from plans.weight.resolve import ALIGN, Resolved, contraction_arguments, factor_data, prepare, resolve
@@ -53,7 +53,7 @@ class WeightProgram:
 
     def __init__(self, descriptor: WeightDescriptor, device: Device) -> None:
         self.descriptor, self.device = descriptor, device
-        self.early = device.arch >= ArchSku.SM90A.value
+        self.early = begins_early(device)
         self.resolved = resolve(descriptor, self.fused_second_half)
         self.prepared = self.resolved[-1].workspace
         self.contractions = [(i, item, *prepare(item)) for i, r in enumerate(self.resolved) for item in r.contractions]
