@@ -14,7 +14,7 @@ import numpy as np
 from kernels import barrier, bits, wgmma
 from kernels.attention.forward import edge_of, finisher, hider, online_softmax
 from kernels.attention.products import packer
-from kernels.attention.query_walk import query_producer, query_work
+from kernels.attention.query_walk import query_producer, query_walker, query_work
 from kernels.attention.ring import (
     HELD_BYTES,
     ROWS,
@@ -23,12 +23,10 @@ from kernels.attention.ring import (
     hand_back,
     kept_room,
     specialised,
-    stage_follower,
-    turn_giver,
-    turn_taker,
     uniform,
 )
 from kernels.attention.tiles import BATCH, HEAD, MATRIX, POINTER, TOKEN, clamped, clearer, lane_of, storer
+from kernels.attention.walk import stage_steps
 from kernels.barrier import early_options, entrance
 from kernels.target import cuda, device, f32, f32p, i64, kernel_factory, types
 from kernels.warp import block_x, grid_x, thread_index
@@ -43,11 +41,7 @@ _u32 = np.uint32
 
 
 def _softener(kind: str, causal: bool) -> Callable:
-    """``soften(arrays, edges, factor, before, thread)``: words of powers, when the scores of a stage are there.
-
-    ``before`` is the pair of barriers of the stage before, 0 where there is none; ``edges`` are the first key,
-    `edge_of`'s number, all keys.
-    """
+    """`query_walker`'s ``refine``: words of powers, when the scores of a stage are there."""
     all_there, packed, online = settle(0, _SCORES, _RESULTS), packer(kind, TILE), online_softmax(TILE)
     hide, where = hider(TILE, causal), lane_of(TILE)
 
@@ -66,43 +60,25 @@ def _softener(kind: str, causal: bool) -> Callable:
 
 
 def _walker(kind: str, causal: bool) -> Callable:
-    """``walk(...)``: over the keys that a tile of queries sees; gives the next stage, phase and turn."""
+    """`query_walker`'s walk: scores by keys, results by values."""
     along, across = start_products(_COLUMNS, WIDTH // 16, kind), add_products(WIDTH, _COLUMNS // 16, kind)
-    take_turn, give_turn, following = turn_taker(RING), turn_giver(RING), stage_follower(RING)
-    lines, turned = wgmma.operand_descriptor(True), wgmma.operand_descriptor(False)
-    soften, settled, where = _softener(kind, causal), settle(0, _RESULTS), lane_of(TILE)
+    lines, turned, done = wgmma.operand_descriptor(True), wgmma.operand_descriptor(False), settle(0, _RESULTS)
     stage_bytes, values_at = _u32(RING.stage_bytes), _u32(RING.walked_bytes)
 
     @device
-    def walk(base, barriers, kept, arrays, edge, keys, seen, factor, stage, phase, turn, mine, thread):
-        if seen == _u32(0):
-            return stage, phase, turn
-        scores, words, _, _, out = arrays
-        pair, before, key = _u32(barriers + stage * _u32(16)), _u32(0), _u32(0)
-        barrier.barrier_wait(pair, phase)
-        take_turn(barriers, turn, mine)
-        along(scores, lines(kept), lines(_u32(base + stage * stage_bytes)))
-        turn = give_turn(barriers, turn, mine, thread)
-        while _u32(key + _u32(_COLUMNS)) < seen:
-            soften(arrays, (key, edge, keys), factor, before, thread)
-            before, values = pair, _u32(base + stage * stage_bytes + values_at)
-            stage, phase = following(stage, phase)
-            pair, key = _u32(barriers + stage * _u32(16)), _u32(key + _u32(_COLUMNS))
-            barrier.barrier_wait(pair, phase)
-            take_turn(barriers, turn, mine)
-            across(out, words, turned(values))
-            along(scores, lines(kept), lines(_u32(base + stage * stage_bytes)))
-            turn = give_turn(barriers, turn, mine, thread)
-        soften(arrays, (key, edge, keys), factor, before, thread)
-        take_turn(barriers, turn, mine)
-        across(out, words, turned(_u32(base + stage * stage_bytes + values_at)))
-        turn = give_turn(barriers, turn, mine, thread)
-        settled(out)
-        hand_back(pair, where(thread)[0])
-        stage, phase = following(stage, phase)
-        return stage, phase, turn
+    def start(base, kept, stage, arrays):
+        along(arrays[0], lines(kept), lines(_u32(base + stage * stage_bytes)))
 
-    return walk
+    @device
+    def add(base, stage, arrays):
+        _, words, _, _, out = arrays
+        across(out, words, turned(_u32(base + stage * stage_bytes + values_at)))
+
+    @device
+    def settled(arrays):
+        done(arrays[4])
+
+    return query_walker(RING, stage_steps(RING, start, add, settled), _softener(kind, causal))
 
 
 def _consumer(kind: str, causal: bool) -> Callable:

@@ -25,13 +25,12 @@ from kernels.attention.ring import (
     kept_room,
     specialised,
     stage_follower,
-    turn_giver,
-    turn_taker,
     uniform,
 )
 from kernels.attention.stage import pair_starter
 from kernels.attention.statistics import STATISTICS
 from kernels.attention.tiles import BATCH, HEAD, MATRIX, POINTER, TOKEN, clamped, lane_of, row_of, storer
+from kernels.attention.walk import stage_steps
 from kernels.barrier import early_options, entrance
 from kernels.target import cuda, device, f32, f32p, i64, kernel_factory, types
 from kernels.warp import block_x, grid_x, thread_index
@@ -183,9 +182,13 @@ def _differentiator(kind: str, causal: bool) -> Callable:
 
 def _walker(kind: str, causal: bool) -> Callable:
     """``walk(...)``: over the queries of all heads that see a tile of keys; gives the next stage, phase and turn."""
-    start, add, differentiate = pair_starter(RING, kind), _stage_adder(kind), _differentiator(kind, causal)
-    take_turn, give_turn, following = turn_taker(RING), turn_giver(RING), stage_follower(RING)
-    settled, where = settle(0, WIDTH // 2, WIDTH // 2), lane_of(TILE)
+    differentiate, done = _differentiator(kind, causal), settle(0, WIDTH // 2, WIDTH // 2)
+
+    @device
+    def settled(arrays):
+        done(arrays[4], arrays[5])
+
+    begin, go_on, end = stage_steps(RING, pair_starter(RING, kind), _stage_adder(kind), settled)
 
     @device
     def walk(shared, base, barriers, kept, arrays, seen_by, factor, stage, phase, turn, mine, thread):
@@ -193,35 +196,19 @@ def _walker(kind: str, causal: bool) -> Callable:
         left = _u32(of_head * group)
         if left == _u32(0):
             return stage, phase, turn
-        scores, grads, _, _, d_k, d_v = arrays
-        pair, before, seen = _u32(barriers + stage * _u32(16)), _u32(0), _u32(0)
-        barrier.barrier_wait(pair, phase)
-        take_turn(barriers, turn, mine)
-        start(base, kept, stage, scores, grads)
-        turn = give_turn(barriers, turn, mine, thread)
+        pair, turn = begin(base, barriers, kept, arrays, stage, phase, turn, mine, thread)
+        before, seen = _u32(0), _u32(0)
         while left > _u32(1):
             hidden0 = hidden - np.int64(_u32(seen * _u32(_COLUMNS)))
             differentiate(shared, stage, arrays, hidden0, factor, before, thread)
-            before, done = pair, stage
+            before = pair
             left, seen = _u32(left - _u32(1)), _u32(seen + _u32(1))
             if seen == of_head:
                 seen = _u32(0)
-            stage, phase = following(stage, phase)
-            pair = _u32(barriers + stage * _u32(16))
-            barrier.barrier_wait(pair, phase)
-            take_turn(barriers, turn, mine)
-            add(base, done, arrays)
-            start(base, kept, stage, scores, grads)
-            turn = give_turn(barriers, turn, mine, thread)
+            pair, stage, phase, turn = go_on(base, barriers, kept, arrays, stage, phase, turn, mine, thread)
         hidden0 = hidden - np.int64(_u32(seen * _u32(_COLUMNS)))
         differentiate(shared, stage, arrays, hidden0, factor, before, thread)
-        take_turn(barriers, turn, mine)
-        add(base, stage, arrays)
-        turn = give_turn(barriers, turn, mine, thread)
-        settled(d_k, d_v)
-        hand_back(pair, where(thread)[0])
-        stage, phase = following(stage, phase)
-        return stage, phase, turn
+        return end(base, barriers, arrays, pair, stage, phase, turn, mine, thread)
 
     return walk
 

@@ -12,7 +12,7 @@ import numpy as np
 from kernels import barrier, bits, functions, wgmma
 from kernels.attention.forward import edge_of, hider
 from kernels.attention.products import packer
-from kernels.attention.query_walk import query_producer, query_work
+from kernels.attention.query_walk import query_producer, query_walker, query_work
 from kernels.attention.ring import (
     HELD_BYTES,
     ROWS,
@@ -21,14 +21,12 @@ from kernels.attention.ring import (
     hand_back,
     kept_room,
     specialised,
-    stage_follower,
-    turn_giver,
-    turn_taker,
     uniform,
 )
 from kernels.attention.stage import pair_starter
 from kernels.attention.statistics import STATISTICS
 from kernels.attention.tiles import BATCH, HEAD, MATRIX, POINTER, TOKEN, clamped, lane_of, row_of, storer
+from kernels.attention.walk import stage_steps
 from kernels.barrier import early_options, entrance
 from kernels.target import cuda, device, f32, f32p, i64, kernel_factory, types
 from kernels.warp import block_x, grid_x, thread_index
@@ -36,7 +34,7 @@ from kernels.wgmma_registers import add_products, settle, zero_sums
 
 RING = Ring(4, 64, 2)
 TILE = RING.tile
-_COLUMNS, _WALKED_BYTES = RING.columns, RING.walked_bytes
+_COLUMNS = RING.columns
 _COUNT, _WORDS = TILE.columns // 2, TILE.columns // 4
 _u32 = np.uint32
 
@@ -62,11 +60,7 @@ def _differences(grads, powers, deltas):
 
 
 def _differentiator(kind: str, causal: bool) -> Callable:
-    """``differentiate(arrays, edges, factor, before, thread)``: words of dS, when the products of a stage are there.
-
-    ``before`` is the pair of barriers of the stage before, 0 where there is none; ``edges`` are the first key,
-    `edge_of`'s number, all keys.
-    """
+    """`query_walker`'s ``refine``: words of dS, when the products of a stage are there."""
     scores_there, grads_there, packed = settle(1, _COUNT), settle(0, _COUNT, _COUNT), packer(kind, TILE)
     hide, where = hider(TILE, causal), lane_of(TILE)
 
@@ -87,42 +81,21 @@ def _differentiator(kind: str, causal: bool) -> Callable:
 
 
 def _walker(kind: str, causal: bool) -> Callable:
-    """``walk(...)``: over the keys that a tile of queries sees; gives the next stage, phase and turn."""
-    start, differentiate, settled = pair_starter(RING, kind), _differentiator(kind, causal), settle(0, WIDTH // 2)
-    take_turn, give_turn, following = turn_taker(RING), turn_giver(RING), stage_follower(RING)
-    across, turned, where = add_products(WIDTH, _COLUMNS // 16, kind), wgmma.operand_descriptor(False), lane_of(TILE)
-    stage_bytes = _u32(RING.stage_bytes)
+    """`query_walker`'s walk: scores and their gradients by keys and values, the queries' by keys."""
+    across, turned = add_products(WIDTH, _COLUMNS // 16, kind), wgmma.operand_descriptor(False)
+    stage_bytes, done = _u32(RING.stage_bytes), settle(0, WIDTH // 2)
 
     @device
-    def walk(base, barriers, kept, arrays, edge, keys, seen, factor, stage, phase, turn, mine, thread):
-        if seen == _u32(0):
-            return stage, phase, turn
-        scores, grads, words, _, _, d_q = arrays
-        pair, before, key = _u32(barriers + stage * _u32(16)), _u32(0), _u32(0)
-        barrier.barrier_wait(pair, phase)
-        take_turn(barriers, turn, mine)
-        start(base, kept, stage, scores, grads)
-        turn = give_turn(barriers, turn, mine, thread)
-        while _u32(key + _u32(_COLUMNS)) < seen:
-            differentiate(arrays, (key, edge, keys), factor, before, thread)
-            before, place = pair, _u32(base + stage * stage_bytes)
-            stage, phase = following(stage, phase)
-            pair, key = _u32(barriers + stage * _u32(16)), _u32(key + _u32(_COLUMNS))
-            barrier.barrier_wait(pair, phase)
-            take_turn(barriers, turn, mine)
-            across(d_q, words, turned(place))
-            start(base, kept, stage, scores, grads)
-            turn = give_turn(barriers, turn, mine, thread)
-        differentiate(arrays, (key, edge, keys), factor, before, thread)
-        take_turn(barriers, turn, mine)
+    def add(base, stage, arrays):
+        _, _, words, _, _, d_q = arrays
         across(d_q, words, turned(_u32(base + stage * stage_bytes)))
-        turn = give_turn(barriers, turn, mine, thread)
-        settled(d_q)
-        hand_back(pair, where(thread)[0])
-        stage, phase = following(stage, phase)
-        return stage, phase, turn
 
-    return walk
+    @device
+    def settled(arrays):
+        done(arrays[5])
+
+    steps = stage_steps(RING, pair_starter(RING, kind), add, settled)
+    return query_walker(RING, steps, _differentiator(kind, causal))
 
 
 def _consumer(kind: str, causal: bool) -> Callable:

@@ -1,4 +1,4 @@
-"""What the Hopper kernels share whose blocks keep queries and walk over keys: their work, and its loading thread."""
+"""What the Hopper kernels share whose blocks keep queries and walk over keys: work, its loading thread, the walk."""
 
 from __future__ import annotations
 
@@ -69,3 +69,29 @@ def query_producer(ring: Ring, causal: bool) -> Callable:
             number = _u32(number + _u32(grid_x()))
 
     return produce
+
+
+def query_walker(ring: Ring, steps: tuple[Callable, Callable, Callable], refine: Callable) -> Callable:
+    """``walk(...)``: over the keys that a tile of queries sees; gives the next stage, phase and turn.
+
+    ``steps`` are `stage_steps`; ``refine(arrays, edges, factor, before, thread)`` makes words of a stage's scores when
+    they are there. ``before`` is the pair of barriers of the stage before, 0 where there is none; ``edges`` are the
+    first key, `edge_of`'s number, all keys.
+    """
+    (begin, go_on, end), columns = steps, _u32(ring.columns)
+
+    @device
+    def walk(base, barriers, kept, arrays, edge, keys, seen, factor, stage, phase, turn, mine, thread):
+        if seen == _u32(0):
+            return stage, phase, turn
+        pair, turn = begin(base, barriers, kept, arrays, stage, phase, turn, mine, thread)
+        before, key = _u32(0), _u32(0)
+        while _u32(key + columns) < seen:
+            refine(arrays, (key, edge, keys), factor, before, thread)
+            before = pair
+            pair, stage, phase, turn = go_on(base, barriers, kept, arrays, stage, phase, turn, mine, thread)
+            key = _u32(key + columns)
+        refine(arrays, (key, edge, keys), factor, before, thread)
+        return end(base, barriers, arrays, pair, stage, phase, turn, mine, thread)
+
+    return walk

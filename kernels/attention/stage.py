@@ -15,17 +15,17 @@ _u32 = np.uint32
 
 
 def pair_starter(ring: Ring, kind: str) -> Callable:
-    """``start(base, kept, stage, scores, grads)``: products of kept lines with the stage's, and of both second tensors.
+    """``start(base, kept, stage, arrays)``: products of kept lines with the stage's, and of both second tensors.
 
-    ``kept`` is the address of a warpgroup's kept lines.
+    ``kept`` is the address of a warpgroup's kept lines; scores are the first of the arrays, their gradients the second.
     """
     along, lines = start_products(ring.columns, WIDTH // 16, kind), wgmma.operand_descriptor(True)
     stage_bytes, walked_bytes = _u32(ring.stage_bytes), _u32(ring.walked_bytes)
 
     @device
-    def start(base, kept, stage, scores, grads):
+    def start(base, kept, stage, arrays):
         place = _u32(base + stage * stage_bytes)
-        along(scores, lines(kept), lines(place))
-        along(grads, lines(_u32(kept + _u32(HELD_BYTES))), lines(_u32(place + walked_bytes)))
+        along(arrays[0], lines(kept), lines(place))
+        along(arrays[1], lines(_u32(kept + _u32(HELD_BYTES))), lines(_u32(place + walked_bytes)))
 
     return start
