@@ -61,15 +61,17 @@ _POINTERS = {np.uint16: u16p, np.uint32: u32p, np.float32: f32p, np.int32: i32p,
 def run_kernel(device: Device, poisoned: Callable) -> Callable:
     """``run_kernel(function, arguments, outputs)``: launch over arrays and integers, give the outputs as arrays.
 
-    ``outputs`` are (dtype, shape) pairs; the kernel takes them after ``arguments``.
+    ``outputs`` are (dtype, shape) pairs; the kernel takes them after ``arguments``. ``options`` are the kernel's own.
     """
 
-    def launch(function, arguments, outputs, grid=(1, 1, 1), threads=32):
+    def launch(function, arguments, outputs, grid=(1, 1, 1), threads=32, **options):
         buffers = [device.upload(a) if isinstance(a, np.ndarray) else a for a in arguments]
         buffers += [poisoned(int(np.prod(shape)) * np.dtype(dtype).itemsize) for dtype, shape in outputs]
         dtypes = [a.dtype.type if isinstance(a, np.ndarray) else None for a in arguments]
         dtypes += [dtype for dtype, _ in outputs]
-        kernel = _kernel(function, tuple(_POINTERS.get(dtype, i64) for dtype in dtypes), threads)
+        kernel = _kernel(
+            function, tuple(_POINTERS.get(dtype, i64) for dtype in dtypes), threads, tuple(options.items())
+        )
         stream = device.stream()
         kernel.launcher(grid)(stream, tuple(b.pointer(d) if d else b for b, d in zip(buffers, dtypes, strict=True)))
         device.synchronize(stream)
@@ -80,7 +82,7 @@ def run_kernel(device: Device, poisoned: Callable) -> Callable:
 
 
 @functools.cache
-def _kernel(function, parameters, threads):
+def _kernel(function, parameters, threads, options):
     # The key names a binary on disk: what a closure has captured has no name, so each function is one of its own.
     key = f"{function.__module__}.{function.__qualname__} {id(function)} of process {_PROCESS}"
-    return Kernel(function, parameters, threads, key=key)
+    return Kernel(function, parameters, threads, key=key, **dict(options))

@@ -23,7 +23,7 @@ from lycoris.tensor.creation import from_numpy
 from lycoris.tensor.launch import compact, compute, converted, empty, keep, kept, of_layout, run_prepared, shaped
 from lycoris.tensor.mixing import mixed
 from lycoris.tensor.products import check_linear, flipped, matrix_of, product, stored, sum_of_products
-from lycoris.tensor.tensor import Layout, Tensor
+from lycoris.tensor.tensor import Layout, Tensor, layout_of
 from plans.core import Device, ElementKind, TensorMut, TensorRef
 from plans.core.prepared import Prepared
 from plans.expression import leaf
@@ -61,8 +61,8 @@ def kronecker_linear(
     chain = [_ready(factor) for factor in seconds]
     second = chain[0] if len(chain) == 1 else product(*chain, kind)
     wide = diagonal(second, together_of(a, c, x.device))
-    inner = mixed(rows, mixing, d, kind, False, scale, early=True)
-    out = shaped(sum_with_blocks(rows, flipped(matrix), inner, flipped(wide), wide.shape[0] // c, kind, own), shape)
+    inner, out = _mixed_sum(rows, flipped(matrix), mixing, False, flipped(wide), wide.shape[0] // c, scale, kind, own)
+    out = shaped(out, shape)
     inputs = (x, w1, *seconds)
     if not autograd.wanted(inputs):
         return out
@@ -83,8 +83,7 @@ def kronecker_linear(
             d_x = shaped(d_x, x_shape)
         elif edges[0]:
             tall = diagonal(second, together_of(b, d, x.device))
-            outer = mixed(g, mixing, c, kind, True, scale, early=True)
-            d_x = sum_with_blocks(g, matrix, outer, tall, tall.shape[1] // d, edges[0].kind)
+            outer, d_x = _mixed_sum(g, matrix, mixing, True, tall, tall.shape[1] // d, scale, edges[0].kind)
             d_x = shaped(d_x, x_shape)
             if b < a:  # the same sum over fewer blocks
                 pairs = shaped(outer, (count * b, c)), shaped(rows, (count * b, d))
@@ -143,6 +142,20 @@ def _identity(count: int, kind: ElementKind, device: Device) -> Tensor:
     return shaped(from_numpy(np.eye(count), device, kind), (count, 1, count, 1))
 
 
+def _mixed_sum(
+    a: Tensor, b: Tensor, w: Tensor, transposed: bool, second: Tensor, together: int, scale: float, kind: ElementKind,
+    bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The blocks of scale * a mixed by w or its transpose, in a's kind, and `sum_with_blocks` of them."""
+    count = w.shape[1] if transposed else w.shape[0]
+    depth = second.shape[0] // together
+    small = Tensor.placed(a.storage, layout_of((a.shape[0], count * depth), a.kind))  # only its layout counts
+    operands = [a, b, small, second] if bias is None else [a, b, small, second, bias]
+    spare = _prepared_sum(operands, together, kind)[0].plan.program.spare()
+    blocks = mixed(a, w, depth, a.kind, transposed, scale, early=True, spare=spare)
+    return blocks, sum_with_blocks(a, b, blocks, second, together, kind, bias)
+
+
 def sum_with_blocks(
     a: Tensor, b: Tensor, blocks: Tensor, second: Tensor, together: int, kind: ElementKind, bias: Tensor | None = None
 ) -> Tensor:
@@ -153,11 +166,16 @@ def sum_with_blocks(
     gradients.
     """
     operands = [a, b, blocks, second] if bias is None else [a, b, blocks, second, bias]
-    key = ("sum with blocks", kind, together, a.device.ordinal, *[x.layout for x in operands])
-    found = kept(key) or _keep_blocks(key, operands, together, kind)
-    out = of_layout(found[1], a.device)
-    run_prepared(found[0], (out, *operands))
+    prepared, layout = _prepared_sum(operands, together, kind)
+    out = of_layout(layout, a.device)
+    run_prepared(prepared, (out, *operands))
     return out
+
+
+def _prepared_sum(operands: list[Tensor], together: int, kind: ElementKind) -> tuple[Prepared, Layout]:
+    """The launches of `sum_with_blocks`, and the result's layout."""
+    key = ("sum with blocks", kind, together, operands[0].device.ordinal, *[x.layout for x in operands])
+    return kept(key) or _keep_blocks(key, operands, together, kind)
 
 
 def _keep_blocks(key: tuple, operands: list[Tensor], together: int, kind: ElementKind) -> tuple[Prepared, Layout]:

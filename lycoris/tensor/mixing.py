@@ -45,19 +45,21 @@ def _ready(x: Tensor) -> Tensor:
 
 
 def mixed(
-    x: Tensor, w: Tensor, width: int, kind: ElementKind, transposed: bool, scale: float = 1.0, *, early: bool = False
-) -> Tensor:
+    x: Tensor, w: Tensor, width: int, kind: ElementKind, transposed: bool, scale: float = 1.0, *, early: bool = False,
+    spare: tuple[int, float] = (0, 0.0),
+) -> Tensor:  # fmt: skip
     """What `mix_blocks` gives for a matrix of blocks of ``width``, by w or its transpose, times a number; no gradients.
 
-    After an ``early`` one a sum that takes it as ``late`` is launched.
+    After an ``early`` one a sum that takes it as ``late`` is launched; ``spare`` is what that one's program can spare.
     """
     out_blocks, in_blocks = w.shape[::-1] if transposed else w.shape
     out = empty((x.shape[0], out_blocks * width), kind, x.device)
-    key = ("block mix", x.layout, w.layout, width, kind, transposed, scale, early, x.device.ordinal)
+    key = ("block mix", x.layout, w.layout, width, kind, transposed, scale, early, *spare, x.device.ordinal)
     found = kept(key)
     if found is None:
         kinds, rows = (x.kind, w.kind, kind), x.shape[0]
-        descriptor = BlockMixDescriptor(rows, out_blocks, in_blocks, width, *kinds, transposed, early=early)
+        extents = (rows, out_blocks, in_blocks, width)
+        descriptor = BlockMixDescriptor(*extents, *kinds, transposed, early=early, spare=spare)
         plan = BlockMixPlan.select(None, descriptor, device=x.device)
         found = keep(key, plan, [out], [x, w], functools.partial(BlockMixArgs, scale=scale))
     run_prepared(found[0], (out, x, w))
