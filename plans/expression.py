@@ -100,8 +100,15 @@ def leaf(number: int) -> Expr:
 
 
 def constant(value: Number) -> Expr:
-    """A number that the kernel is compiled with, rounded to fp32."""
-    return Expr("const", (), float(np.float32(value)))
+    """A number that the kernel is compiled with, in fp32."""
+    near = float(np.float32(value))
+    return Expr("const", (), float(value) if math.isfinite(near) else near)
+
+
+def rounding(value: Number) -> float:
+    """What fp32's rounding changes of a number, in units of 2**-24."""
+    near = float(np.float32(value))
+    return abs(near - value) * 2.0**24 if math.isfinite(near) else 0.0
 
 
 ZERO, ONE = constant(0.0), constant(1.0)
@@ -308,7 +315,10 @@ def lower(outputs: Sequence[Expr], arguments: Sequence[Expr]) -> tuple:
     for node in order(outputs):
         if node not in numbers:
             assert node.op != "leaf", f"{node} is no argument"
-            row = ("const", node.value) if node.op == "const" else (node.op, *(numbers[arg] for arg in node.args))
+            if node.op == "const":
+                row = "const", float(np.float32(node.value))
+            else:
+                row = node.op, *(numbers[arg] for arg in node.args)
             numbers[node] = len(arguments) + len(steps)
             steps.append(row)
     return len(arguments), tuple(steps), tuple(numbers[output] for output in outputs)
@@ -330,7 +340,7 @@ def evaluate(
                 error = errors[node.value] if errors is not None else 0.0
                 known[node] = np.asarray(arguments[node.value], np.float64), np.asarray(error, np.float64)
             elif node.op == "const":
-                known[node] = np.float64(node.value), np.float64(0)
+                known[node] = np.float64(node.value), np.float64(rounding(node.value))
             else:
                 known[node] = _step(node.op, [known[arg] for arg in node.args])
     return [known[output] for output in outputs]

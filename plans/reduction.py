@@ -174,17 +174,19 @@ class ReductionDescriptor:
         count = len(self.kinds)
         sources = [np.asarray(t, np.float64).reshape(self.shape) for t in tensors[:count]]
         lines = [np.asarray(t, np.float64).reshape(self.outer, self.n, 1) for t in tensors[count:]]
-        inverse = np.float64(np.float32(1 / self.n if self.n else 0))
-        arguments = [*sources, np.arange(self.n)[:, None], *lines, inverse]
-        value, error = (np.broadcast_to(p, self.shape) for p in expression.evaluate([self.value], arguments)[0])
-        scale = np.float64(np.float32(self.scale))
+        inverse = 1 / self.n if self.n else 0.0
+        arguments = [*sources, np.arange(self.n)[:, None], *lines, np.float64(inverse)]
+        errors = [np.float64(0)] * (len(arguments) - 1) + [np.float64(expression.rounding(inverse))]
+        value, error = (np.broadcast_to(p, self.shape) for p in expression.evaluate([self.value], arguments, errors)[0])
+        scale = np.float64(self.scale)
         if self.reduction is Reduction.SUM:
             exact, magnitude = value.sum(1), error.sum(1) + self.chain * np.abs(value).sum(1)
         elif self.reduction is Reduction.MAX:
             exact, magnitude = value.max(1, initial=-np.inf), error.max(1, initial=0)
         else:
             exact, magnitude = value.min(1, initial=np.inf), error.max(1, initial=0)
-        return exact * scale, np.abs(scale) * magnitude + np.abs(exact * scale) * (scale != 1)
+        own = (scale != 1) + expression.rounding(self.scale) / (np.abs(scale) or 1)
+        return exact * scale, np.abs(scale) * magnitude + np.abs(exact * scale) * own
 
 
 class ReductionArgs(Arguments):

@@ -204,8 +204,8 @@ class RowsDescriptor:
         """
         recipe = self.recipe
         full, columns, row = self.split([np.asarray(s, np.float64) for s in sources])
-        inverse = np.float64(np.float32(1 / self.n if self.n else 0))
-        numbers = [inverse, *(np.float64(np.float32(s)) for s in scalars)]
+        inverse = 1 / self.n if self.n else 0.0
+        numbers = [np.float64(inverse), *(np.float64(np.float32(s)) for s in scalars)]
         places = [np.clip(row[by], 0, max(0, self.n - 1)).astype(np.int64)[:, None] for _, by in recipe.picks]
         picked = [
             np.take_along_axis(full[matrix], place, 1) if self.n else np.zeros((self.rows, 1))
@@ -213,6 +213,7 @@ class RowsDescriptor:
         ]
         values = [*full, *columns, np.arange(self.n), *(r[:, None] for r in row), *picked, *numbers]
         errors = [np.float64(0)] * len(values)
+        errors[-len(numbers)] = np.float64(expression.rounding(inverse))
         depth = max(self.accesses(1), 8 * self.accesses(8)) + 10
         for operation, expr in recipe.stages:
             value, error = (

@@ -118,6 +118,9 @@ def value(recipe, arrays, weights):
     return (descriptor.reference(arrays, (EPS,) * len(recipe.scalars))[0][0] * weights).sum()
 
 
+STEP = 1e-4
+"""Of a difference over four points: its error is of STEP^4, and rounding's 1e-16 of a value, divided by STEP."""
+
 GRADIENTS = [
     (SOFTMAX, SOFTMAX_BACKWARD, ("y",)),
     (LOG_SOFTMAX, LOG_SOFTMAX_BACKWARD, ("y",)),
@@ -147,8 +150,12 @@ def test_gradients_are_those_of_finite_differences(rng, forward, backward, names
     assert set(names) <= set(backward.sources)
     for _ in range(5):
         direction = rng.standard_normal((rows, n))
-        ends = [value(forward, [arrays[0] + s * 1e-6 * direction, *arrays[1:]], weights) for s in (1, -1)]
-        assert (gradient * direction).sum() == pytest.approx((ends[0] - ends[1]) / 2e-6, rel=1e-6, abs=1e-7)
+        near, far = (
+            [value(forward, [arrays[0] + s * step * direction, *arrays[1:]], weights) for s in (1, -1)]
+            for step in (STEP, 2 * STEP)
+        )
+        slope = (8 * (near[0] - near[1]) - (far[0] - far[1])) / (12 * STEP)
+        assert (gradient * direction).sum() == pytest.approx(slope, rel=1e-8, abs=1e-8)
 
 
 def test_the_formulas(rng):
