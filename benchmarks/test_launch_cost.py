@@ -9,13 +9,17 @@ import numpy as np
 import pytest
 from cases import ALGORITHMS, BF16, RUN_BUDGET_SECONDS, Limit, WeightRow
 from measure import Result, record
+from operand_buffers import Rotated
 from problem import Problem
+from test_matmul_speed import Row, arguments_of
 
 from plans.core import Device
+from plans.matmul import MatmulPlan, SegmentedMatmulPlan
 from plans.weight import WeightArgs
 
 RUNS = 200  # well below what a stream queues before a launch waits for the GPU
 ALGORITHMS_RUN = ("locon-r16", "lokr8", "lokr8-r16", "dora-r16")
+PRODUCT_BUDGET_SECONDS = 6e-6
 
 
 def again(args: WeightArgs) -> WeightArgs:
@@ -60,3 +64,28 @@ def test_launch_cost(
         row.gate if arguments is again else None,
     )
     record(benchmark, result)
+
+
+@pytest.mark.benchmark(group="launch cost")
+@pytest.mark.parametrize("adapters", [0, 1])
+def test_product_launch_cost(adapters: int, device: Device, rng: np.random.Generator, benchmark: Any):
+    row = Row(16, 128, 128, None, adapters)
+    descriptor, stream = row.descriptor(), device.stream()
+    with Rotated(
+        device, SegmentedMatmulPlan if adapters else MatmulPlan, descriptor, arguments_of(descriptor), rng
+    ) as runs:
+        plan, workspace, args = runs.plan, runs.workspace, runs.arguments[0]
+        launches = len(plan.launches(args, workspace))
+
+        def run() -> None:
+            for _ in range(RUNS // launches):
+                plan.run(stream, workspace, args)
+
+        benchmark.pedantic(run, setup=lambda: device.synchronize(stream), rounds=30, warmup_rounds=3)
+        device.synchronize(stream)
+    seconds = benchmark.stats.stats.median / (RUNS // launches)
+    work = f"run of a product{', LoCon r=16' if adapters else ''}: {launches} launch{'es' * (launches > 1)}"
+    record(
+        benchmark,
+        Result(work, row.shape, "", plan.chosen.name, seconds, Limit.BUDGET, PRODUCT_BUDGET_SECONDS, 1.0),
+    )
