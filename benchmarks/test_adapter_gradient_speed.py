@@ -32,6 +32,9 @@ from plans.adapter_gradient import (
     HadamardGradientArgs,
     HadamardGradientDescriptor,
     HadamardGradientPlan,
+    KroneckerGradientArgs,
+    KroneckerGradientDescriptor,
+    KroneckerGradientPlan,
     LowRankGradientArgs,
     LowRankGradientDescriptor,
     LowRankGradientPlan,
@@ -127,6 +130,10 @@ READING = [
     *(
         (BlockMixGradientPlan, BlockMixGradientDescriptor(TOKENS, *blocks), lambda t: BlockMixGradientArgs(*t))
         for blocks in ((8, 8, 384), (48, 48, 64), (96, 48, 64))
+    ),
+    *(
+        (KroneckerGradientPlan, KroneckerGradientDescriptor(TOKENS, *blocks), lambda t: KroneckerGradientArgs(*t))
+        for blocks in ((48, 48, 64, 64), (96, 48, 128, 64), (112, 64, 128, 64))
     ),
 ]
 

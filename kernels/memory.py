@@ -63,7 +63,8 @@ def _prefetch(pointer, index):
 
 
 # Of 128 bytes to L2: a hint, which changes nothing that anybody reads, so that it may come before what was written.
-prefetch = instruction("prefetch.global.L2 [$0];", (GLOBAL,), twin=_prefetch)
+# L2 gives it up last, since it is read only after what the launch before still moves.
+prefetch_to_keep = instruction("prefetch.global.L2::evict_last [$0];", (GLOBAL,), twin=_prefetch)
 load128_stream = instruction(
     "ld.global.L1::no_allocate.L2::128B.v4.u32 {$0,$1,$2,$3}, [$4];", (GLOBAL,), "rrrr", twin=_load128
 )

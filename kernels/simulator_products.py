@@ -32,14 +32,16 @@ def _start(sums, old, words, *product) -> None:
     sums[:] = np.nan
 
 
-def start_products(sums, a, b, columns, steps, step, to_f32) -> None:
+def tile_products(sums, a, b, columns, places, k_major, to_f32, adds) -> None:
     """Products of tiles to be done; until then the sums are NaN."""
-    _start(sums, np.zeros(len(sums), np.float32), None, a, b, columns, steps, step, to_f32)
+    old = sums.copy() if adds else np.zeros(len(sums), np.float32)
+    _start(sums, old, None, a, b, columns, places, k_major, to_f32)
 
 
-def add_products(sums, words, b, columns, steps, step, to_f32) -> None:
+def add_products(sums, words, b, columns, steps, step, k_major, to_f32) -> None:
     """Products of words and a tile to be done; until then the sums are NaN."""
-    _start(sums, sums.copy(), words, None, b, columns, steps, step, to_f32)
+    places = tuple((0, number * step) for number in range(steps))
+    _start(sums, sums.copy(), words, None, b, columns, places, (True, k_major), to_f32)
 
 
 def settle(pending: int) -> None:
@@ -61,19 +63,19 @@ def _multiply_all(lanes: list) -> list[None]:
     return [None] * len(lanes)
 
 
-def _multiply(block, parts: list[_Group], a, b, columns, steps, step, to_f32) -> None:
+def _multiply(block, parts: list[_Group], a, b, columns, places, k_major, to_f32) -> None:
     index = np.arange(columns // 2)
     rows = _ROW[:, None] + 8 * (index >> 1 & 1)
-    places = 8 * (index // 4) + _COLUMN[:, None] + (index & 1)
+    across = 8 * (index // 4) + _COLUMN[:, None] + (index & 1)
     matrix = np.zeros((64, columns), np.float32)
-    matrix[rows, places] = np.array([part.old for part in parts])
-    for number in range(steps):
+    matrix[rows, across] = np.array([part.old for part in parts])
+    for number, (of_a, of_b) in enumerate(places):
         if a is None:
             left = _fragments([part.words[4 * number : 4 * number + 4] for part in parts], to_f32)
         else:
-            left = _operand(block, a + number * step, True, 64, to_f32)
-        matrix = matrix + left @ _operand(block, b + number * step, a is not None, columns, to_f32).T
-    for part, row in zip(parts, matrix[rows, places], strict=True):
+            left = _operand(block, a + of_a, k_major[0], 64, to_f32)
+        matrix = matrix + left @ _operand(block, b + of_b, k_major[1], columns, to_f32).T
+    for part, row in zip(parts, matrix[rows, across], strict=True):
         part.sums[:] = row
 
 

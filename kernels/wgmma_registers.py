@@ -29,37 +29,54 @@ def start_products(columns: int, steps: int, kind: str) -> Callable:
     ``a`` and ``b`` are descriptors of K-major tiles.
     """
     step = step_words(True)
-    if SIMULATOR:
-        to_f32 = HALVES_TO_F32[kind]
-        return lambda sums, a, b: twins.start_products(sums, int(a), int(b), columns, steps, step, to_f32)
-    from numba.cuda.extending import intrinsic
-
-    count = columns // 2
-    factors = [f"add.u64 a, ${count}, {n * step}; add.u64 b, ${count + 1}, {n * step};" for n in range(steps)]
-    text = _products(columns, kind, factors, ["a"] * steps, ", 0, 0", False)
-
-    def start_products(_context, sums, _a, _b):
-        return types.void(sums, types.uint64, types.uint64), _starting(text, count, 0, False)
-
-    return intrinsic(start_products)
+    return tile_products(columns, tuple((n * step, n * step) for n in range(steps)), kind)
 
 
 @functools.cache
-def add_products(columns: int, steps: int, kind: str) -> Callable:
-    """A primitive ``f(sums, words, b)``: starts ``steps`` products of 16 as a group, which are added to the sums.
+def tile_products(
+    columns: int,
+    places: tuple[tuple[int, int], ...],
+    kind: str,
+    k_major: tuple[bool, bool] = (True, True),
+    adds: bool = False,
+) -> Callable:
+    """A primitive ``f(sums, a, b)``: starts products of 16 as a group, which take the sums' place or are added.
 
-    The left factor is an array of words, ``b`` the descriptor of an MN-major tile.
+    ``a`` and ``b`` are descriptors, to which each product adds a pair of ``places``.
     """
-    step = step_words(False)
     if SIMULATOR:
         to_f32 = HALVES_TO_F32[kind]
-        return lambda sums, words, b: twins.add_products(sums, words, int(b), columns, steps, step, to_f32)
+        return lambda sums, a, b: twins.tile_products(sums, int(a), int(b), columns, places, k_major, to_f32, adds)
+    from numba.cuda.extending import intrinsic
+
+    count = columns // 2
+    first = count * (1 + adds)
+    factors = [f"add.u64 a, ${first}, {left}; add.u64 b, ${first + 1}, {right};" for left, right in places]
+    majors = "".join(f", {int(not major)}" for major in k_major)
+    text = _products(columns, kind, factors, ["a"] * len(places), majors, adds)
+
+    def tile_products(_context, sums, _a, _b):
+        return types.void(sums, types.uint64, types.uint64), _starting(text, count, 0, adds)
+
+    return intrinsic(tile_products)
+
+
+@functools.cache
+def add_products(columns: int, steps: int, kind: str, k_major: bool = False) -> Callable:
+    """A primitive ``f(sums, words, b)``: starts ``steps`` products of 16 as a group, which are added to the sums.
+
+    The left factor is an array of words, ``b`` the descriptor of a tile, MN-major or ``k_major``.
+    """
+    step = step_words(k_major)
+    if SIMULATOR:
+        to_f32 = HALVES_TO_F32[kind]
+        return lambda sums, words, b: twins.add_products(sums, words, int(b), columns, steps, step, k_major, to_f32)
     from numba.cuda.extending import intrinsic
 
     count = columns // 2
     words = [f"{{{','.join(f'${2 * count + 4 * n + i}' for i in range(4))}}}" for n in range(steps)]
     factors = [f"add.u64 b, ${2 * count + 4 * steps}, {n * step};" for n in range(steps)]
-    text = _products(columns, kind, factors, words, ", 1", True)
+    text = _products(columns, kind, factors, words, f", {int(not k_major)}", True)
 
     def add_products(_context, sums, words, _b):
         return types.void(sums, words, types.uint64), _starting(text, count, 4 * steps, True)

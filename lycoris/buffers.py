@@ -9,7 +9,6 @@ What is done here to a device is done on one stream of it, in order, or on the c
 
 from __future__ import annotations
 
-import functools
 import math
 import threading
 from collections.abc import Iterator
@@ -137,12 +136,7 @@ def stream_of(device: Device) -> Any:
     if _chosen.device is not device:  # a launch wants the device bound to its thread, and threads begin without one
         device.make_current()
         _chosen.device = device
-    return _chosen.stream or _stream(device)
-
-
-@functools.cache
-def _stream(device: Device) -> Any:
-    return device.stream()
+    return _chosen.stream or device.main_stream
 
 
 @contextmanager
@@ -167,7 +161,7 @@ class _Scratch(threading.local):
     """A thread's own: launches of two threads on one stream take turns, and would write over each other's parts."""
 
     def __init__(self) -> None:
-        self.by_stream: dict[tuple[int, int], DeviceBuffer] = {}
+        self.by_stream: dict[tuple[int, Any], DeviceBuffer] = {}
 
 
 _scratch = _Scratch()
@@ -181,7 +175,7 @@ def scratch(device: Device, nbytes: int) -> DeviceBuffer:
     stream = stream_of(device)
     if device.capturing:
         return device.allocate(nbytes, stream)
-    key = (device.ordinal, 0 if device.is_simulator else int(stream.handle))
+    key = (device.ordinal, stream)
     found = _scratch.by_stream.get(key)
     if found is None or found.nbytes < nbytes:
         size = max(nbytes, 2 * found.nbytes if found is not None else 0)

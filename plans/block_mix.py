@@ -13,6 +13,7 @@ import numpy as np
 from kernels import block_mix as kernel
 from kernels.division import reciprocal_of
 from kernels.target import Kernel
+from plans.block_mix_streamed import streamed_sku
 from plans.core.device import Device
 from plans.core.errors import InvalidProblem
 from plans.core.operand import Operand
@@ -124,6 +125,10 @@ def _guarantee(precision: MathPrecision, reason: str, descriptor: BlockMixDescri
     )
 
 
+def _mma_guarantee(descriptor: BlockMixDescriptor) -> PrecisionGuarantee:
+    return _guarantee(MathPrecision.BF16_TENSOR_CORE, "the tensor core truncates terms", descriptor)
+
+
 def _groups(descriptor: BlockMixDescriptor) -> int:
     return -(-descriptor.in_blocks // 8)
 
@@ -216,12 +221,13 @@ class BlockMixPlan(Plan):
 
     name = "block mix"
     skus = (
+        streamed_sku(_mma_refuses, _mma_guarantee),
         Sku(
             name="mma",
             backend=BackendKind.MMA,
             arch=ArchSku.SM80,
             refuses=_mma_refuses,
-            guarantee=lambda d: _guarantee(MathPrecision.BF16_TENSOR_CORE, "the tensor core truncates terms", d),
+            guarantee=_mma_guarantee,
             build=_build_mma,
             alignment=16,
         ),

@@ -7,6 +7,8 @@ from plans.adapter_gradient import (
     BlockMixGradientPlan,
     HadamardGradientDescriptor,
     HadamardGradientPlan,
+    KroneckerGradientDescriptor,
+    KroneckerGradientPlan,
     LowRankGradientDescriptor,
     LowRankGradientPlan,
 )
@@ -115,6 +117,11 @@ EXAMPLES: tuple[tuple[type[Plan], str, object], ...] = (
         BlockMixGradientPlan,
         "gradient of LoKr's w1, 4096 tokens, 48 blocks of 64",
         BlockMixGradientDescriptor(4096, 48, 48, 64),
+    ),
+    (
+        KroneckerGradientPlan,
+        "gradients of LoKr's factors, 4096 tokens, 96x48 blocks of 128x64",
+        KroneckerGradientDescriptor(4096, 96, 48, 128, 64),
     ),
     (
         MatmulPlan,

@@ -11,9 +11,14 @@ os.environ.setdefault("LYCORIS_QUIET", "1")
 
 import numpy as np
 import pytest
+from hypothesis import settings
 
 from kernels.target import Kernel, f32p, i32p, i64, i64p, u16p, u32p
 from plans.core.device import Device, DeviceBuffer
+
+# Wall time of an example says nothing where sanitizers, workers or other users share the processor.
+settings.register_profile("lycoris", deadline=None)
+settings.load_profile("lycoris")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -13,6 +13,7 @@ from plans.adapter_gradient import (
     LowRankGradientArgs,
     LowRankGradientDescriptor,
     LowRankGradientPlan,
+    low_rank_streamed,
 )
 from plans.core import BackendKind, ElementKind, InvalidProblem, NoSku, PlanPreference
 
@@ -65,6 +66,35 @@ def test_low_rank_factors(device, poisoned, rng, case, backend):
     *extents, options = case
     descriptor = LowRankGradientDescriptor(*extents, **options)
     check(device, poisoned, LowRankGradientPlan, descriptor, low_rank_arguments, rng.standard_normal, backend)
+
+
+@pytest.mark.parametrize(
+    ("layout", "rank"), list(zip(low_rank_streamed.LAYOUTS, (16, 40, 16, 40, 40), strict=True)), ids=str
+)
+def test_every_layout_of_streamed_low_rank_factors(device, poisoned, rng, monkeypatch, layout, rank):
+    if device.arch < (9, 0):
+        pytest.skip("TMA is sm_90's")
+    rows = 131 + low_rank_streamed.LAYOUTS.index(layout)  # a plan of its own: plans are kept by their descriptors
+    monkeypatch.setattr(low_rank_streamed, "LAYOUTS", (layout,))
+    descriptor = LowRankGradientDescriptor(rows, 200, 64, rank, beside=rank > 16)
+    plan = check(device, poisoned, LowRankGradientPlan, descriptor, low_rank_arguments, rng.standard_normal, STREAMED)
+    assert (plan.program.tile.groups, plan.program.tile.parts) == layout
+
+
+@pytest.mark.parametrize(
+    ("columns", "layout"),
+    [
+        ((1024, 1024), (2, 4)),
+        ((3072, 3072), (2, 2)),
+        ((12288, 3072), (2, 1)),
+        ((14336, 4096), (3, 1)),
+        ((4096, 4096), (2, 2)),
+        ((8,), (2, 4)),
+    ],
+)
+def test_layout_of_so_many_columns(columns, layout):
+    """One block a multiprocessor of 132 where there are few columns enough, and as many blocks as find a place."""
+    assert low_rank_streamed._layout(4096, columns, 132) == layout
 
 
 def test_low_rank_factors_of_any_extent_and_kind(device, poisoned, rng):

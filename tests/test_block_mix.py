@@ -36,6 +36,37 @@ def test_awkward_extents(device, rng, shape, backend, transposed):
     run(device, rng, BlockMixDescriptor(*shape, transposed=transposed), backend)
 
 
+STREAMED = [(1, 8, 8, 8), (3, 16, 8, 72), (5, 72, 40, 64), (9, 8, 64, 136), (40, 24, 16, 64)]
+LARGE_STREAMED = [] if SIMULATOR else [(4099, 48, 48, 64), (1000, 112, 64, 64), (4096, 96, 48, 64)]
+
+
+@pytest.mark.parametrize("transposed", [False, True], ids=["w", "w transposed"])
+@pytest.mark.parametrize("spare", [0, 4])
+@pytest.mark.parametrize("shape", STREAMED + LARGE_STREAMED, ids=str)
+def test_streams(device, rng, shape, spare, transposed):
+    """By TMA, on all multiprocessors or on a few."""
+    if device.arch < (9, 0):
+        pytest.skip("TMA is sm_90's")
+    options = {"x_stride": shape[2] * shape[3] + 8, "early": True, "spare": (spare, 1.0)}
+    run(device, rng, BlockMixDescriptor(*shape, transposed=transposed, **options), BackendKind.STREAMED)
+
+
+def test_spare_multiprocessors_take_all_of_it_where_they_can(device):
+    wanted = "streamed" if device.arch >= (9, 0) and not SIMULATOR else "mma"
+    for cycles, name in ((51200.0, wanted), (30000.0, "mma")):
+        descriptor = BlockMixDescriptor(4096, 96, 48, 64, early=True, spare=(48, cycles))
+        assert BlockMixPlan.choose(descriptor, PlanPreference(), device).name == name
+
+
+def test_many_blocks_stream_by_a_transposed_matrix_only(device, rng):
+    if device.arch < (9, 0):
+        pytest.skip("TMA is sm_90's")
+    run(device, rng, BlockMixDescriptor(3, 16, 112, 16, F16, F16, F16, transposed=True), BackendKind.STREAMED)
+    with pytest.raises(NoSku, match="wants at most 64 blocks of x and 128 of out, found 112, 16"):
+        preference = PlanPreference(prefer_backend=BackendKind.STREAMED)
+        BlockMixPlan.select(None, BlockMixDescriptor(3, 16, 112, 16), preference, device)
+
+
 @pytest.mark.parametrize("backend", [BackendKind.PORTABLE, BackendKind.MMA], ids=lambda backend: backend.value)
 def test_kinds_and_strides(device, rng, backend):
     run(device, rng, BlockMixDescriptor(9, 4, 6, 24, F16, F16, F16, x_stride=152), backend)

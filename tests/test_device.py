@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from plans.core import DeviceError, ElementKind
+from plans.core import DeviceError, ElementKind, device_memory
 from plans.core import device as core_device
 from plans.core.device import device_error, driver_errors
 
@@ -25,13 +25,13 @@ def test_too_much_memory_is_refused_in_one_line(device, name):
 def test_the_drivers_words_become_one_line():
     (kind, *_) = driver_errors()
     wanted = r"^work failed \(CUDA_ERROR_X: line one line two\); wait$"
-    with pytest.raises(DeviceError, match=wanted) as refused, core_device._reported("work", "wait"):
+    with pytest.raises(DeviceError, match=wanted) as refused, device_memory.reported("work", "wait"):
         raise kind("CUDA_ERROR_X: line one\n  line two")
     assert isinstance(refused.value.__cause__, kind)
 
 
 def test_other_exceptions_pass():
-    with pytest.raises(KeyError), core_device._reported("work"):
+    with pytest.raises(KeyError), device_memory.reported("work"):
         raise KeyError("a bug")
 
 
@@ -48,7 +48,7 @@ def test_advice_is_always_given():
 
 
 def test_cuda_core_has_the_error_that_is_caught(monkeypatch):
-    monkeypatch.setattr(core_device, "SIMULATOR", False)
+    monkeypatch.setattr(device_memory, "SIMULATOR", False)
     (kind,) = driver_errors.__wrapped__()
     assert issubclass(kind, Exception) and kind.__name__ == "CUDAError"
 

@@ -354,7 +354,7 @@ names = st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=
 @given(
     st.dictionaries(st.tuples(names, st.sampled_from([*SPELLINGS, *UNSUPPORTED, ""])), st.integers(0, 4), max_size=6)
 )
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_keys_are_read_or_refused_in_one_line(tmp_path, keys):
     tensors = {stem + end: np.ones((2,) * ndim, np.float32) for (stem, end), ndim in keys.items() if stem + end}
     tensors.pop("__metadata__", None)

@@ -12,7 +12,7 @@ from lycoris.graph import capture
 from lycoris.nn import conv
 from lycoris.tensor import Generator
 from plans.core import DeviceError, ElementKind
-from plans.core.capture import keeping, kept
+from plans.core.capture import current, keeping
 
 BF16, F32 = ElementKind.BF16, ElementKind.F32
 REPLAYS = 3
@@ -285,9 +285,9 @@ def test_dropped_results_share_memory(device):
 def test_memory_that_is_given_back_is_taken_once():
     captured, memory = object(), object()
     with keeping(None, captured) as own:
-        assert kept() is own
+        assert current.kept is own
         own.give_back(16, memory)
         assert own.again(8) is None
         assert own.again(16) is memory
         assert own.again(16) is None
-    assert kept() is None
+    assert current.kept is None

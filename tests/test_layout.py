@@ -83,7 +83,7 @@ def test_the_reference_says_what_the_names_say():
         assert descriptor.out_shape == expected.shape
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(
     shape=st.lists(st.integers(1, 9), min_size=2, max_size=5).map(tuple),
     pair=st.sampled_from(list(INVERSE.items())),

@@ -139,7 +139,7 @@ def test_one_adapter_twice_is_one_of_twice_the_strength(tmp_path, output):
     assert_merged(base, (adapter, 2.0), output=output)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(
     st.lists(st.tuples(st.sampled_from(["locon", "loha", "lokr", "lokr factored", "full", "ia3"]), st.floats(-4, 4)),
              min_size=1, max_size=4),

@@ -102,7 +102,7 @@ def test_rebuild_conv_tucker_contracts_every_tap(rng, taps):
     assert_rounded(found, exact, size)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.integers(1, 5000), st.integers(-3, 200))
 def test_factorization_splits_as_lycoris_does(dimension, factor):
     m, n = factorization(dimension, factor)

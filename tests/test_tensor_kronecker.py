@@ -57,11 +57,12 @@ def test_a_diagonal_of_blocks(rng):
 WIDE = [(9, (2, 3), (80, 72))]
 if not SIMULATOR:
     WIDE += [(9, (2, 2), (72, 80)), (2048, (8, 8), (384, 384)), (515, (8, 6), (1536, 384))]
+NARROW = [] if SIMULATOR else [(520, (6, 5), (40, 24)), (4096, (48, 48), (64, 64)), (1031, (96, 48), (128, 64))]
 
 
-@pytest.mark.parametrize(("rows", "mixing", "block"), WIDE, ids=str)
-def test_gradients_of_wide_blocks(rows, mixing, block, rng):
-    """Where w1's gradient may be made beside x's; twice bit for bit."""
+@pytest.mark.parametrize(("rows", "mixing", "block"), WIDE + NARROW, ids=str)
+def test_gradients_of_wide_and_narrow_blocks(rows, mixing, block, rng):
+    """Where w1's gradient may be made beside x's, and where one pass makes both factors'; twice bit for bit."""
     (a, b), (c, d) = mixing, block
     shapes = ((rows, b * d), (a * c, b * d), (a, b), (c, d), (rows, a * c))
     given = [packed(0.25 * rng.standard_normal(shape), BF16) for shape in shapes]
@@ -82,3 +83,21 @@ def test_gradients_of_wide_blocks(rows, mixing, block, rng):
     for found, again, value in zip(first, second, exact, strict=True):
         np.testing.assert_array_equal(found, again)
         assert np.linalg.norm(found.astype(np.float64) - value) <= 2**-7 * np.linalg.norm(value)
+
+
+@pytest.mark.parametrize("trained", [(1,), (2,), (0, 2), (1, 2)], ids=str)
+def test_some_gradients_of_narrow_blocks(trained, rng):
+    """Those that are asked for, whatever else would be made in the same pass: as when all are."""
+    rows, (a, b), (c, d) = 9 if SIMULATOR else 520, (3, 8), (8, 16)
+    shapes = ((rows, b * d), (a * c, b * d), (a, b), (c, d), (rows, a * c))
+    values = [0.25 * rng.standard_normal(shape) for shape in shapes]
+
+    def gradients(numbers):
+        x, weight, w1, w2, g = (packed(value, BF16) for value in values)
+        wanted = [part.requires_grad_() if i in numbers else part for i, part in enumerate((x, w1, w2))]
+        y = tensor.kronecker_linear(wanted[0], weight, wanted[1], [wanted[2]], scale=0.5)
+        return [found.numpy().astype(np.float64) for found in grad([y], [wanted[i] for i in numbers], [g])]
+
+    every = gradients((0, 1, 2))
+    for i, found in zip(trained, gradients(trained), strict=True):
+        assert np.linalg.norm(found - every[i]) <= 2**-6 * np.linalg.norm(every[i])

@@ -37,6 +37,8 @@ from plans.weight import (
     WeightPlan,
 )
 from plans.weight.grouped import _grid_blocks
+from plans.weight.kronecker import VECTOR
+from plans.weight.tile import MMA
 
 WHOLE, RAGGED, CONV = Shape(2, 4, 16, 8), Shape(2, 3, 9, 8), Shape(2, 2, 5, 8, (2, 2))
 ODD, NO_ROWS = Shape(1, 1, 5, 7), Shape(1, 1, 0, 8)
@@ -241,6 +243,24 @@ def test_workspaces_lie_apart(make):
     limit = PlanPreference(max_workspace_bytes=group.plan.workspace_size() - 1)
     with pytest.raises(NoSku, match=r"3 weights \(all together: needs \d+ bytes of workspace, preference allows \d+"):
         GroupedWeightPlan.select(None, together, limit, group.device)
+
+
+@pytest.mark.parametrize(
+    ("source", "shape", "alone", "in_group"),
+    [
+        ("lokr full full", Shape(8, 8, 160, 160), MMA, VECTOR),
+        ("lokr full full", Shape(8, 8, 80, 80), MMA, MMA),
+        ("lokr full full", Shape(8, 8, 320, 320), VECTOR, VECTOR),
+        ("lokr full factored", Shape(8, 8, 160, 160), MMA, MMA),
+        ("lokr tucker", Shape(8, 8, 80, 80, (3, 3)), MMA, MMA),
+    ],
+)
+def test_kronecker_products_walk_from_smaller_sizes_on_in_groups(device, source, shape, alone, in_group):
+    descriptor = member(source, shape)
+    assert WeightPlan.choose(descriptor, PlanPreference(allow_sm90a=False), device) is alone
+    assert WeightPlan.member(descriptor, PlanPreference(allow_sm90a=False), device).chosen is in_group
+    only_mma = PlanPreference(prefer_backend=BackendKind.MMA)
+    assert WeightPlan.member(member(source, shape), only_mma, device).chosen is MMA
 
 
 def test_a_preference_holds_for_every_member(device):

@@ -117,7 +117,7 @@ small_shapes = st.builds(
 )
 kinds = st.sampled_from([BF16, F16, F32])
 seeds = st.integers(0, 2**32 - 1)
-properties = settings(max_examples=15, deadline=None)
+properties = settings(max_examples=15)
 
 
 def accepting(descriptor):

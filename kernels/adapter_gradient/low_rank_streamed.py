@@ -44,9 +44,9 @@ def _side_of_tile(number, tiles):
 
 
 @kernel_factory(
-    ("bf16", "f32", StreamTile(1, 16, 2, 2, True, True, True, True), (True, False)),
-    ("bf16", "bf16", StreamTile(1, 64, 2, 2, True, True, True), (True, False)),
-    ("f16", "f32", StreamTile(1, 8, 2, 2, True, True, True), (False, False)),
+    ("bf16", "f32", StreamTile(2, 16, 4, 4, True, True, 1, True), (True, False)),
+    ("bf16", "bf16", StreamTile(3, 64, 1, 1, True, True, 2), (True, False)),
+    ("f16", "f32", StreamTile(1, 8, 2, 2, True, True, 2), (False, False)),
 )
 def low_rank_gradient_streamed(kind: str, out: str, tile: StreamTile, turned: tuple[bool, bool]):
     """Parameters: both sides' results, the maps of both wide matrices, of both narrow ones, `streamed`'s (tiles of the

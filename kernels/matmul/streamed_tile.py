@@ -13,7 +13,9 @@ _SHARED_BYTES, _PAIRED_BYTES = 227 * 1024, 116 * 1024
 """Shared memory for stages, and what of it blocks take that share a depth: more than a half, as a grid of few blocks
 must not queue on some multiprocessors, and little more, so that they may take places while another grid ends."""
 
-_HALF_BYTES = 113 * 1024
+_ALL_BYTES, _RESERVED_BYTES = 228 * 1024, 1024
+"""A multiprocessor's shared memory, and what of it the system takes for a block."""
+
 _MOST_STAGES = 32
 
 
@@ -23,8 +25,9 @@ class StreamTile:
 
     ``groups`` of 64 rows, ``columns`` of the product (a multiple of 8), ``parts`` blocks that share the depth, of
     ``cluster`` that are placed on neighbouring multiprocessors. ``by_lines``: B's lines are values of K, not columns;
-    ``a_by_lines``: A's too, not rows. ``halves``: two blocks fill a multiprocessor. ``beside``: nothing is read that
-    the grid before writes, which the last block waits for in the end.
+    ``a_by_lines``: A's too, not rows. ``sharing``: so many blocks fill a multiprocessor; 0 where few do, which start
+    while another grid ends. ``beside``: nothing is read that the grid before writes, which the last block waits for in
+    the end.
     """
 
     groups: int
@@ -33,7 +36,7 @@ class StreamTile:
     cluster: int
     by_lines: bool = False
     a_by_lines: bool = False
-    halves: bool = False
+    sharing: int = 0
     beside: bool = False
 
     @property
@@ -69,11 +72,13 @@ class StreamTile:
     @property
     def stages(self) -> int:
         """As many as there is room for."""
-        room = _HALF_BYTES - self.sums_bytes if self.halves else _PAIRED_BYTES if self.parts > 1 else _SHARED_BYTES
+        room = _PAIRED_BYTES if self.parts > 1 else _SHARED_BYTES
+        if self.sharing:
+            room = _ALL_BYTES // self.sharing - _RESERVED_BYTES - self.sums_bytes
         return min(_MOST_STAGES, room // (self.a_bytes + self.b_bytes + 16))
 
     @property
     def shared_bytes(self) -> int:
-        """Stages, sums, barriers; too much for two blocks of a multiprocessor, but for halves of one."""
+        """Stages, sums, barriers; of no more blocks a multiprocessor than share it, which is one where that is open."""
         needed = self.stages * (self.a_bytes + self.b_bytes + 16) + self.sums_bytes
-        return needed if self.halves else max(_PAIRED_BYTES, needed)
+        return needed if self.sharing > 1 else max(_PAIRED_BYTES, needed)

@@ -21,9 +21,9 @@ from kernels.elements import ELEMENTS, all_finite, parked8
 from kernels.parameters import flat_length, table_reader
 from kernels.target import SIMULATOR, blocks_by_shared, cuda, device, f32, i32p, i64, i64p, kernel_factory, types
 
-THREADS = 32 if SIMULATOR else 128
+THREADS = 32 if SIMULATOR else 64
 RUNS_IN_BATCH = 8
-BLOCKS_AT_ONCE = 660
+BLOCKS_AT_ONCE = 1320
 """As many blocks as an H200 holds: those that may wait for the launch before, and ask for bases meanwhile."""
 
 
@@ -58,7 +58,8 @@ def _body(base, out, first, second, check, slots, ragged) -> tuple[tuple, Callab
     Where rows or blocks do not come out even, what lies beyond reads the last inside, and its stores are left out.
     """
     has_base, w2 = base is not None, ELEMENTS[second]
-    store8, load1 = ELEMENTS[out].store8, ELEMENTS[first].load
+    store8 = ELEMENTS[out].store8_cached if has_base else ELEMENTS[out].store8
+    load1 = ELEMENTS[first].load
     fetch8, unpack8, words_of_8 = w2.fetch8_cached, w2.unpack8, w2.words
     park, unpark = parked8(base or out, THREADS)
     place_of = _place_of(slots, ragged)
@@ -122,7 +123,7 @@ def _body(base, out, first, second, check, slots, ragged) -> tuple[tuple, Callab
             for u in range(batch):
                 offset = at + min(block + np.int64(u), last_block - np.int64(1)) * stride
                 for r in range(slots):
-                    memory.prefetch(base_pointer, offset + row_of(i, r, height) * row_stride)
+                    memory.prefetch_to_keep(base_pointer, offset + row_of(i, r, height) * row_stride)
 
     @device
     def body(
@@ -182,7 +183,7 @@ def _options(base: str | None, early: bool) -> dict:
     shared = 2 * RUNS_IN_BATCH * ELEMENTS[base].words * 4 * THREADS if base else 0
     return {
         "threads": THREADS,
-        "min_blocks": min(5, blocks_by_shared(shared, hopper=early)),
+        "min_blocks": min(10, blocks_by_shared(shared, hopper=early)),
         "shared_bytes": shared,
     }
 

@@ -162,9 +162,10 @@ def _options(base: str | None, sources: tuple[Source, ...], sink: str, tile: Til
     """Launch bounds: as many blocks on a multiprocessor as factors, base, results and gains leave registers for."""
     words = (2 if tile.base == "walk" else 1) * held_words(sources, tile) + 32
     words += RESULTS if tile.wgmma and any(source[0] == "hadamard" for source in sources) else 0
+    words += RESULTS * (len(sources) - 1)  # a further source's results stand beside the sum
     words += ROWS_OF_LANE * tile.groups * ELEMENTS[base].words if base and tile.base == "registers" else 0
     gathers = len(sources) == 1 and sources[0][0] == "kronecker_product" and product_words(sources) < 12
-    few = words <= 70 or (gathers and tile.base == "registers")
+    few = (len(sources) == 1 and words <= 70) or (gathers and tile.base == "registers")
     warps_on_multiprocessor = 24 if few else 16 if words <= 108 else 8
     if tile.settled or not ordered(sources, sink, tile):
         warps_on_multiprocessor = min(warps_on_multiprocessor, 16)

@@ -85,11 +85,11 @@ class AdaptedLinear(Adapted):
             )
         shape = check_linear("AdaptedLinear", x, self.weight, self.bias)
         found = self.active()
-        mode = self.mode or ("separate" if self.training else "merged")
         if found and found[0].module.dora_scale is not None:
             return _sum(self._dora(x, found[0]) if self._recorded(x, found) else self._merged(x), residual)
         if self._recorded(x, found):
             return self._differentiable(x, found, residual)
+        mode = self.mode or ("separate" if self.training else "merged")
         made: LinearSum = self._kept(mode, self._merged_sum if mode == "merged" or not found else self._separate_sum)
         rows = matrix_of(x, self.weight.shape[1])
         if rows.strides[1] != 1 or rows.strides[0] < rows.shape[1] or not rows.aligned:
@@ -103,14 +103,15 @@ class AdaptedLinear(Adapted):
         return LinearSum(self.weight, self.merged_bias(), ways_of(self.active(), self.weight))
 
     def _recorded(self, x: Tensor, found: list[Adapter]) -> bool:
-        return autograd.wanted((x, *(factor for adapter in found for factor in adapter.tensors.values())))
+        return autograd.wanted([x, *[factor for adapter in found for factor in adapter.tensors.values()]])
 
     def _merged(self, x: Tensor) -> Tensor:
         return tensor.linear(x, self.merged_weight(), self.merged_bias())
 
     def _differentiable(self, x: Tensor, found: list[Adapter], residual: Tensor | None) -> Tensor:
         """The base frozen, each adapter's term beside it; one alone takes part in the base's own sum."""
-        base, staying = self.weight.detach(), self.staying(found)
+        base = self.weight.detach() if self.weight.requires_grad else self.weight
+        staying = self.staying(found)
         bias = self.live_bias(staying)
         if len(staying) == 1 and self._alone(staying[0], x, bias):
             merged = self.merged_weight() if self.mode == "merged" and len(found) == 1 else None

@@ -79,7 +79,7 @@ class LinearSum:
         device = x.storage.buffer.device
         out = empty((x.shape[0], self.weight.shape[0]), x.kind, device)
         work = scratch(device, prepared.scratch_bytes) if prepared.scratch_bytes else None
-        place = (_address(x), out.storage.buffer.address, work.address if work is not None else 0)
+        place = (x.address, out.address, work.address if work is not None else 0)
         launches = prepared.made.get(place)
         if launches is None:
             if len(prepared.made) >= _MOST_CALLS:
@@ -133,7 +133,8 @@ class LinearSum:
         plan = SegmentedMatmulPlan.select(None, descriptor, device=device)
         w1 = blocks[0].w1.shape
         early = plan.chosen.backend is BackendKind.WGMMA
-        spare = plan.program.spare() if early else (0, 0.0)
+        idle, cycles = plan.program.spare() if early else (0, 0.0)
+        spare = (idle, cycles / len(blocks))
         mixing = BlockMixDescriptor(m, *w1, k // w1[1], kind, kind, kind, x_stride=a_stride, early=early, spare=spare)
         mix = BlockMixPlan.select(None, mixing, device=device)
         one = -(-m * groups * depth * kind.itemsize // _ALIGNMENT) * _ALIGNMENT
@@ -161,12 +162,8 @@ class LinearSum:
         return _Prepared(own + len(blocks) * one, make, {})
 
 
-def _address(x: Tensor) -> int:
-    return x.storage.buffer.address + x.offset * x.kind.itemsize
-
-
 def _grouped(x: Tensor, shape: tuple[int, int, int], strides: tuple[int, int, int]) -> Tensor:
-    return Tensor(x.storage, shape, x.kind, strides, x.offset)
+    return x.viewed(shape, strides)
 
 
 def ways_of(found: list[Adapter], weight: Tensor) -> Ways:
@@ -197,8 +194,8 @@ def is_plain_locon(adapter: Adapter) -> bool:
 
 def locon_factors(factors: Mapping[str, Tensor], kind: ElementKind) -> tuple[Tensor, Tensor]:
     """Down [r, in] and up [out, r] in x's kind, with gradients."""
-    down, up = (x if x.ndim == 2 else x.reshape(x.shape[0], -1) for x in (factors[DOWN], factors[UP]))
-    return down.to(kind), up.to(kind)
+    down, up = [x if len(x.shape) == 2 else x.reshape(x.shape[0], -1) for x in (factors[DOWN], factors[UP])]
+    return down if down.kind is kind else down.to(kind), up if up.kind is kind else up.to(kind)
 
 
 def low_rank_of(adapter: Adapter, kind: ElementKind) -> LowRank:

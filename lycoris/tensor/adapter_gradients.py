@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 
-from lycoris.tensor.launch import empty, keep, kept, of_layout, run_prepared, shaped
+from lycoris.tensor.launch import empty, keep, kept, of_layouts, run_prepared, shaped
 from lycoris.tensor.products import flipped, product, ready
 from lycoris.tensor.tensor import Layout, Tensor, layout_of
 from plans.adapter_gradient import (
@@ -15,11 +15,14 @@ from plans.adapter_gradient import (
     HadamardGradientArgs,
     HadamardGradientDescriptor,
     HadamardGradientPlan,
+    KroneckerGradientArgs,
+    KroneckerGradientDescriptor,
+    KroneckerGradientPlan,
     LowRankGradientArgs,
     LowRankGradientDescriptor,
     LowRankGradientPlan,
 )
-from plans.core import ElementKind, TensorRef
+from plans.core import Device, ElementKind, TensorRef
 from plans.core.prepared import Prepared
 
 _UNIT = 8
@@ -39,49 +42,46 @@ def low_rank_gradients(
     given = [pair for pair in (up, None if down is None else down[::-1]) if pair is not None]
     if not given:
         return None, None
-    first, narrow = given[0]
-    rank, device = narrow.shape[1], first.device
-    if rank % _UNIT or any([wide.kind is not first.kind or t.kind is not first.kind for wide, t in given]):
+    (first, narrow), device = given[0], given[0][0].device
+    if narrow.shape[1] % _UNIT or any([x.kind is not first.kind for pair in given for x in pair]):
         return (
             None if down is None else product(flipped(down[0]), down[1], kind, scale),
             None if up is None else product(flipped(up[0]), up[1], kind, scale),
         )
-    sides = [(ready(wide, transposed=False), t) for wide, t in given]
-    beside = beside and all(
-        [side[0] is pair[0] for side, pair in zip(sides, given, strict=True)]
-    )  # copies are launches
-    layouts = [x.layout for side in sides for x in side]
-    key = ("low-rank gradient", up is None, *layouts, kind, scale, beside, device.ordinal)
-    prepared, made = kept(key) or _keep_low_rank(key, sides, up is not None, kind, scale, beside)
-    results = [of_layout(layout, device) for layout in made]
-    launched = [(result, *side) for result, side in zip(results, sides, strict=True) if side[0].shape[1]]
-    run_prepared(prepared, [*[entry[0] for entry in launched], *[x for entry in launched for x in entry[1:]]])
-    return results[-1] if down is not None else None, results[0] if up is not None else None
+    operands = [x for wide, t in given for x in (ready(wide, transposed=False), t)]
+    beside = beside and operands[0] is first and operands[-2] is given[-1][0]  # copies are launches
+    key = ("low-rank gradient", up is None, kind, scale, beside, device.ordinal, *[x.layout for x in operands])
+    prepared, made = kept(key) or _keep_low_rank(key, operands, up is not None, kind, scale, beside)
+    results = of_layouts(made, device)
+    run_prepared(prepared, (*results, *operands))
+    return None if down is None else results[-1], None if up is None else results[0]
 
 
 def _keep_low_rank(
-    key: tuple, sides: Sequence[tuple[Tensor, Tensor]], has_up: bool, kind: ElementKind, scale: float, beside: bool
+    key: tuple, operands: Sequence[Tensor], has_up: bool, kind: ElementKind, scale: float, beside: bool
 ) -> tuple[Prepared, list[Layout]]:
     """The plan, and the results' layouts."""
-    first, narrow = sides[0]
-    rank = narrow.shape[1]
-    g, x = sides[0][0] if has_up else None, sides[-1][0] if len(sides) > has_up else None
-    shapes = [(wide.shape[1], rank) if has_up and wide is g else (rank, wide.shape[1]) for wide, _ in sides]
+    wides, narrows = operands[0::2], operands[1::2]
+    first, rank, count = wides[0], narrows[0].shape[1], len(wides)
+    g, x = first if has_up else None, wides[-1] if count > has_up else None
+    shapes = [
+        (wide.shape[1], rank) if wide is g and not number else (rank, wide.shape[1])
+        for number, wide in enumerate(wides)
+    ]
     layouts = [layout_of(shape, kind) for shape in shapes]
     descriptor = LowRankGradientDescriptor(
         first.shape[0], _columns(g), _columns(x), rank, first.kind, kind, g_stride=_stride(g), x_stride=_stride(x),
         beside=beside,
     )  # fmt: skip
     plan = LowRankGradientPlan.select(None, descriptor, device=first.device)
-    launched = [(layout, *side) for layout, side in zip(layouts, sides, strict=True) if side[0].shape[1]]
-    sources = [tensor for _, wide, t in launched for tensor in (wide, shaped(t, (t.shape[0], 1, rank)))]
-    count = len(launched)
+    blocks = [shaped(t, (t.shape[0], 1, rank)) for t in narrows]
+    sources = [x for pair in zip(wides, blocks, strict=True) for x in pair]
 
     def make(*refs: TensorRef) -> LowRankGradientArgs:
-        results, wides, narrows = refs[:count], refs[count::2], refs[count + 1 :: 2]
-        return LowRankGradientArgs(list(zip(results, wides, narrows, strict=True)), scale)
+        sides = zip(refs[:count], refs[count::2], refs[count + 1 :: 2], strict=True)
+        return LowRankGradientArgs([side for side in sides if side[1].shape[1]], scale)
 
-    return keep(key, plan, [of_layout(layout, first.device) for layout, *_ in launched], sources, make, layouts)
+    return keep(key, plan, of_layouts(layouts, first.device), sources, make, layouts)
 
 
 def _columns(x: Tensor | None) -> int:
@@ -115,6 +115,36 @@ def mixing_gradient(
         found = keep(key, plan, [out], [g, x], functools.partial(BlockMixGradientArgs, scale=scale))
     run_prepared(found[0], (out, g, x))
     return out
+
+
+@functools.lru_cache(1 << 12)
+def kronecker_problem(
+    rows: int, mixing: tuple[int, int], block: tuple[int, int], kind: ElementKind, out: ElementKind, device: Device,
+    spare: tuple[int, float] | None = None,
+) -> KroneckerGradientDescriptor | None:  # fmt: skip
+    """The problem of w1 [a, b] and w2 [c, d], where one pass over g and x is the fast way to both gradients.
+
+    ``spare`` of an ``early`` launch before, which makes nothing that is taken here: then the pass runs beside it.
+    """
+    beside = spare is not None
+    descriptor = KroneckerGradientDescriptor(rows, *mixing, *block, kind, out, beside, spare or (0, 0.0))
+    return descriptor if KroneckerGradientPlan.is_fast(descriptor, device) else None
+
+
+def kronecker_gradients(
+    problem: KroneckerGradientDescriptor, g: Tensor, x: Tensor, w1: Tensor, w2: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Those of w1 and w2 in y = scale * x @ kron(w1, w2).T, of contiguous tensors."""
+    a, b, c, d = problem.out_blocks, problem.in_blocks, problem.out_width, problem.in_width
+    operands = [shaped(g, (problem.rows, a, c)), shaped(x, (problem.rows, b, d)), w1, w2]
+    results = [empty(shape, problem.out, x.device) for shape in ((a, b), (c, d))]
+    key = ("Kronecker gradient", problem, scale, x.device.ordinal)
+    found = kept(key)
+    if found is None:
+        plan = KroneckerGradientPlan.select(None, problem, device=x.device)
+        found = keep(key, plan, results, operands, functools.partial(KroneckerGradientArgs, scale=scale))
+    run_prepared(found[0], (*results, *operands))
+    return results[0], results[1]
 
 
 def hadamard_gradients(

@@ -102,7 +102,7 @@ def _mask_of(mask: Tensor, shape: Shape) -> Tensor:
             f"{_NAME}: attn_mask {mask.kind.value} {mask.shape}, wanted bf16, f16, f32 or i32 that repeats to {shape}; "
             "reshape or convert it"
         )
-    return _by_batch(Tensor(mask.storage, shape, mask.kind, broadcast_strides(mask, shape), mask.offset))
+    return _by_batch(mask.viewed(shape, broadcast_strides(mask, shape)))
 
 
 def _ready(x: Tensor) -> Tensor:
@@ -119,7 +119,7 @@ def _side_by_side(like: Tensor) -> Tensor:
     """A new tensor of the same shape, [batch, heads, tokens, width], that lies as [batch, tokens, heads, width]."""
     heads, tokens, width = like.shape[1:]
     out = empty(like.shape, like.kind, like.device)
-    return Tensor(out.storage, like.shape, like.kind, (tokens * heads * width, width, heads * width, 1))
+    return out.viewed(like.shape, (tokens * heads * width, width, heads * width, 1))
 
 
 def _problem(
@@ -200,22 +200,19 @@ def self_attention(qkv: Tensor, heads: int, is_causal: bool = False, scale: floa
     width = columns // (3 * heads)
     whole = compact(qkv.detach())
     strides = (tokens * columns, width, columns, 1)
-    parts = [
-        Tensor(whole.storage, (batch, heads, tokens, width), whole.kind, strides, whole.offset + i * heads * width)
-        for i in range(3)
-    ]
+    parts = [whole.viewed((batch, heads, tokens, width), strides, whole.offset + i * heads * width) for i in range(3)]
     inputs = [_ready(part) for part in parts]
     descriptor, mixed, lse = _forward(inputs, None, is_causal, 0, scale)
-    out = Tensor(mixed.storage, (batch, tokens, heads * width), mixed.kind)
+    out = mixed.viewed((batch, tokens, heads * width))
     if not autograd.wanted((qkv,)):
         return out
 
     def pull(g: Tensor, edges: Sequence[autograd.Node | None]) -> list[Tensor]:
         g = compact(g.detach())
-        g = _ready(Tensor(g.storage, mixed.shape, g.kind, mixed.strides, g.offset))
+        g = _ready(g.viewed(mixed.shape, mixed.strides))
         d_qkv = empty(whole.shape, whole.kind, whole.device)
         packed = (heads * width, *strides[:3])
-        results = Tensor(d_qkv.storage, (3, *mixed.shape), d_qkv.kind, (*packed, 1))
+        results = d_qkv.viewed((3, *mixed.shape), (*packed, 1))
         problem = AttentionBackwardDescriptor(descriptor, d_out_strides=g.strides[:3], packed=packed)
         _backward(problem, [results.mut()], g, (mixed, lse, *inputs), None, scale)
         return [d_qkv if d_qkv.kind is edges[0].kind else converted(d_qkv, edges[0].kind)]

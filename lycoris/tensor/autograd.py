@@ -47,7 +47,7 @@ class Node:
         self.inputs: tuple[Node | None, ...] = ()
         self.uses, self.adds = 0, False
         self.pull: Pull | None = None
-        self.saved: tuple[tuple[Storage, int], ...] = ()
+        self.saved: Sequence[tuple[Storage, int]] = ()
         self.hooks: list[Callable[[Tensor], Tensor | None]] = []
         self.leaf: weakref.ref[Tensor] | None = None
 
@@ -92,7 +92,11 @@ def is_grad_enabled() -> bool:
 
 def wanted(inputs: Sequence[Tensor]) -> bool:
     """Whether an operation on these tensors is to be recorded."""
-    return _mode.enabled and any(tensor.requires_grad for tensor in inputs)
+    if _mode.enabled:
+        for tensor in inputs:  # `any` of a generator takes three times as long, and every operation asks
+            if tensor.requires_grad:
+                return True
+    return False
 
 
 def edge(tensor: Tensor) -> Node:
@@ -119,13 +123,13 @@ def record(
     gradient has ``kind``, or that of ``out``. ``adds``: the pullback adds what the first input's gradient is already.
     """
     # A leaf's node is made first, so that the walk, latest nodes first, comes to it after all that it went into.
-    edges = tuple([edge(tensor) if tensor.requires_grad else None for tensor in inputs])
+    edges = tuple([(tensor.node or edge(tensor)) if tensor.requires_grad else None for tensor in inputs])
     node = Node(name, out.shape, kind or out.kind)
     for taken in edges:
         if taken is not None:
             taken.uses += 1
     node.inputs, node.adds = edges, adds
-    node.pull, node.saved = pull, tuple((tensor.storage, tensor.storage.version) for tensor in saved)
+    node.pull, node.saved = pull, [(tensor.storage, tensor.storage.version) for tensor in saved]
     out.node, out.requires_grad = node, True
     return out
 
@@ -187,7 +191,7 @@ def grad(
     for number, tensor in enumerate(inputs):
         if not tensor.requires_grad:
             raise RefusedInput(f"grad: input {number} requires no gradient; call requires_grad_() before it is used")
-    targets = [edge(tensor) for tensor in inputs]
+    targets = [tensor.node or edge(tensor) for tensor in inputs]
     found = _walk(_seeds("grad", tensors, gradients), retain_graph, set(targets))
     return [found.get(node) for node in targets]
 
@@ -210,7 +214,7 @@ def _seeds(operation: str, tensors: Sequence[Tensor], gradients: Sequence[Tensor
                 f"{operation}: gradient of shape {gradient.shape}, wanted the tensor's, {tensor.shape}; "
                 "give one of that shape"
             )
-        made.append((edge(tensor), gradient))
+        made.append((tensor.node or edge(tensor), gradient))
     return made
 
 
@@ -222,60 +226,68 @@ def _walk(seeds: list[tuple[Node, Tensor]], retain_graph: bool, targets: set[Nod
     found: dict[Node, Tensor] = {}
     needed = None if targets is None else _leading_to(targets, [node for node, _ in seeds])
 
-    def sum_of(node: Node) -> Sum:
+    def contribute(node: Node, part: Tensor | Part, own: bool) -> Sum:
         summed = sums.get(node)
-        if summed is None:
-            summed = sums[node] = Sum()
-            if node.leaf is None:
-                heapq.heappush(heap, (-node.number, node))
-            else:
-                leaves.append(node)
+        if summed is not None:
+            summed.add(part, own, node.kind)
+            return summed
+        if node.leaf is None:
+            heapq.heappush(heap, (-node.number, node))
+        else:
+            leaves.append(node)
+        if isinstance(part, Part):
+            summed = Sum()
+            summed.add(part, own, node.kind)
+        else:
+            summed = Sum(part, own)
+        sums[node] = summed
         return summed
 
     with no_grad():
         for node, gradient in seeds:
             if needed is None or node in needed:
-                sum_of(node).add(gradient, False, node.kind)
+                contribute(node, gradient, False)
         while heap:
             _, node = heapq.heappop(heap)
-            gradient, _ = _finished(node, sums.pop(node))
-            if gradient is None:
-                continue
+            gradient = sums.pop(node).total(node.kind)
+            if node.hooks:
+                gradient = _hooked(node, gradient)
             if targets is not None and node in targets:
                 found[node] = gradient
             edges = node.inputs if needed is None else tuple([e if e in needed else None for e in node.inputs])
             if any(edges):
-                _pull(node, gradient, edges, sum_of, retain_graph)
+                _pull(node, gradient, edges, sums, contribute, retain_graph)
         for node in leaves:
-            gradient, own = _finished(node, sums.pop(node))
-            if gradient is None:
-                continue
+            summed = sums.pop(node)
+            gradient = summed.total(node.kind)
+            if node.hooks:
+                gradient = _hooked(node, gradient)
             if targets is None:
-                _accumulate(node.leaf(), gradient, own)
+                _accumulate(node.leaf(), gradient, summed.own and not node.hooks)
             elif node in targets:
                 found[node] = gradient
     return found
 
 
-def _finished(node: Node, summed: Sum) -> tuple[Tensor | None, bool]:
-    """A node's gradient after its hooks, None where there is none; whether nothing else refers to it."""
-    gradient, own = summed.total(node.kind), summed.own
-    if node.hooks and gradient is not None:
-        own = False
-        for hook in list(node.hooks):
-            gradient = _replaced(node, gradient, hook(gradient))
-    return gradient, own
+def _hooked(node: Node, gradient: Tensor) -> Tensor:
+    """A node's gradient after its hooks."""
+    for hook in list(node.hooks):
+        gradient = _replaced(node, gradient, hook(gradient))
+    return gradient
 
 
 def _leading_to(targets: set[Node], seeds: Sequence[Node]) -> set[Node]:
     """The nodes from which the walk comes to a target, targets themselves among them."""
     seen, order = set(seeds), list(seeds)
-    for node in order:
-        fresh = [e for e in node.inputs if e is not None and e not in seen]
-        seen.update(fresh)
-        order += dict.fromkeys(fresh)
+    for node in order:  # which grows
+        for taken in node.inputs:
+            if taken is not None and taken not in seen:
+                seen.add(taken)
+                if taken.inputs:
+                    order.append(taken)
     found = targets & seen
-    for node in sorted(order, key=attrgetter("number")):  # inputs before what was made of them
+    order.sort(key=attrgetter("number"))  # inputs before what was made of them
+    for node in order:
         if not found.isdisjoint(node.inputs):
             found.add(node)
     return found
@@ -296,7 +308,8 @@ def _pull(
     node: Node,
     gradient: Tensor,
     edges: Sequence[Node | None],
-    sum_of: Callable[[Node], Sum],
+    sums: dict[Node, Sum],
+    contribute: Callable[[Node, Tensor | Part, bool], Sum],
     retain_graph: bool,
 ) -> None:
     """Hand the gradient on to the inputs that want it, which ``edges`` are."""
@@ -307,20 +320,18 @@ def _pull(
             raise RefusedInput(
                 f"backward: a tensor that the gradient of {node.name} needs was changed in place since; use a copy"
             )
-    sums = [None if target is None else sum_of(target) for target in edges]
     if node.adds:
-        already = None if edges[0] is None else sums[0].take(edges[0].uses)
-        gradients = node.pull(gradient, edges, already)
+        already = sums.get(edges[0])
+        gradients = node.pull(gradient, edges, None if already is None else already.take(edges[0].uses))
     else:
         gradients = node.pull(gradient, edges)
     if not retain_graph:
         node.pull, node.saved = None, ()
     seen = {gradient.storage}
-    for target, summed, part in zip(edges, sums, gradients, strict=True):
+    for target, part in zip(edges, gradients, strict=True):
         if target is not None and part is not None:
             assert part.shape == target.shape, (node.name, part.shape, target.shape)
-            summed.add(part, part.storage not in seen, target.kind)
-            summed.received += 1
+            contribute(target, part, part.storage not in seen).received += 1
             seen.add(part.storage)
 
 

@@ -43,7 +43,7 @@ class Part:
         strides = list(wide.strides)
         strides[self.axis] *= self.step
         offset = wide.offset + self.start * wide.strides[self.axis]
-        return type(wide)(wide.storage, self.gradient.shape, wide.kind, tuple(strides), offset)
+        return wide.viewed(self.gradient.shape, tuple(strides), offset)
 
 
 class Sum:
@@ -55,11 +55,11 @@ class Sum:
 
     __slots__ = ("_covered", "_last", "_made", "_value", "own", "received")
 
-    def __init__(self) -> None:
-        self._value: Tensor | None = None
+    def __init__(self, value: Tensor | None = None, own: bool = False) -> None:
+        self._value, self.own = value, own
         self._last: Tensor | None = None
         self._covered: list[tuple[int, int, int]] | None = None  # the slices that there are, while there is no more
-        self._made = self.own = False  # made here: others may refer to a contribution that is the only one
+        self._made = False  # made here: others may refer to a contribution that is the only one
         self.received = 0
 
     def add(self, part: Tensor | Part, own: bool, kind: ElementKind) -> None:
@@ -72,11 +72,11 @@ class Sum:
             self._settle(F32)
             self._last = part
 
-    def total(self, kind: ElementKind) -> Tensor | None:
-        """The sum in a kind; None of nothing."""
+    def total(self, kind: ElementKind) -> Tensor:
+        """The sum in a kind."""
         if self._last is not None:
             self._settle(kind)
-        if self._value is not None and self._value.kind is not kind:
+        if self._value.kind is not kind:
             self._become(self._value.to(kind))
         return self._value
 

@@ -13,7 +13,7 @@ from lycoris.errors import RefusedInput
 from lycoris.replay import Recorded, recorded
 from lycoris.tensor import autograd, launch, streams
 from lycoris.tensor.launch import F32, empty, run
-from lycoris.tensor.tensor import FLOATS, Storage, Tensor
+from lycoris.tensor.tensor import FLOATS, Storage, Tensor, layout_of
 from lycoris.tensor.uploaded import Uploaded
 from plans.core import Device, ElementKind, TensorRef
 from plans.random import (
@@ -77,12 +77,13 @@ def from_numpy(
     if kind is not None and kind not in FLOATS:
         array, kind = array.astype(kind.values), None
     held = DeviceArray.from_numpy(array, kind, device)
-    return Tensor(Storage(held.buffer), tuple(array.shape), held.kind, requires_grad=requires_grad)
+    return from_array(held, requires_grad=requires_grad)
 
 
 def from_array(array: DeviceArray, *, requires_grad: bool = False) -> Tensor:
     """A tensor that shares a `DeviceArray`'s memory."""
-    return Tensor(Storage(array.buffer), array.shape, array.kind, requires_grad=requires_grad)
+    made = Tensor(Storage(array.buffer), layout_of(array.shape, array.kind))
+    return made.requires_grad_() if requires_grad else made
 
 
 class Generator:
@@ -176,7 +177,7 @@ def _random(
     out = empty(shape, kind, device)
     stream = _stream(seed, generator, out.device)
     descriptor = RandomDescriptor(out.size, kind, distribution, stream.origin is not None)
-    flat = Tensor(out.storage, (out.size,), kind)
+    flat = out.viewed((out.size,))
     plan = RandomPlan.select(None, descriptor, device=out.device)
     run(plan, RandomArgs(flat.mut(), low, width, *stream.arguments()))
     return out
@@ -234,6 +235,6 @@ def _dropped(x: Tensor, p: float, stream: _Stream, kind: ElementKind) -> Tensor:
     count = math.prod(x.shape)
     descriptor = DropoutDescriptor(count, x.kind, kind, stream.origin is not None)
     plan = DropoutPlan.select(None, descriptor, device=x.device)
-    flat = Tensor(out.storage, (count,), kind), Tensor(source.storage, (count,), x.kind, offset=source.offset)
+    flat = out.viewed((count,)), source.viewed((count,))
     run(plan, DropoutArgs(flat[0].mut(), flat[1].ref(), p, 1 / (1 - p), *stream.arguments()))
     return out

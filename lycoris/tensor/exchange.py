@@ -18,7 +18,7 @@ import numpy as np
 
 from lycoris.buffers import stream_of
 from lycoris.errors import RefusedInput
-from lycoris.tensor.tensor import Storage, Tensor
+from lycoris.tensor.tensor import Storage, Tensor, layout_of
 from plans.core import Device, DeviceBuffer, ElementKind
 from plans.core.tensor import contiguous_strides
 
@@ -146,7 +146,7 @@ def _adopt(
         )
     buffer = _BorrowedBuffer(device, memory, address, nbytes)
     buffer.borrowed = borrowed
-    return Tensor(Storage(buffer), shape, kind, strides)
+    return Tensor(Storage(buffer), layout_of(shape, kind, strides))
 
 
 def from_dlpack(x: Any, device: Device | None = None) -> Tensor:

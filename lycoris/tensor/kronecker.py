@@ -12,16 +12,22 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
 from lycoris.errors import RefusedInput
 from lycoris.tensor import autograd
 from lycoris.tensor.adapted import refuse_mixed
-from lycoris.tensor.adapter_gradients import low_rank_gradients, mixing_gradient
+from lycoris.tensor.adapter_gradients import (
+    kronecker_gradients,
+    kronecker_problem,
+    low_rank_gradients,
+    mixing_gradient,
+)
 from lycoris.tensor.creation import from_numpy
 from lycoris.tensor.launch import compact, compute, converted, empty, keep, kept, of_layout, run_prepared, shaped
-from lycoris.tensor.mixing import mixed
+from lycoris.tensor.mixing import fits_spare, mixed
 from lycoris.tensor.products import check_linear, flipped, matrix_of, product, stored, sum_of_products
 from lycoris.tensor.tensor import Layout, Tensor, layout_of
 from plans.core import Device, ElementKind, TensorMut, TensorRef
@@ -34,6 +40,7 @@ _COLUMNS = ((9, 256), (0, 128))
 hardware on.
 """
 
+_NOTHING = (0, 0.0)
 _NARROW = 64
 """Columns of a block that a block of threads holds the sums of, as it does those of a factor's ranks."""
 
@@ -58,45 +65,100 @@ def kronecker_linear(
     refuse_mixed("kronecker_linear", (x, weight, w1, *seconds))
     kind, own = x.kind, None if bias is None else compact(bias.detach())
     rows, matrix, mixing = _ready(matrix_of(x, weight.shape[1])), _ready(weight), _ready(w1)
-    chain = [_ready(factor) for factor in seconds]
+    chain = tuple(_ready(factor) for factor in seconds)
     second = chain[0] if len(chain) == 1 else product(*chain, kind)
     wide = diagonal(second, together_of(a, c, x.device))
-    inner, out = _mixed_sum(rows, flipped(matrix), mixing, False, flipped(wide), wide.shape[0] // c, scale, kind, own)
+    together = wide.shape[0] // c
+    inner, out, _ = _mixed_sum(rows, flipped(matrix), mixing, False, flipped(wide), together, scale, kind, own)
     out = shaped(out, shape)
     inputs = (x, w1, *seconds)
     if not autograd.wanted(inputs):
         return out
-    x_shape, count = x.shape, rows.shape[0]
+    both = len(chain) == 1 and w1.requires_grad and seconds[0].requires_grad
+    if both and kronecker_problem(rows.shape[0], w1.shape, (c, d), kind, kind, x.device) is not None:
+        inner = None  # the pass over g and x makes it anew
+    x_shape, saved = x.shape, _Saved(rows, matrix, mixing, chain, second, wide, inner, scale)
 
     def pull(g: Tensor, edges: Sequence[autograd.Node | None]) -> list[Tensor | None]:
         g = _ready(matrix_of(g, matrix.shape[0]))
-        grown, d_x, d_w1 = [shaped(g, (count * a, c))], None, None
-        for factor in chain if edges[1] or (edges[0] and d <= c) else chain[:-1]:
-            grown.append(product(grown[-1], factor, kind))
-        pairs = shaped(g, (count * a, c)), shaped(inner, (count * a, d))
-        # Where blocks are few and wide, w1's gradient is made beside d_x's product, whose operands are held here; those
-        # of narrow blocks read more, and would slow the product down.
-        beside = bool(edges[0] and edges[1] and _NARROW < d <= c)
-        if edges[0] and d <= c:  # mixed after w2, which w1 wants anyway, there is no more to read, and less to multiply
-            back = mixed(shaped(grown[-1], (count, a * d)), mixing, d, kind, True, scale)
-            d_x = sum_of_products(((g, matrix),), (1.0,), edges[0].kind, None, back, early=beside)
-            d_x = shaped(d_x, x_shape)
-        elif edges[0]:
-            tall = diagonal(second, together_of(b, d, x.device))
-            outer, d_x = _mixed_sum(g, matrix, mixing, True, tall, tall.shape[1] // d, scale, edges[0].kind)
-            d_x = shaped(d_x, x_shape)
-            if b < a:  # the same sum over fewer blocks
-                pairs = shaped(outer, (count * b, c)), shaped(rows, (count * b, d))
-        if edges[1]:
-            v = shaped(grown[-1], (count, a * d))
-            d_w1 = mixing_gradient(v, rows, (a, b), d, edges[1].kind, scale, beside=beside)
-        if len(chain) == 1:
-            d_seconds = [_second_gradient(*pairs, edges[2].kind) if edges[2] else None]
-        else:
-            d_seconds = _factor_gradients(grown, shaped(inner, (count * a, d)), chain, edges[2:])
-        return [d_x, d_w1, *d_seconds]
+        d_x, *rest = _in_one_pass(saved, g, edges) or _in_passes(saved, g, edges)
+        return [None if d_x is None else shaped(d_x, x_shape), *rest]
 
     return autograd.record("kronecker_linear", out, inputs, (rows, matrix, mixing, *chain), pull)
+
+
+class _Saved(NamedTuple):
+    """What gradients need: x and the weight as matrices, w1, w2 or its factors, w2, the diagonal of it that the sum was
+    made with, the blocks of scale * x that w1 mixed, unless no gradient is likely to need them.
+    """
+
+    rows: Tensor
+    matrix: Tensor
+    mixing: Tensor
+    chain: tuple[Tensor, ...]
+    second: Tensor
+    wide: Tensor
+    inner: Tensor | None
+    scale: float
+
+    def mixed_first(
+        self, g: Tensor, kind: ElementKind, early: bool = False
+    ) -> tuple[tuple[Tensor, Tensor], Tensor, tuple[int, float]]:
+        """The blocks of g mixed by w1's transpose and what multiplies them; x's gradient; what its launch spares."""
+        together = together_of(self.mixing.shape[1], self.second.shape[1], g.device)
+        same = self.wide.shape[0] == together * self.second.shape[0]
+        tall = self.wide if same else diagonal(self.second, together)
+        outer, d_x, spare = _mixed_sum(g, self.matrix, self.mixing, True, tall, together, self.scale, kind, early=early)
+        return (outer, tall), d_x, spare
+
+
+def _in_one_pass(saved: _Saved, g: Tensor, edges: Sequence[autograd.Node | None]) -> list[Tensor | None] | None:
+    """All gradients where one pass makes those of w1 and w2, beside x's; None where it does not.
+
+    It leaves g's product with w2 nowhere: x's is made without.
+    """
+    if len(saved.chain) > 1 or not (edges[1] and edges[2]) or edges[1].kind is not edges[2].kind:
+        return None
+    shape = (g.shape[0], saved.mixing.shape, saved.second.shape, g.kind, edges[1].kind, g.device)
+    problem, d_x, held = kronecker_problem(*shape), None, None
+    if problem is None:
+        return None
+    if edges[0]:  # what it reads is held until the pass is launched, which runs beside it
+        held, d_x, spare = saved.mixed_first(g, edges[0].kind, early=True)
+        problem = kronecker_problem(*shape, spare)
+    found = kronecker_gradients(problem, g, saved.rows, saved.mixing, saved.second, saved.scale)
+    del held
+    return [d_x, *found]
+
+
+def _in_passes(saved: _Saved, g: Tensor, edges: Sequence[autograd.Node | None]) -> list[Tensor | None]:
+    """All gradients, each factor's by itself."""
+    rows, matrix, mixing, chain, (c, d), scale = *saved[:4], saved.second.shape, saved.scale
+    (a, b), kind, count, d_x, d_w1 = mixing.shape, g.kind, g.shape[0], None, None
+    inner = mixed(rows, mixing, d, kind, False, scale) if saved.inner is None else saved.inner
+    inner = shaped(inner, (count * a, d))
+    grown = [shaped(g, (count * a, c))]
+    for factor in chain if edges[1] or (edges[0] and d <= c) else chain[:-1]:
+        grown.append(product(grown[-1], factor, kind))
+    pairs = grown[0], inner
+    # Where blocks are few and wide, w1's gradient is made beside d_x's product, whose operands are held here; those of
+    # narrow blocks read more, and would slow the product down.
+    beside = bool(edges[0] and edges[1] and _NARROW < d <= c)
+    if edges[0] and d <= c:  # mixed after w2, which w1 wants anyway, there is no more to read, and less to multiply
+        back = mixed(shaped(grown[-1], (count, a * d)), mixing, d, kind, True, scale)
+        d_x = sum_of_products(((g, matrix),), (1.0,), edges[0].kind, None, back, early=beside)
+    elif edges[0]:
+        (outer, _), d_x, _ = saved.mixed_first(g, edges[0].kind)
+        if b < a:  # the same sum over fewer blocks
+            pairs = shaped(outer, (count * b, c)), shaped(rows, (count * b, d))
+    if edges[1]:
+        v = shaped(grown[-1], (count, a * d))
+        d_w1 = mixing_gradient(v, rows, (a, b), d, edges[1].kind, scale, beside=beside)
+    if len(chain) == 1:
+        d_seconds = [_second_gradient(*pairs, edges[2].kind) if edges[2] else None]
+    else:
+        d_seconds = _factor_gradients(grown, inner, chain, edges[2:])
+    return [d_x, d_w1, *d_seconds]
 
 
 def _second_gradient(g: Tensor, x: Tensor, kind: ElementKind) -> Tensor:
@@ -144,57 +206,66 @@ def _identity(count: int, kind: ElementKind, device: Device) -> Tensor:
 
 def _mixed_sum(
     a: Tensor, b: Tensor, w: Tensor, transposed: bool, second: Tensor, together: int, scale: float, kind: ElementKind,
-    bias: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The blocks of scale * a mixed by w or its transpose, in a's kind, and `sum_with_blocks` of them."""
+    bias: Tensor | None = None, *, early: bool = False,
+) -> tuple[Tensor, Tensor, tuple[int, float]]:  # fmt: skip
+    """The blocks of scale * a mixed by w or its transpose, in a's kind, `sum_with_blocks` of them, what that spares.
+
+    The launch after an ``early`` sum may run beside it, and takes nothing of it: that one is left what is spared, if it
+    is not all that the mix needs.
+    """
     count = w.shape[1] if transposed else w.shape[0]
     depth = second.shape[0] // together
-    small = Tensor.placed(a.storage, layout_of((a.shape[0], count * depth), a.kind))  # only its layout counts
+    small = Tensor(a.storage, layout_of((a.shape[0], count * depth), a.kind))  # only its layout counts
     operands = [a, b, small, second] if bias is None else [a, b, small, second, bias]
-    spare = _prepared_sum(operands, together, kind)[0].plan.program.spare()
-    blocks = mixed(a, w, depth, a.kind, transposed, scale, early=True, spare=spare)
-    return blocks, sum_with_blocks(a, b, blocks, second, together, kind, bias)
+    spare = _prepared_sum(operands, together, kind, early)[0].plan.program.spare()
+    own = not early or fits_spare(a.shape[0], count, a.shape[1] // depth, depth, a.kind, transposed, spare, a.device)
+    mine, left = (spare, _NOTHING) if own else (_NOTHING, spare)
+    blocks = mixed(a, w, depth, a.kind, transposed, scale, early=True, spare=mine)
+    return blocks, sum_with_blocks(a, b, blocks, second, together, kind, bias, early=early), left
 
 
 def sum_with_blocks(
-    a: Tensor, b: Tensor, blocks: Tensor, second: Tensor, together: int, kind: ElementKind, bias: Tensor | None = None
-) -> Tensor:
+    a: Tensor, b: Tensor, blocks: Tensor, second: Tensor, together: int, kind: ElementKind, bias: Tensor | None = None,
+    *, early: bool = False,
+) -> Tensor:  # fmt: skip
     """The product a @ b (+ bias), to each group of whose columns a group of ``blocks``' columns times second is added.
 
     a [m, k], b [k, n], blocks [m, groups * depth], second [depth, n / groups], block-diagonal of so many blocks
-    ``together``; all lie as products take them, and ``blocks`` was made by an ``early`` launch just before. No
-    gradients.
+    ``together``; all lie as products take them, and ``blocks`` was made by an ``early`` launch just before. What is
+    launched next takes nothing of an ``early`` one. No gradients.
     """
     operands = [a, b, blocks, second] if bias is None else [a, b, blocks, second, bias]
-    prepared, layout = _prepared_sum(operands, together, kind)
+    prepared, layout = _prepared_sum(operands, together, kind, early)
     out = of_layout(layout, a.device)
     run_prepared(prepared, (out, *operands))
     return out
 
 
-def _prepared_sum(operands: list[Tensor], together: int, kind: ElementKind) -> tuple[Prepared, Layout]:
+def _prepared_sum(operands: list[Tensor], together: int, kind: ElementKind, early: bool) -> tuple[Prepared, Layout]:
     """The launches of `sum_with_blocks`, and the result's layout."""
-    key = ("sum with blocks", kind, together, operands[0].device.ordinal, *[x.layout for x in operands])
-    return kept(key) or _keep_blocks(key, operands, together, kind)
+    key = ("sum with blocks", kind, together, early, operands[0].device.ordinal, *[x.layout for x in operands])
+    return kept(key) or _keep_blocks(key, operands, together, kind, early)
 
 
-def _keep_blocks(key: tuple, operands: list[Tensor], together: int, kind: ElementKind) -> tuple[Prepared, Layout]:
+def _keep_blocks(
+    key: tuple, operands: list[Tensor], together: int, kind: ElementKind, early: bool
+) -> tuple[Prepared, Layout]:
     """The plan, and the result's layout."""
     a, b, blocks, second, *added = operands
     (m, k), n, (depth, columns) = a.shape, b.shape[1], second.shape
-    descriptor = block_problem(a, b, blocks, second, together, kind, added[0].kind if added else None)
+    descriptor = block_problem(a, b, blocks, second, together, kind, added[0].kind if added else None, early)
     plan = SegmentedMatmulPlan.select(None, descriptor, device=a.device)
     out, groups = empty((m, n), kind, a.device), n // columns
     right, lead = stored(b.layout), _lead(b)
     shape, steps = ((columns, k), columns * lead) if right.transposed else ((k, columns), columns)
     sources = [
         a,
-        Tensor(b.storage, (groups, *shape), b.kind, (steps, lead, 1), b.offset),
-        Tensor(blocks.storage, (groups, m, depth), blocks.kind, (depth, groups * depth, 1), blocks.offset),
+        b.viewed((groups, *shape), (steps, lead, 1)),
+        blocks.viewed((groups, m, depth), (depth, groups * depth, 1)),
         stored(second.layout).view(second),
         *(shaped(x, (groups, columns)) for x in added),
     ]
-    target = Tensor(out.storage, (groups, m, columns), kind, (columns, n, 1), out.offset)
+    target = out.viewed((groups, m, columns), (columns, n, 1))
 
     def make(result: TensorMut, *refs: TensorRef) -> SegmentedMatmulArgs:
         return SegmentedMatmulArgs(result, (refs[:2], refs[2:4]), epilogue=refs[4:])
@@ -203,8 +274,9 @@ def _keep_blocks(key: tuple, operands: list[Tensor], together: int, kind: Elemen
 
 
 def block_problem(
-    a: Tensor, b: Tensor, blocks: Tensor, second: Tensor, together: int, kind: ElementKind, bias: ElementKind | None
-) -> SegmentedMatmulDescriptor:
+    a: Tensor, b: Tensor, blocks: Tensor, second: Tensor, together: int, kind: ElementKind, bias: ElementKind | None,
+    early: bool = False,
+) -> SegmentedMatmulDescriptor:  # fmt: skip
     """`sum_with_blocks` as a batch of the groups of columns."""
     (m, k), n, (depth, columns) = a.shape, b.shape[1], second.shape
     left, right, groups = stored(a.layout), stored(b.layout), n // columns
@@ -219,7 +291,7 @@ def block_problem(
     )  # fmt: skip
     steps = () if bias is None else (Bias(bias, per_batch=True),)
     return SegmentedMatmulDescriptor(
-        m, columns, (base, late), kind, groups, steps, out_stride=n, out_batch_stride=columns
+        m, columns, (base, late), kind, groups, steps, out_stride=n, out_batch_stride=columns, early=early
     )
 
 

@@ -11,9 +11,9 @@ from typing import Any
 from lycoris.buffers import scratch, stream_of
 from lycoris.errors import RefusedInput
 from lycoris.tensor.tensor import FLOATS, Layout, Shape, Storage, Tensor, compact_strides, layout_of
-from plans.core import Device, ElementKind, Plan, Workspace
+from plans.core import Device, DeviceError, ElementKind, Plan, Workspace
 from plans.core.device import device_error, driver_errors
-from plans.core.plan import Arguments, Contract, Launches
+from plans.core.plan import Arguments, Contract
 from plans.core.prepared import Prepared
 from plans.expression import Expr, leaf
 from plans.layout import Conversion, LayoutArgs, LayoutDescriptor, LayoutPlan
@@ -35,7 +35,13 @@ def empty(shape: Sequence[int], kind: ElementKind = F32, device: Device | None =
 
 def of_layout(layout: Layout, device: Device) -> Tensor:
     """Memory with undefined contents for a contiguous layout."""
-    return Tensor.placed(Storage(device.allocate(layout.nbytes, stream_of(device))), layout)
+    return Tensor(Storage(device.allocate(layout.nbytes, stream_of(device))), layout)
+
+
+def of_layouts(layouts: Sequence[Layout], device: Device) -> list[Tensor]:
+    """`of_layout` of several."""
+    stream = stream_of(device)
+    return [Tensor(Storage(device.allocate(layout.nbytes, stream)), layout) for layout in layouts]
 
 
 def zeros(shape: Sequence[int], kind: ElementKind = F32, device: Device | None = None) -> Tensor:
@@ -52,7 +58,7 @@ def zeros_like_layout(shape: Shape, strides: Shape, kind: ElementKind, device: D
     order = sorted(range(len(shape)), key=lambda axis: (-strides[axis], axis))
     compact = compact_strides(tuple(shape[axis] for axis in order))
     dense = all(strides[axis] == step or shape[axis] == 1 for axis, step in zip(order, compact, strict=True))
-    return Tensor(out.storage, shape, kind, strides) if dense else out
+    return out.viewed(shape, strides) if dense else out
 
 
 def run(plan: Contract, args: Any) -> None:
@@ -64,16 +70,16 @@ def run(plan: Contract, args: Any) -> None:
     workspace = Workspace(scratch(device, size)) if size else Workspace()
     if device.is_simulator:
         plan.can_implement(args)
-    _launch(device, plan.launches(args, workspace))
-
-
-def _launch(device: Device, launches: Launches) -> None:
     stream = stream_of(device)
     try:
-        for launch, arguments in launches:
+        for launch, arguments in plan.launches(args, workspace):
             launch(stream, arguments)
     except driver_errors() as error:
-        raise device_error(f"launching on {device.name}", error) from error
+        raise _refused(device, error) from error
+
+
+def _refused(device: Device, error: Exception) -> DeviceError:
+    return device_error(f"launching on {device.name}", error)
 
 
 _MOST_KEPT = 1 << 13
@@ -107,17 +113,22 @@ def run_prepared(prepared: Prepared, tensors: Sequence[Tensor]) -> None:
     device, size = prepared.device, prepared.workspace_bytes
     work = scratch(device, size) if size else None
     if device.is_simulator:
-        data = [x.argument for x in tensors]
+        data = tuple([x.argument for x in tensors])
         prepared.check(data, [x.available for x in tensors])
     else:
-        data = [x.storage.buffer.address + x.offset * x.layout.itemsize for x in tensors]
-    _launch(device, prepared.launches(data, work))
+        data = tuple([x.address for x in tensors])
+    stream = stream_of(device)
+    try:
+        for launch, arguments in prepared.launches(data, work):
+            launch(stream, arguments)
+    except driver_errors() as error:
+        raise _refused(device, error) from error
 
 
 def same_device(operation: str, tensors: Sequence[Tensor]) -> Device:
     """The device of all tensors. Raises RefusedInput where they are on several."""
     device = tensors[0].device
-    for other in tensors[1:]:
+    for other in tensors:
         if other.device is not device:
             raise RefusedInput(f"{operation}: tensors on {device.name} and {other.device.name}; bring them together")
     return device
@@ -125,7 +136,12 @@ def same_device(operation: str, tensors: Sequence[Tensor]) -> Device:
 
 def shaped(x: Tensor, shape: Shape) -> Tensor:
     """A contiguous tensor's elements under another shape; it is not looked at whether they are as many."""
-    return Tensor(x.storage, shape, x.kind, offset=x.offset)
+    return x.viewed(shape)
+
+
+def result_of_shape(x: Tensor, shape: Shape) -> Tensor:
+    """A new result under a shape, itself where it has that: a pullback that keeps it would be kept by it."""
+    return x if x.shape == shape else x.viewed(shape)
 
 
 def broadcast_shape(operation: str, shapes: Sequence[Shape]) -> Shape:
@@ -184,7 +200,7 @@ def _keep_pointwise(
 
 def repeated(x: Tensor, shape: Shape) -> Tensor:
     """A view of ``shape``, to which the tensor broadcasts, without gradients."""
-    return Tensor(x.storage, shape, x.kind, broadcast_strides(x, shape), x.offset)
+    return x.viewed(shape, broadcast_strides(x, shape))
 
 
 def filled(shape: Sequence[int], value: float, kind: ElementKind, device: Device | None = None) -> Tensor:

@@ -9,13 +9,25 @@ While factors are trained, t is kept from the way forward, so that x is read onc
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
 from lycoris.errors import RefusedInput
 from lycoris.tensor import autograd, pointwise
 from lycoris.tensor.adapter_gradients import low_rank_gradients
-from lycoris.tensor.launch import compact, converted, empty, keep, kept, of_layout, run_prepared, same_device, shaped
+from lycoris.tensor.launch import (
+    compact,
+    converted,
+    empty,
+    keep,
+    kept,
+    of_layout,
+    of_layouts,
+    result_of_shape,
+    run_prepared,
+    same_device,
+)
 from lycoris.tensor.products import (
     added_gradients,
     check_linear,
@@ -27,7 +39,7 @@ from lycoris.tensor.products import (
     ready,
     stored,
 )
-from lycoris.tensor.tensor import Layout, Tensor, layout_of
+from lycoris.tensor.tensor import Layout, Shape, Tensor, layout_of
 from plans.core import ElementKind, TensorMut, TensorRef
 from plans.core.prepared import Prepared
 from plans.matmul import (
@@ -60,17 +72,11 @@ def low_rank_linear(
     the factors are trained (as their gradients need it), and otherwise kept to fp32's precision. Raises RefusedInput
     where shapes do not fit.
     """
-    shape = check_linear("low_rank_linear", x, weight, bias, residual)
-    rank = down.shape[0] if down.ndim == 2 else -1
-    if down.shape != (rank, weight.shape[1]) or up.shape != (weight.shape[0], rank):
-        raise RefusedInput(
-            f"low_rank_linear: down {down.shape} and up {up.shape}, wanted [rank, {weight.shape[1]}] and "
-            f"[{weight.shape[0]}, rank]; give the factors of this weight"
-        )
+    added = [None if part is None else part.layout for part in (bias, residual)]
+    shape, kind = _checked(x.layout, weight.layout, down.layout, up.layout, *added)
     inputs = tuple([part for part in (x, weight, down, up, bias, residual) if part is not None])
     same_device("low_rank_linear", inputs)
-    rows, matrix, low, high = matrix_of(x, weight.shape[1]), weight, down, up
-    kind = pointwise.result_kind("low_rank_linear", (x, weight))
+    rows, matrix, low, high, rank = matrix_of(x, weight.shape[1]), weight, down, up, down.shape[0]
     recorded = autograd.wanted(inputs)
     trained = recorded and (down.requires_grad or up.requires_grad)
     own, beside = bias, like_rows(residual, weight.shape[0])
@@ -79,7 +85,7 @@ def low_rank_linear(
     else:
         t = product(rows, flipped(low), rows.kind, scale) if trained else None
         out = with_term(rows, flipped(matrix), low, high, scale, kind, own, beside)
-    out = shaped(out, shape)
+    out = result_of_shape(out, shape)
     if not recorded:
         return out
     x_shape = x.shape
@@ -100,9 +106,24 @@ def low_rank_linear(
         pairs = ((u, rows) if edges[2] else None, (g, t) if edges[3] else None)
         d_down, d_up = low_rank_gradients(*pairs, factors.kind, 1.0, beside=overlaps) if factors else (None, None)
         rest = added_gradients(whole, g, edges[4:], own is not None)
-        return [None if d_x is None else shaped(d_x, x_shape), d_weight, d_down, d_up, *rest]
+        return [None if d_x is None else result_of_shape(d_x, x_shape), d_weight, d_down, d_up, *rest]
 
     return autograd.record("low_rank_linear", out, inputs, (rows, matrix, low, high), pull, adds=True)
+
+
+@functools.lru_cache(1 << 12)
+def _checked(
+    x: Layout, weight: Layout, down: Layout, up: Layout, bias: Layout | None, residual: Layout | None
+) -> tuple[Shape, ElementKind]:
+    """The result's shape and kind. Raises RefusedInput where operands do not fit."""
+    shape = check_linear("low_rank_linear", x, weight, bias, residual)
+    rank = down.shape[0] if len(down.shape) == 2 else -1
+    if down.shape != (rank, weight.shape[1]) or up.shape != (weight.shape[0], rank):
+        raise RefusedInput(
+            f"low_rank_linear: down {down.shape} and up {up.shape}, wanted [rank, {weight.shape[1]}] and "
+            f"[{weight.shape[0]}, rank]; give the factors of this weight"
+        )
+    return shape, pointwise.result_kind("low_rank_linear", (x, weight))
 
 
 class _Both(NamedTuple):
@@ -128,13 +149,15 @@ def _both(
     nothing is launched between them, and what they read, which is given too, stays until both are launched. Where it is
     not turned, the launch after both may run beside the second.
     """
-    device, added = operands[0].device, tuple([x for x in (bias, residual) if x is not None])
-    key = (turned, scale, kind, bias is None, device.ordinal, *[x.layout for x in operands], *[x.layout for x in added])
+    (a, b, narrow, wide), device = operands, operands[0].device
+    added = tuple([x for x in (bias, residual) if x is not None])
+    layouts = a.layout, b.layout, narrow.layout, wide.layout, *[x.layout for x in added]
+    key = (turned, scale, kind, bias is None, device.ordinal, layouts)
     found = _both_kept.get(key)
-    if found is None or not all([x.aligned for x in operands]):
+    if found is None or (a.address | b.address | narrow.address | wide.address) & 15:
         found, operands, added = _prepare_both(key, turned, operands, scale, kind, bias, residual)
-    a, b, narrow, wide = operands
-    t, out = of_layout(found.t, device), of_layout(found.out, device)
+        a, b, narrow, wide = operands
+    t, out = of_layouts((found.t, found.out), device)
     run_prepared(found.first, (t, a, narrow))
     run_prepared(found.second, (out, a, b, t, wide, *added))
     return t, out, (*operands, *added)
@@ -149,7 +172,7 @@ def _prepare_both(
     a, b, narrow, wide = operands = tuple([ready(x) for x in wanted])
     terms = [None if x is None else compact(x) for x in (bias, residual)]
     t = layout_of((a.shape[0], narrow.shape[1]), a.kind)
-    small = Tensor.placed(a.storage, t)  # only its layout counts
+    small = Tensor(a.storage, t)  # only its layout counts
     second, out = prepared_sum((a, b, small, wide), (1.0, 1.0), kind, *terms, early=not turned, late=True)
     beside = blocks_beside(second.plan.program, a.device, a.shape[0], 1, narrow.shape[1], a.shape[1])
     first, _ = prepared_sum((a, narrow), (scale,), a.kind, early=True, beside=beside)

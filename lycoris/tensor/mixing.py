@@ -11,7 +11,7 @@ from lycoris.tensor.adapter_gradients import mixing_gradient
 from lycoris.tensor.launch import compact, converted, empty, keep, kept, run_prepared, same_device, shaped
 from lycoris.tensor.tensor import Tensor
 from plans.block_mix import BlockMixArgs, BlockMixDescriptor, BlockMixPlan
-from plans.core import ElementKind
+from plans.core import BackendKind, Device, ElementKind, PlanPreference
 
 
 def mix_blocks(x: Tensor, w: Tensor) -> Tensor:
@@ -42,6 +42,17 @@ def mix_blocks(x: Tensor, w: Tensor) -> Tensor:
 def _ready(x: Tensor) -> Tensor:
     x = x.detach()
     return x if x.contiguous_ and x.aligned else converted(x, x.kind)
+
+
+@functools.lru_cache(1 << 12)
+def fits_spare(
+    rows: int, out_blocks: int, in_blocks: int, width: int, kind: ElementKind, transposed: bool,
+    spare: tuple[int, float], device: Device,
+) -> bool:  # fmt: skip
+    """Whether what an ``early`` mix's next launch spares is all that the mix needs."""
+    kinds = (kind,) * 3
+    descriptor = BlockMixDescriptor(rows, out_blocks, in_blocks, width, *kinds, transposed, early=True, spare=spare)
+    return BlockMixPlan.choose(descriptor, PlanPreference(), device).backend is BackendKind.STREAMED
 
 
 def mixed(

@@ -22,7 +22,7 @@ from lycoris.tensor.launch import (
     sum_to,
     sum_to_of,
 )
-from lycoris.tensor.tensor import FLOATS, Shape, Tensor, changed
+from lycoris.tensor.tensor import FLOATS, Layout, Shape, Tensor, changed
 from plans import expression
 from plans.core import ElementKind
 from plans.expression import ZERO, Expr, leaf
@@ -37,7 +37,7 @@ BINARY = ("add", "sub", "mul", "div", "pow", "maximum", "minimum", "gt", "ge", "
 """Of two tensors, or a tensor and a number. Comparisons give 1 and 0 in the tensors' kind."""
 
 
-def result_kind(operation: str, tensors: Sequence[Tensor]) -> ElementKind:
+def result_kind(operation: str, tensors: Sequence[Tensor | Layout]) -> ElementKind:
     """The kind of a result: the operands', or f32 where they differ. Raises RefusedInput for integers."""
     for tensor in tensors:
         if tensor.kind not in FLOATS:

@@ -23,6 +23,7 @@ from lycoris.tensor.launch import (
     kept,
     of_layout,
     reduce,
+    result_of_shape,
     run_prepared,
     same_device,
     shaped,
@@ -53,7 +54,7 @@ class _Stored(NamedTuple):
 
     def view(self, x: Tensor) -> Tensor:
         """The tensor as it is stored."""
-        return x if not self.transposed else Tensor(x.storage, self.shape, x.kind, self.strides, x.offset)
+        return x.viewed(self.shape, self.strides) if self.transposed else x
 
 
 @functools.lru_cache(1 << 14)
@@ -173,7 +174,7 @@ def _keep_sum(
 
 def flipped(x: Tensor) -> Tensor:
     """The last two axes exchanged, without gradients."""
-    return Tensor.placed(x.storage, _flipped(x.layout), x.offset)
+    return Tensor(x.storage, _flipped(x.layout), x.offset)
 
 
 @functools.lru_cache(1 << 14)
@@ -244,7 +245,7 @@ def _product_op(name: str, a: Tensor, b: Tensor, scale: float) -> Tensor:
 
 def matrix_of(x: Tensor, columns: int) -> Tensor:
     """A tensor as a matrix of its last axis, for what records no gradients itself."""
-    return x if x.ndim == 2 else shaped(compact(x), (_rows(x), columns))
+    return x if len(x.shape) == 2 else shaped(compact(x), (_rows(x), columns))
 
 
 def like_rows(x: Tensor | None, columns: int) -> Tensor | None:
@@ -255,9 +256,15 @@ def like_rows(x: Tensor | None, columns: int) -> Tensor | None:
     return x if x.contiguous_ and x.aligned else converted(x, x.kind)
 
 
-def check_linear(name: str, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None = None) -> Shape:
+def check_linear(
+    name: str,
+    x: Tensor | Layout,
+    weight: Tensor | Layout,
+    bias: Tensor | Layout | None,
+    residual: Tensor | Layout | None = None,
+) -> Shape:
     """The result's shape. Raises RefusedInput where operands of a linear layer do not fit."""
-    if weight.ndim != 2 or not x.shape or x.shape[-1] != weight.shape[1]:
+    if len(weight.shape) != 2 or not x.shape or x.shape[-1] != weight.shape[1]:
         raise RefusedInput(
             f"{name}: x {x.shape} and weight {weight.shape}, wanted [..., in] and [out, in]; transpose or reshape one"
         )
@@ -284,7 +291,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tens
     rows, matrix = matrix_of(x, weight.shape[1]), weight.detach()
     kind = pointwise.result_kind("linear", (x, weight))
     own, more = None if bias is None else bias.detach(), like_rows(residual, weight.shape[0])
-    out = shaped(sum_of_products(((rows, flipped(matrix)),), (1.0,), kind, own, more), shape)
+    out = result_of_shape(sum_of_products(((rows, flipped(matrix)),), (1.0,), kind, own, more), shape)
     if not autograd.wanted(inputs):
         return out
 
@@ -292,7 +299,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tens
         whole, g, d_x = g, matrix_of(g, matrix.shape[0]), None
         if edges[0]:
             d_x = sum_of_products(((g, matrix),), (1.0,), edges[0].kind, None, like_rows(already, matrix.shape[1]))
-            d_x = shaped(d_x, x_shape)
+            d_x = result_of_shape(d_x, x_shape)
         d_weight = product(flipped(g), rows, edges[1].kind) if edges[1] else None
         return [d_x, d_weight, *added_gradients(whole, g, edges[2:], own is not None)]
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 
@@ -70,48 +70,32 @@ class Storage:
 class Tensor:
     """Elements of ``kind`` at ``offset + sum(index * strides)`` of a storage; views share it.
 
-    ``grad`` is the accumulated gradient, fp32, of a leaf that requires one. ``node`` is what made the tensor, where
-    gradients flow through it (`lycoris.tensor.autograd`).
+    ``device`` is where they lie, ``address`` where the first one does. ``grad`` is the accumulated gradient, fp32, of a
+    leaf that requires one. ``node`` is what made the tensor, where gradients flow through it
+    (`lycoris.tensor.autograd`).
     """
 
     __slots__ = (
-        "__weakref__", "contiguous_", "grad", "kind", "layout", "node", "offset", "requires_grad", "shape", "storage",
-        "strides",
+        "__weakref__", "address", "contiguous_", "device", "grad", "kind", "layout", "node", "offset", "requires_grad",
+        "shape", "storage", "strides",
     )  # fmt: skip
 
     __array_ufunc__ = None  # NumPy leaves operators with an array on the left to us
 
-    def __init__(
-        self,
-        storage: Storage,
-        shape: Shape,
-        kind: ElementKind,
-        strides: Shape | None = None,
-        offset: int = 0,
-        requires_grad: bool = False,
-    ) -> None:
-        self._place(storage, layout_of(shape, kind, strides), offset)
-        if requires_grad:
-            self.requires_grad_()
-
-    def _place(self, storage: Storage, layout: Layout, offset: int) -> Self:
+    def __init__(self, storage: Storage, layout: Layout, offset: int = 0) -> None:
         self.storage, self.layout, self.offset = storage, layout, offset
         self.shape, self.kind = layout.shape, layout.kind
         self.strides, self.contiguous_ = layout.strides, layout.contiguous
+        buffer = storage.buffer
+        self.device: Device = buffer.device
+        self.address = buffer.address + offset * layout.itemsize
         self.requires_grad = False
         self.grad: Tensor | None = None
         self.node: Any = None
-        return self
 
-    @classmethod
-    def placed(cls, storage: Storage, layout: Layout, offset: int = 0) -> Self:
-        """A tensor of a layout, ``offset`` elements from a storage's beginning."""
-        return cls.__new__(cls)._place(storage, layout, offset)
-
-    @property
-    def device(self) -> Device:
-        """Where it lies."""
-        return self.storage.buffer.device
+    def viewed(self, shape: Shape, strides: Shape | None = None, offset: int | None = None) -> Tensor:
+        """The same memory under another shape, without a way back for gradients; without strides, a contiguous one."""
+        return Tensor(self.storage, layout_of(shape, self.kind, strides), self.offset if offset is None else offset)
 
     @property
     def ndim(self) -> int:
@@ -134,14 +118,9 @@ class Tensor:
         return self.contiguous_
 
     @property
-    def address(self) -> int:
-        """Where the first element lies."""
-        return self.storage.buffer.address + self.offset * self.layout.itemsize
-
-    @property
     def aligned(self) -> bool:
         """Whether the first element lies at a multiple of 16 bytes."""
-        return not (self.storage.buffer.address + self.offset * self.layout.itemsize) & 15
+        return not self.address & 15
 
     def requires_grad_(self, wanted: bool = True) -> Tensor:
         """Ask for a gradient of this leaf, or no more. Raises RefusedInput for integers and for what is no leaf."""
@@ -154,7 +133,7 @@ class Tensor:
 
     def detach(self) -> Tensor:
         """The same memory, with no way back for gradients."""
-        return Tensor.placed(self.storage, self.layout, self.offset)
+        return Tensor(self.storage, self.layout, self.offset)
 
     def ref(self) -> TensorRef:
         """The tensor as plans read it."""

@@ -6,7 +6,7 @@ import numpy as np
 
 from lycoris.buffers import stream_of
 from lycoris.tensor.launch import empty
-from lycoris.tensor.tensor import Storage, Tensor
+from lycoris.tensor.tensor import Storage, Tensor, layout_of
 from plans.core import Device, ElementKind
 
 
@@ -25,7 +25,7 @@ class Uploaded:
         if self.device.capturing:
             self._array = array.copy()
             buffer = self.device.upload(self._array)
-            self.tensor = Tensor(Storage(buffer), array.shape, ElementKind.of(array.dtype))
+            self.tensor = Tensor(Storage(buffer), layout_of(array.shape, ElementKind.of(array.dtype)))
             return self.tensor
         same_shape = self._array is not None and array.shape == self._array.shape and array.dtype == self._array.dtype
         if not same_shape:

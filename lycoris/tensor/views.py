@@ -27,7 +27,7 @@ Index = int | slice | None | type(Ellipsis)
 
 
 def _view(name: str, x: Tensor, shape: Shape, strides: Shape, offset: int, pull: autograd.Pull) -> Tensor:
-    out = Tensor(x.storage, shape, x.kind, strides, offset)
+    out = x.viewed(shape, strides, offset)
     # A view's gradient is of its tensor's kind, so that nothing is rounded on the way to an fp32 one.
     return autograd.record(name, out, (x,), (), pull, autograd.edge(x).kind) if autograd.wanted((x,)) else out
 

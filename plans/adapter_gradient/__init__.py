@@ -7,6 +7,11 @@ from plans.adapter_gradient.hadamard import (
     HadamardGradientDescriptor,
     HadamardGradientPlan,
 )
+from plans.adapter_gradient.kronecker import (
+    KroneckerGradientArgs,
+    KroneckerGradientDescriptor,
+    KroneckerGradientPlan,
+)
 from plans.adapter_gradient.low_rank import LowRankGradientArgs, LowRankGradientDescriptor, LowRankGradientPlan
 
 __all__ = [
@@ -17,6 +22,9 @@ __all__ = [
     "HadamardGradientArgs",
     "HadamardGradientDescriptor",
     "HadamardGradientPlan",
+    "KroneckerGradientArgs",
+    "KroneckerGradientDescriptor",
+    "KroneckerGradientPlan",
     "LowRankGradientArgs",
     "LowRankGradientDescriptor",
     "LowRankGradientPlan",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -23,7 +23,47 @@ if TYPE_CHECKING:
     from plans.adapter_gradient.low_rank import LowRankGradientArgs, LowRankGradientDescriptor
 
 MOST_RANKS = 64
-_PAIR = 2
+
+
+_SHARING, _SHARING_BESIDE = 2, 1
+"""Blocks that would fill a multiprocessor. One that takes half of it begins while another such ends; beside a product
+two would queue on each of the multiprocessors that are free first.
+"""
+
+# An H200's cycles of a line of a box, and bytes of a cycle that all multiprocessors read; how much longer that takes
+# where some of them have two blocks; clusters of four that find a place at once.
+_LINE_CYCLES, _BYTES_A_CYCLE, _UNEVEN, _CLUSTERS_OF_FOUR = 1.75, 2280.0, 1.25, 28
+
+
+class _Layout(NamedTuple):
+    """Groups of 64 columns that a block has, and how many blocks share the rows of those."""
+
+    groups: int
+    parts: int
+
+    def tiles(self, columns: int) -> int:
+        """Of a side."""
+        return -(-columns // (GROUP_ROWS * self.groups))
+
+
+LAYOUTS = tuple(_Layout(*pair) for pair in ((2, 2), (1, 2), (2, 4), (2, 1), (3, 1)))
+
+
+def _layout(rows: int, columns: tuple[int, ...], multiprocessors: int) -> _Layout:
+    """The layout whose blocks, one a multiprocessor if possible, bring boxes as fast as memory does; of those with the
+    most to spare.
+    """
+
+    def cycles(layout: _Layout) -> tuple[float, float]:
+        tiles = sum(map(layout.tiles, columns))
+        at_once = _CLUSTERS_OF_FOUR if layout.parts == 4 else multiprocessors // layout.parts
+        rounds = -(-tiles // max(1, at_once))
+        stages = -(-rows // (DEPTH * layout.parts))
+        boxes = rounds * stages * (layout.groups + 1) * DEPTH * _LINE_CYCLES
+        memory = 2 * rows * sum(columns) / _BYTES_A_CYCLE * (_UNEVEN if rounds > 1 else 1.0)
+        return max(boxes, memory), boxes
+
+    return min(LAYOUTS, key=cycles)
 
 
 def _refuses(descriptor: LowRankGradientDescriptor) -> str:
@@ -36,7 +76,7 @@ def _refuses(descriptor: LowRankGradientDescriptor) -> str:
 
 
 class StreamedProgram:
-    """One launch; pairs of blocks share the rows of 64 columns."""
+    """One launch; clusters of blocks share the rows of some columns."""
 
     reads_addresses = True
 
@@ -49,12 +89,16 @@ class StreamedProgram:
         self.wides, self.narrows = operands[1::3], operands[2::3]
         turned = [side[4] for side in descriptor._sides()]
         columns = 8 << (-(-descriptor.rank // 8) - 1).bit_length()
-        self.tile = StreamTile(1, columns, _PAIR, _PAIR, True, True, True, descriptor.beside)
+        extents = tuple(wide.shape[1] for wide in self.wides)
+        layout = _layout(descriptor.rows, extents, device.multiprocessors)
+        parts = min(layout.parts, columns // 4)  # of a thread's pairs of sums each block finishes some
+        sharing = _SHARING_BESIDE if descriptor.beside else _SHARING
+        self.tile = StreamTile(layout.groups, columns, parts, parts, True, True, sharing, descriptor.beside)
         kind, out = descriptor.element.value, descriptor.out.value
         made = low_rank_gradient_streamed(kind, out, self.tile, (turned[0], turned[-1]))
-        tiles = [-(-wide.shape[1] // GROUP_ROWS) for wide in self.wides]
-        self.work = (GROUP_ROWS, tiles[0], sum(tiles), -(-descriptor.rows // DEPTH))
-        self.launch = made.launcher((_PAIR * sum(tiles), 1, 1), overlaps=True)
+        tiles = [layout.tiles(extent) for extent in extents]
+        self.work = (layout.groups * GROUP_ROWS, tiles[0], sum(tiles), -(-descriptor.rows // DEPTH))
+        self.launch = made.launcher((parts * sum(tiles), 1, 1), overlaps=True)
 
     def bind(self, args: LowRankGradientArgs, workspace: Workspace) -> Launches:
         """The launch; none where there is nothing to write."""

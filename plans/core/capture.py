@@ -41,8 +41,8 @@ class Kept:
         """Memory for as long as the graph lives."""
         self.memory.append(memory)
 
-    def give_back(self, nbytes: int, memory: Any) -> None:
-        """Memory of so many bytes for launches that follow."""
+    def give_back(self, nbytes: int, memory: Any, stream: Any = None) -> None:
+        """Memory of so many bytes for launches that follow; the graph has one order, whatever the stream."""
         self._free.setdefault(nbytes, []).append(memory)
 
     def again(self, nbytes: int) -> Any:
@@ -64,19 +64,15 @@ class _Current(threading.local):
     kept: Kept | None = None
 
 
-_current = _Current()
-
-
-def kept() -> Kept | None:
-    """The memory of the graph that this thread captures; None outside of that."""
-    return _current.kept
+current = _Current()
+"""``kept``: the memory of the graph that this thread captures; None outside of that."""
 
 
 @contextmanager
 def keeping(stream: Any, captured: Any) -> Iterator[Kept]:
     """Within, memory is taken for a graph, on a stream that is not itself captured."""
-    before, _current.kept = _current.kept, Kept(stream, captured)
+    before, current.kept = current.kept, Kept(stream, captured)
     try:
-        yield _current.kept
+        yield current.kept
     finally:
-        _current.kept = before
+        current.kept = before

@@ -12,128 +12,22 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from importlib import metadata
 from typing import Any
 
 import numpy as np
 
 from kernels.target import SIMULATOR
-from plans.core.capture import Captured, Kept, Recording, keeping, kept
-from plans.core.errors import DeviceError, Unsupported
-from plans.core.precision import ElementKind
-from plans.core.tensor import TensorMut, contiguous_strides
+from plans.core.capture import Captured, Kept, Recording, current, keeping
+from plans.core.device_memory import DeviceBuffer, HostBuffer, LentBuffer, device_error, driver_errors, reported
+from plans.core.errors import Unsupported
+from plans.core.reserve import Reserve
 
 ALIGNMENT = 256
 _FREE_MEMORY = "free memory there or take another device"
-_RUN_AGAIN = "run it again, in a new process; if it fails again, report it"
-
-
-class DeviceBuffer:
-    """Bytes on a device, aligned to 256. Freed when closed or collected, in stream order."""
-
-    __slots__ = ("_memory", "_whole", "address", "device", "nbytes")
-
-    def __init__(
-        self, device: Device, memory: Any, address: int, nbytes: int, whole: DeviceBuffer | None = None
-    ) -> None:
-        self.device, self._memory, self.address, self.nbytes = device, memory, address, nbytes
-        self._whole = whole
-
-    def part(self, start: int, nbytes: int) -> DeviceBuffer:
-        """Bytes [start, start + nbytes) as a buffer that keeps this one; closing it frees nothing."""
-        assert 0 <= start <= start + nbytes <= self.nbytes, (start, nbytes, self.nbytes)
-        memory = self._memory[start : start + nbytes] if SIMULATOR else None
-        return DeviceBuffer(self.device, memory, self.address + start, nbytes, self)
-
-    def pointer(self, dtype: np.dtype | type = np.uint8, byte_offset: int = 0) -> Any:
-        """The buffer as a kernel argument: an address, or in the simulator a flat array of ``dtype``."""
-        if not SIMULATOR:
-            return self.address + byte_offset
-        tail = self._memory[byte_offset : self.nbytes]
-        size = np.dtype(dtype).itemsize
-        return tail[: len(tail) // size * size].view(dtype)
-
-    def tensor(self, element: ElementKind, shape: tuple[int, ...], byte_offset: int = 0) -> TensorMut:
-        """A contiguous view of ``shape`` at ``byte_offset``."""
-        return TensorMut(
-            self.pointer(element.storage, byte_offset),
-            tuple(shape),
-            contiguous_strides(tuple(shape)),
-            element,
-            max(0, self.nbytes - byte_offset) // element.itemsize,
-            self.device.ordinal,
-            self,
-        )
-
-    def close(self, stream: Any = None) -> None:
-        """Give the memory back, after the work already on ``stream``."""
-        if not SIMULATOR and self._memory is not None:
-            with _reported(f"{self.device.name}: freeing {self.nbytes} bytes"):
-                self._memory.close(stream)
-        self._memory = self._whole = None
-
-
-class _Lent(DeviceBuffer):
-    """A graph's memory, which launches that are recorded later take again where nothing refers to it any more."""
-
-    __slots__ = ("_kept",)
-
-    def __init__(self, device: Device, memory: Any, nbytes: int, owner: Kept) -> None:
-        super().__init__(device, memory, int(memory.handle), nbytes)
-        self._kept = owner
-
-    def close(self, stream: Any = None) -> None:
-        """Give the memory back to the graph."""
-        if self._memory is not None:
-            self._kept.give_back(self.nbytes, self._memory)
-        self._memory = None
-
-    def __del__(self) -> None:
-        self.close()
-
-
-class HostBuffer:
-    """Page-locked host memory; ``array`` is its bytes."""
-
-    __slots__ = ("_memory", "array")
-
-    def __init__(self, memory: Any, array: np.ndarray) -> None:
-        self._memory, self.array = memory, array
-
-    def close(self) -> None:
-        """Give the memory back; nothing may be in flight."""
-        self.array = None
-        if self._memory is not None:
-            with _reported("freeing page-locked memory"):
-                self._memory.close()
-            self._memory = None
-
-
-@functools.cache
-def driver_errors() -> tuple[type[Exception], ...]:
-    """What is raised where a device fails; in the simulator, where host memory ends."""
-    if SIMULATOR:
-        return (MemoryError,)
-    # cuda.core raises this class of its own and exports it nowhere else.
-    from cuda.core._utils.cuda_utils import CUDAError
-
-    return (CUDAError,)
-
-
-def device_error(action: str, error: Exception | str, advice: str = _RUN_AGAIN) -> DeviceError:
-    """One line: what failed, the driver's words, what to do."""
-    return DeviceError(f"{action} failed ({' '.join(str(error).split())}); {advice}")
-
-
-@contextmanager
-def _reported(action: str, advice: str = _RUN_AGAIN) -> Iterator[None]:
-    """Failures of the device within the block are a DeviceError."""
-    try:
-        yield
-    except driver_errors() as error:
-        raise device_error(action, error, advice) from error
+_RESERVED_SHIFT = 7
+"""Of the device's memory, the 128th part may wait for whoever asks next."""
 
 
 def _check(status: Any, action: str) -> None:
@@ -142,7 +36,10 @@ def _check(status: Any, action: str) -> None:
 
 
 class Device:
-    """One GPU, or the simulator. Open it with :meth:`open`."""
+    """One GPU, or the simulator. Open it with :meth:`open`.
+
+    ``main_stream`` is that of whoever has none of his own, whose memory is lent again; None in the simulator.
+    """
 
     def __init__(self, ordinal: int) -> None:
         self.ordinal = ordinal
@@ -152,10 +49,12 @@ class Device:
         else:
             from cuda.core import Device as CoreDevice
 
-            with _reported(f"opening cuda:{ordinal}", _FREE_MEMORY):
+            with reported(f"opening cuda:{ordinal}", _FREE_MEMORY):
                 self._core = CoreDevice(ordinal)
                 self._core.set_current()
                 self.name, self.arch = self._core.name, tuple(self._core.compute_capability)
+        self.main_stream = self.stream()
+        self._reserve = Reserve(self.main_stream, self.total_memory >> _RESERVED_SHIFT)
 
     @staticmethod
     def open(which: str = "auto") -> Device:
@@ -169,7 +68,7 @@ class Device:
     @property
     def capturing(self) -> bool:
         """Whether this thread is recording a graph, whose memory has to be its own."""
-        return kept() is not None
+        return current.kept is not None
 
     @property
     def multiprocessors(self) -> int:
@@ -214,7 +113,8 @@ class Device:
             with keeping(None, recording) as memory:
                 result = work(recording)
             return Captured(result, recording.replay, memory)
-        with _reported(f"{self.name}: capturing a graph"):
+        self._reserve.release()  # for the graph, whose memory is its own
+        with reported(f"{self.name}: capturing a graph"):
             builder = self._core.create_graph_builder()
             builder.begin_building()
             try:
@@ -231,7 +131,7 @@ class Device:
         """A new stream; None in the simulator, where everything is done when the call returns."""
         if SIMULATOR:
             return None
-        with _reported(f"{self.name}: making a stream"):
+        with reported(f"{self.name}: making a stream"):
             return self._core.create_stream()
 
     def allocate(self, nbytes: int, stream: Any = None) -> DeviceBuffer:
@@ -245,10 +145,12 @@ class Device:
                 start = -raw.ctypes.data % ALIGNMENT
                 memory = raw[start : start + nbytes]
                 return DeviceBuffer(self, memory, memory.ctypes.data, nbytes)
-            owner = kept()
+            owner, reserve = current.kept, self._reserve
             if owner is not None:
                 return self._lend(nbytes, owner, stream is owner.captured)
-            memory = self._core.allocate(max(nbytes, 1), stream=stream or self._own_stream)
+            if stream is reserve.stream:
+                return LentBuffer(self, reserve.again(nbytes) or self._from_pool(nbytes, stream), nbytes, reserve)
+            memory = self._from_pool(nbytes, stream or self._own_stream)
             if stream is None:
                 self.synchronize(self._own_stream)
             return DeviceBuffer(self, memory, int(memory.handle), nbytes)
@@ -259,17 +161,28 @@ class Device:
         """Memory for a graph, taken now: it stays where its launches will look for it. ``again``: they may share it."""
         memory = owner.again(nbytes) if again else None
         if memory is None:
-            memory = self._core.allocate(max(nbytes, 1), stream=owner.stream)
+            memory = self._from_pool(nbytes, owner.stream)
             self.synchronize(owner.stream)
             owner.keep(memory)
-        return _Lent(self, memory, nbytes, owner) if again else DeviceBuffer(self, memory, int(memory.handle), nbytes)
+        return (
+            LentBuffer(self, memory, nbytes, owner) if again else DeviceBuffer(self, memory, int(memory.handle), nbytes)
+        )
+
+    def _from_pool(self, nbytes: int, stream: Any) -> Any:
+        """Memory of the driver's pool, to which what waits in the reserve goes back where there is not enough."""
+        try:
+            return self._core.allocate(max(nbytes, 1), stream=stream)
+        except driver_errors():
+            if not self._reserve.release():
+                raise
+            return self._core.allocate(max(nbytes, 1), stream=stream)
 
     def pinned(self, nbytes: int) -> HostBuffer:
         """Page-locked host memory for asynchronous copies.
 
         Raises :class:`DeviceError` where there is not so much, naming the bytes asked for.
         """
-        with _reported(f"page-locking {nbytes} bytes of host memory", "free host memory or raise the process's limit"):
+        with reported(f"page-locking {nbytes} bytes of host memory", "free host memory or raise the process's limit"):
             if SIMULATOR:
                 return HostBuffer(None, np.empty(nbytes, np.uint8))
             from cuda.core import LegacyPinnedMemoryResource
@@ -321,7 +234,7 @@ class Device:
     def synchronize(self, stream: Any) -> None:
         """Wait for a stream. Raises :class:`DeviceError` where work on it failed."""
         if not SIMULATOR:
-            with _reported(f"{self.name}: work launched on it"):
+            with reported(f"{self.name}: work launched on it"):
                 stream.sync()
 
     def upload(self, array: np.ndarray, stream: Any = None) -> DeviceBuffer:

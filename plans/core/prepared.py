@@ -22,8 +22,8 @@ from plans.core.plan import Arguments, Launches, Plan
 from plans.core.tensor import TensorRef
 from plans.core.workspace import NO_WORKSPACE, Workspace
 
-_MOST_KEPT = 256
-"""Launches kept by their addresses, where a program needs those: with a pool, tensors come back to the same few."""
+_MOST_KEPT = 1 << 10
+"""Launches kept by their addresses: where a step is repeated, tensors come back to the same few."""
 
 Template = tuple[Callable, list, tuple[tuple[int, int, int, Any], ...]]
 """A launcher, its arguments, and for each that is an address: where among them, whose, bytes from there, as what."""
@@ -83,10 +83,15 @@ class Prepared:
 
     def launches(self, data: Sequence[Any], workspace: DeviceBuffer | None) -> Launches:
         """The launches for operands that lie at ``data``, as `TensorRef.data` has it."""
-        if self._templates is None:
-            return self._launches_by_address(data, workspace)
-        given = data if workspace is None else (*data, workspace.pointer())
-        return [(launch, _filled(arguments, places, given)) for launch, arguments, places in self._templates]
+        if SIMULATOR:  # where arrays, not addresses, say what is meant
+            return self._make_launches(data, workspace)
+        key = tuple(data) if workspace is None else (*data, workspace.address)
+        found = self._by_address.get(key)
+        if found is None:
+            if len(self._by_address) >= _MOST_KEPT:
+                self._by_address.clear()
+            found = self._by_address[key] = self._make_launches(data, workspace)
+        return found
 
     def check(self, data: Sequence[Any], available: Sequence[int]) -> None:
         """Raise a :class:`PlanError` where operands at ``data`` with so many elements do not fit the plan."""
@@ -97,16 +102,11 @@ class Prepared:
         pairs = zip(self._operands, data, sizes, strict=True)
         return self._make(*(dataclasses.replace(o, data=d, available=n) for o, d, n in pairs))
 
-    def _launches_by_address(self, data: Sequence[Any], workspace: DeviceBuffer | None) -> Launches:
-        if SIMULATOR:  # where arrays, not addresses, say what is meant
+    def _make_launches(self, data: Sequence[Any], workspace: DeviceBuffer | None) -> Launches:
+        if self._templates is None:
             return self.plan.launches(self._arguments(data), Workspace(workspace))
-        key = (*data, 0 if workspace is None else workspace.address)
-        found = self._by_address.get(key)
-        if found is None:
-            if len(self._by_address) >= _MOST_KEPT:
-                self._by_address.clear()
-            found = self._by_address[key] = self.plan.launches(self._arguments(data), Workspace(workspace))
-        return found
+        given = data if workspace is None else (*data, workspace.pointer())
+        return [(launch, _filled(arguments, places, given)) for launch, arguments, places in self._templates]
 
 
 def _template(launch: Callable, arguments: tuple) -> Template:
@@ -127,9 +127,9 @@ if SIMULATOR:
 
 else:
 
-    def _filled(arguments: list, places: Sequence[tuple], data: Sequence[Any]) -> list:
+    def _filled(arguments: list, places: Sequence[tuple], data: Sequence[Any]) -> tuple:
         """The arguments with addresses in their places."""
         filled = arguments.copy()
         for at, number, offset, _ in places:
             filled[at] = data[number] + offset
-        return filled
+        return tuple(filled)

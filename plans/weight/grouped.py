@@ -70,8 +70,9 @@ class _Group:
 class GroupedWeightPlan(Contract):
     """Many weights in few launches.
 
-    Each member is computed by the SKU that :class:`WeightPlan` selects for it, with that SKU's guarantee and, bit for
-    bit, its result: ``plan.members[i].sku``, ``plan.members[i].precision_guarantee``.
+    Each member is computed by a SKU of :class:`WeightPlan`, with that SKU's guarantee and, bit for bit, its result:
+    ``plan.members[i].sku``, ``plan.members[i].precision_guarantee``. It is the one selected for the weight alone, but
+    that Kronecker products walk (``vector``) from smaller sizes on where there are others beside them.
     """
 
     name = "grouped weight"

@@ -15,11 +15,13 @@ from plans.core.workspace import Workspace
 from plans.weight.descriptor import Sink, WeightArgs, WeightDescriptor, WeightLayout
 from plans.weight.portable import fp32_guarantee
 from plans.weight.program import Launches, WeightProgram, flat_factors, prepared_bytes
+from plans.weight.resolve import resolve
 from plans.weight.sources import Kronecker, LowRank
 
-BLOCKS_PER_MULTIPROCESSOR = 20
+BLOCKS_PER_MULTIPROCESSOR = 40
 LEAST_RUNS = 32
 LEAST_ELEMENTS = 1 << 22
+LEAST_ELEMENTS_IN_GROUP = 1 << 20
 
 
 def refuses(descriptor: WeightDescriptor) -> str:
@@ -49,6 +51,12 @@ def suits(descriptor: WeightDescriptor) -> bool:
     """Whether there is enough to walk over; small weights are faster in tiles."""
     rows, columns = descriptor.matrix
     return rows * columns >= LEAST_ELEMENTS
+
+
+def suits_in_group(descriptor: WeightDescriptor) -> bool:
+    """The same for a member of a group, where the other members' blocks hide what a short walk waits for."""
+    rows, columns = descriptor.matrix
+    return rows * columns >= LEAST_ELEMENTS_IN_GROUP and not any(r.contractions for r in resolve(descriptor))
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from plans.core.errors import InvalidProblem
 from plans.core.plan import Plan, PlanPreference, Sku
 from plans.weight.cluster import CLUSTER
 from plans.weight.descriptor import WeightArgs, WeightDescriptor
-from plans.weight.kronecker import VECTOR
+from plans.weight.kronecker import VECTOR, suits_in_group
 from plans.weight.portable import PORTABLE
 from plans.weight.tile import MMA
 from plans.weight.wgmma import WGMMA
@@ -31,8 +31,11 @@ class WeightPlan(Plan):
 
     @classmethod
     def member(cls, descriptor: WeightDescriptor, preference: PlanPreference | None, device: Device) -> WeightPlan:
-        """The plan of one weight of a group."""
-        chosen = cls.choose(descriptor, preference or PlanPreference(), device)
+        """The plan of one weight of a group: as ``select`` has it, but for products that walk where they are many."""
+        preference = preference or PlanPreference()
+        chosen = cls.choose(descriptor, preference, device)
+        if suits_in_group(descriptor) and not cls._reason_against(VECTOR, descriptor, preference, device):
+            chosen = VECTOR
         return cls(descriptor, chosen, device, grouped=True)
 
     def check(self, where: str, args: WeightArgs) -> None:

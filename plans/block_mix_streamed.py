@@ -1,0 +1,102 @@
+"""The streamed SKU of block mixes (sm_90a): on the multiprocessors that the next launch leaves idle in the end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from kernels.block_mix_streamed import MOST_LINES, MOST_TILES, OUT_LINES, MixTile, mix_blocks_streamed
+from kernels.division import reciprocal_of
+from kernels.target import SIMULATOR
+from kernels.wgmma import DEPTH
+from plans.core.device import Device
+from plans.core.plan import Launches, Sku
+from plans.core.precision import PrecisionGuarantee
+from plans.core.sku import ArchSku, BackendKind
+from plans.core.tensor import TensorRef
+from plans.core.tensor_map import Box, map_address
+from plans.core.workspace import Workspace
+
+if TYPE_CHECKING:
+    from plans.block_mix import BlockMixArgs, BlockMixDescriptor
+
+_UNIT = 8
+_PAIR = 2
+_BYTES_A_CYCLE = 32.0
+"""That a multiprocessor reads and writes so beside a product on all others, in cycles as a product's count has them."""
+
+_LEAST_BLOCKS = 32
+"""Blocks of x and of out that make an item worth a warpgroup's turn."""
+
+
+def _refuses(descriptor: BlockMixDescriptor) -> str:
+    """Beyond what tensor cores refuse."""
+    d = descriptor
+    if not min(d.rows, d.out_blocks, d.width):
+        return "wants a result: TMA has no map of nothing"
+    most = MOST_LINES if d.transposed else DEPTH
+    if d.in_blocks > most or d.out_blocks > MOST_TILES * DEPTH:
+        return f"wants at most {most} blocks of x and {MOST_TILES * DEPTH} of out, found {d.in_blocks}, {d.out_blocks}"
+    columns = d.operands()[2].shape[1]
+    return f"wants rows of w of a multiple of {_UNIT} elements, found {columns}" if columns % _UNIT else ""
+
+
+def _suits(descriptor: BlockMixDescriptor) -> bool:
+    """Whether those that are spare can do all of it in their time."""
+    spare, cycles = descriptor.spare
+    out, x, _ = descriptor.operands()
+    enough = spare >= _PAIR and spare * cycles * _BYTES_A_CYCLE >= out.nbytes + x.nbytes
+    return (
+        not SIMULATOR
+        and descriptor.early
+        and enough
+        and min(descriptor.in_blocks, descriptor.out_blocks) >= _LEAST_BLOCKS
+    )
+
+
+class StreamedProgram:
+    """One launch on what is spare, else on the whole chip."""
+
+    reads_addresses = True
+
+    def __init__(self, descriptor: BlockMixDescriptor, device: Device) -> None:
+        d = self.descriptor = descriptor
+        self.device = device
+        self.tile = MixTile(-(-d.in_blocks // 16) * 16, -(-d.out_blocks // DEPTH), d.transposed)
+        spans = -(-d.width // DEPTH)
+        blocks = min(d.spare[0] or device.multiprocessors, d.rows * spans)
+        made = mix_blocks_streamed(d.element.value, self.tile)
+        self.launch = made.launcher((-(-blocks // _PAIR) * _PAIR, 1, 1), overlaps=True)
+        self.numbers = (d.rows * spans, spans, reciprocal_of(spans), d.out_blocks)
+
+    def bind(self, args: BlockMixArgs, workspace: Workspace) -> Launches:
+        """The launch."""
+        d, (out, x, w) = self.descriptor, self.descriptor.operands()
+        w_box = (DEPTH, self.tile.lines) if d.transposed else (DEPTH, DEPTH)
+        maps = (
+            self._map(args.x, (d.width, d.in_blocks, d.rows), (d.width, x.strides[0]), (DEPTH, self.tile.lines, 1)),
+            self._map(args.w, w.shape[::-1], w.strides[:1], w_box),
+            self._map(args.out, (d.width, d.out_blocks, d.rows), (d.width, out.strides[0]), (DEPTH, OUT_LINES, 1)),
+        )
+        return [(self.launch, (*maps, np.float32(args.scale), *self.numbers))]
+
+    def _map(self, tensor: TensorRef, extents: tuple[int, ...], strides: tuple[int, ...], box: tuple[int, ...]) -> int:
+        return map_address(self.device, Box(tensor.address, self.descriptor.element, extents, strides, box))
+
+
+def streamed_sku(
+    refuses: Callable[[BlockMixDescriptor], str], guarantee: Callable[[BlockMixDescriptor], PrecisionGuarantee]
+) -> Sku:
+    """The SKU, of what tensor cores refuse and promise."""
+    return Sku(
+        name="streamed",
+        backend=BackendKind.STREAMED,
+        arch=ArchSku.SM90A,
+        refuses=lambda descriptor: refuses(descriptor) or _refuses(descriptor),
+        guarantee=guarantee,
+        build=StreamedProgram,
+        alignment=16,
+        suits=_suits,
+    )
