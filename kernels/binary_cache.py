@@ -73,7 +73,10 @@ def _imported(source: bytes) -> frozenset[str]:
 
 
 def _sources(module: str) -> list[Path]:
-    """The files of a module of this package, of all that it imports of it, and of the packages that they lie in."""
+    """The files of a module of this package, of all that it imports of it, and of the packages that they lie in.
+
+    But not `kernels.launch`, on which no machine code depends.
+    """
     package = Path(__file__).parent
     found: set[Path] = set()
     todo = [module]
@@ -81,7 +84,7 @@ def _sources(module: str) -> list[Path]:
         first, *inner = todo.pop().split(".")
         at = package.joinpath(*inner)
         path = at / "__init__.py" if at.is_dir() else at.with_suffix(".py")
-        if first == package.name and path.is_file() and path not in found:
+        if first == package.name and inner != ["launch"] and path.is_file() and path not in found:
             found.add(path)
             todo += [*_imported(path.read_bytes()), ".".join([first, *inner[:-1]])]
     return sorted(found)

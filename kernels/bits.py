@@ -92,6 +92,9 @@ pack_bf16 = instruction("cvt.rn.bf16x2.f32 $0, $2, $1;", "ff", "r", twin=_pack_b
 f16_to_f32 = instruction("cvt.f32.f16 $0, $1;", "h", "f", twin=_f16_to_f32, pure=True)
 f32_to_f16 = instruction("cvt.rn.f16.f32 $0, $1;", "f", "h", twin=_f32_to_f16, pure=True)
 pack_f16 = instruction("cvt.rn.f16x2.f32 $0, $2, $1;", "ff", "r", twin=_pack_f16, pure=True)
+PACK = {"bf16": pack_bf16, "f16": pack_f16}
+"""Kind of 16 bits -> what rounds two fp32 values to a word, the first to its lower half."""
+
 low_f16 = instruction("{ .reg .b16 l, h; mov.b32 {l, h}, $1; cvt.f32.f16 $0, l; }", "r", "f", twin=_low_f16, pure=True)
 high_f16 = instruction(
     "{ .reg .b16 l, h; mov.b32 {l, h}, $1; cvt.f32.f16 $0, h; }", "r", "f", twin=_high_f16, pure=True

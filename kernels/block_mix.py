@@ -30,7 +30,6 @@ _OTHER_REGISTERS = 64
 """Registers of a thread besides its words of x."""
 
 _MMA = {"bf16": tensor_core.mma_bf16, "f16": tensor_core.mma_f16}
-_PACK = {"bf16": bits.pack_bf16, "f16": bits.pack_f16}
 _u32 = np.uint32
 
 
@@ -145,7 +144,7 @@ def _storer(kind: str, early: bool) -> Callable:
     A lane's sums are 4 j + 2 half + side of block g + 8 half and e + 32 side + j, e being the lane's. Lanes of two
     neighbouring blocks exchange a side, so that a store writes whole lines of 128 bytes: half lines take as long.
     """
-    pack, store128 = _PACK[kind], memory.store128 if early else memory.store128_stream
+    pack, store128 = bits.PACK[kind], memory.store128 if early else memory.store128_stream
 
     @device
     def pack_side(words, at, sums, first):

@@ -12,14 +12,15 @@ from dataclasses import dataclass
 import numpy as np
 
 from kernels import barrier, bits, wgmma
-from kernels.attention.ring import hand_back, uniform
 from kernels.division import divide
+from kernels.hardware import WARP, WARPGROUP
+from kernels.stages import PAIR_BYTES, begin_loading, hand_back, pair_maker, pair_of
 from kernels.target import cuda, device, f32, i64, kernel_factory, types
-from kernels.warp import block_barrier, block_x, grid_x, sync_warp, thread_index
+from kernels.warp import block_barrier, block_x, grid_x, sync_warp, thread_index, uniform
 from kernels.wgmma import DEPTH, step_words
 from kernels.wgmma_registers import settle, tile_products
 
-GROUPS, WARPGROUP, WARP = 4, 128, 32
+GROUPS = 4
 THREADS = GROUPS * WARPGROUP + WARP
 MOST_TILES, MOST_LINES = 2, 128
 """64 blocks of out, and blocks of x, that there is room for."""
@@ -29,7 +30,6 @@ OUT_LINES = 16
 
 _LINE, _SUMS, _WORDS = 2 * DEPTH, DEPTH // 2, DEPTH // 4
 _BOX_BYTES, _WARP_BYTES = DEPTH * _LINE, OUT_LINES * _LINE
-_PACK = {"bf16": bits.pack_bf16, "f16": bits.pack_f16}
 _LEAST_BYTES = 116 << 10
 """Of shared memory: one block a multiprocessor, as few blocks must not queue on some."""
 
@@ -77,7 +77,7 @@ class MixTile:
     @property
     def shared_bytes(self) -> int:
         """All of it."""
-        return max(_LEAST_BYTES, self.barriers_at + 16 * (self.stages + 1))
+        return max(_LEAST_BYTES, self.barriers_at + PAIR_BYTES * (self.stages + 1))
 
 
 _load_rows, _load_matrix, _send = barrier.tma_load(3), barrier.tma_load(2), barrier.tma_store(3)
@@ -90,7 +90,7 @@ def _producer(tile: MixTile) -> Callable:
 
     @device
     def produce(base, barriers, maps, items, spans, by_spans):
-        own = _u32(barriers + _u32(16 * stages))
+        own = pair_of(barriers, stages)
         barrier.barrier_expect_bytes(own, _u32(tiles * w_box))
         for number in range(tiles):
             place, first = _u32(base + _u32(w_at + number * w_box)), _u32(number * DEPTH)
@@ -102,10 +102,9 @@ def _producer(tile: MixTile) -> Callable:
         while item < items:
             stage = _u32(turn & _u32(stages - 1))
             phase = _u32(_u32(turn // _u32(stages)) & _u32(1))
-            full, row = _u32(barriers + stage * _u32(16)), divide(item, by_spans)
+            full, row = pair_of(barriers, stage), divide(item, by_spans)
             column = _u32(_u32(item - _u32(row * spans)) * _u32(DEPTH))
-            barrier.barrier_wait(_u32(full + _u32(8)), _u32(phase ^ _u32(1)))
-            barrier.barrier_expect_bytes(full, stage_bytes)
+            begin_loading(full, _u32(phase ^ _u32(1)), stage_bytes)
             _load_rows(_u32(base + stage * stage_bytes), np.uint64(maps[X]), full, column, _u32(0), _u32(row))
             item, turn = _u32(item + _u32(grid_x())), _u32(turn + _u32(1))
 
@@ -114,7 +113,7 @@ def _producer(tile: MixTile) -> Callable:
 
 def _writer(tile: MixTile, kind: str) -> Callable:
     """A device function: a warp's 16 lines of a tile's results to its slot, and from there to out."""
-    pack, tiles = _PACK[kind], tile.tiles
+    pack, tiles = bits.PACK[kind], tile.tiles
 
     @device
     def write(sums, slot, out, number, scale, warp, lane, column, row, blocks):
@@ -153,13 +152,13 @@ def _consumer(tile: MixTile, kind: str) -> Callable:
         sums = cuda.local.array(_SUMS, np.float32)
         warp, lane = _u32(own >> _u32(5)), _u32(own & _u32(WARP - 1))
         slot = _u32(base + _u32(results_at) + _u32(group * _u32(4) + warp) * _u32(tiles * _WARP_BYTES))
-        barrier.barrier_wait(_u32(barriers + _u32(16 * stages)), _u32(0))
+        barrier.barrier_wait(pair_of(barriers, stages), _u32(0))
         turn = group
         item = _u32(_u32(block_x()) + group * _u32(grid_x()))
         while item < items:
             stage = _u32(turn & _u32(stages - 1))
             phase = _u32(_u32(turn // _u32(stages)) & _u32(1))
-            pair, row = _u32(barriers + stage * _u32(16)), divide(item, by_spans)
+            pair, row = pair_of(barriers, stage), divide(item, by_spans)
             column = _u32(_u32(item - _u32(row * spans)) * _u32(DEPTH))
             x = by_lines(uniform(_u32(base + stage * stage_bytes)))
             barrier.barrier_wait(pair, phase)
@@ -189,7 +188,7 @@ def mix_blocks_streamed(kind: str, tile: MixTile):
     multiprocessors free. The grid waits for the one before, and then lets the next begin.
     """
     produce, consume, stages = _producer(tile), _consumer(tile, kind), tile.stages
-    barriers_at = _u32(tile.barriers_at)
+    make_pairs, barriers_at = pair_maker(stages, WARPGROUP // WARP), _u32(tile.barriers_at)
 
     def kernel(maps, scale, items, spans, by_spans, blocks):
         shared = cuda.shared.array(0, np.uint8, alignment=1024)
@@ -197,10 +196,8 @@ def mix_blocks_streamed(kind: str, tile: MixTile):
         barriers = _u32(base + barriers_at)
         group, own = _u32(thread // _u32(WARPGROUP)), _u32(thread & _u32(WARPGROUP - 1))
         if group == _u32(GROUPS) and own == _u32(0):
-            for stage in range(stages):
-                barrier.barrier_init(_u32(barriers + _u32(stage) * _u32(16)), _u32(1))
-                barrier.barrier_init(_u32(barriers + _u32(stage) * _u32(16) + _u32(8)), _u32(WARPGROUP // WARP))
-            barrier.barrier_init(_u32(barriers + _u32(16 * stages)), _u32(1))
+            make_pairs(barriers)
+            barrier.barrier_init(pair_of(barriers, stages), _u32(1))
             barrier.barrier_init_visible()
             for number in range(3):
                 barrier.tensor_map_acquire(np.uint64(maps[number]))

@@ -14,8 +14,9 @@ import numpy as np
 from kernels import bits, memory, warp
 from kernels.barrier import early_options, entrance
 from kernels.elements import ELEMENTS, parked8
+from kernels.hardware import WARP
 from kernels.target import SIMULATOR, cuda, device, f32, f32p, i64, kernel_factory
-from kernels.teams import WARP, reduce_team
+from kernels.teams import reduce_team
 
 RUN = 8
 """Columns of a thread."""

@@ -17,10 +17,11 @@ from kernels.barrier import early_options, entrance
 from kernels.elements import ELEMENTS
 from kernels.expression import column, evaluator, gather, scatter, written
 from kernels.functions import absolute, maximum
+from kernels.hardware import WARP
 from kernels.pointwise import alike, fetch_groups, keep, store_groups
 from kernels.random import draw8, normal4, philox
 from kernels.target import SIMULATOR, cuda, device, f32, f32p, i32p, i64, i64p, kernel_factory, u16p
-from kernels.teams import WARP, reduce_team
+from kernels.teams import reduce_team
 
 THREADS = 32 if SIMULATOR else 256
 RUN = 8

@@ -14,9 +14,10 @@ from kernels import warp
 from kernels.barrier import early_options, entrance
 from kernels.elements import ELEMENTS
 from kernels.expression import Program, column, evaluator, gather, written
+from kernels.hardware import WARP
 from kernels.rows import POINTERS, ROW_LOADS, Held, Operands, Shape, block_of, holder, stage
 from kernels.target import SIMULATOR, cuda, device, f32, i64, kernel_factory, types
-from kernels.teams import COMBINE, WARP
+from kernels.teams import COMBINE
 
 THREADS = 32 if SIMULATOR else 256
 """Threads of a block of the form *across*."""

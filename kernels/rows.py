@@ -22,8 +22,9 @@ from kernels import bits, warp
 from kernels.barrier import early_options, entrance
 from kernels.elements import ELEMENTS
 from kernels.expression import Program, column, evaluator, scatter, written
+from kernels.hardware import WARP
 from kernels.target import SIMULATOR, cuda, device, f32, i32p, i64, i64p, kernel_factory, types
-from kernels.teams import COMBINE, WARP, reduce_team
+from kernels.teams import COMBINE, reduce_team
 
 BLOCK = 32 if SIMULATOR else 128
 """Threads of a block whose rows have teams within a warp."""

@@ -31,8 +31,9 @@ from greenlet import getcurrent, greenlet
 from numba.cuda import types
 from numba.cuda.np import numpy_support
 
-WARP = 32
-_TEAMS = {"warp": WARP, "team of 64": 64, "warpgroup": 128, "team of 256": 256, "team of 512": 512}
+from kernels.hardware import WARP, WARPGROUP
+
+_TEAMS = {"warp": WARP, "team of 64": 64, "warpgroup": WARPGROUP, "team of 256": 256, "team of 512": 512}
 """Who can meet without the rest of the block, and how many threads they are."""
 _NAMES = {size: name for name, size in _TEAMS.items()}
 # Blocks along x, y and z, and threads in a block, that a GPU takes.

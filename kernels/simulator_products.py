@@ -14,34 +14,41 @@ _THREAD = np.arange(128)
 _ROW, _COLUMN = 16 * (_THREAD // 32) + _THREAD % 32 // 4, 2 * (_THREAD % 4)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class _Group:
-    """One thread's part of a group of products: its sums and what they were, its words where it has any."""
+    """One thread's part of a group of products: its sums and what they were, or the group before that adds to them; its
+    words where it has any; whether another group follows that adds to the sums; and the results once they are there.
+    """
 
     sums: np.ndarray
-    old: np.ndarray
+    old: np.ndarray | _Group
     words: np.ndarray | None
     product: tuple[Any, ...]
+    followed: bool = False
+    found: np.ndarray | None = None
 
 
-def _start(sums, old, words, *product) -> None:
+def _start(sums, adds, words, *product) -> None:
     thread = current_thread()
-    if any(group.sums is sums for group in thread.products):
+    before = next((group for group in reversed(thread.products) if group.sums is sums), None)
+    if before and not adds:
         raise RuntimeError(f"{thread.block}: products begin on sums that others are still added to")
+    if before:
+        before.followed = True
+    old = before or (sums.copy() if adds else np.zeros(len(sums), np.float32))
     thread.products.append(_Group(sums, old, words, product))
     sums[:] = np.nan
 
 
 def tile_products(sums, a, b, columns, places, k_major, to_f32, adds) -> None:
     """Products of tiles to be done; until then the sums are NaN."""
-    old = sums.copy() if adds else np.zeros(len(sums), np.float32)
-    _start(sums, old, None, a, b, columns, places, k_major, to_f32)
+    _start(sums, adds, None, a, b, columns, places, k_major, to_f32)
 
 
 def add_products(sums, words, b, columns, steps, step, k_major, to_f32) -> None:
     """Products of words and a tile to be done; until then the sums are NaN."""
     places = tuple((0, number * step) for number in range(steps))
-    _start(sums, sums.copy(), words, None, b, columns, places, (True, k_major), to_f32)
+    _start(sums, True, words, None, b, columns, places, (True, k_major), to_f32)
 
 
 def settle(pending: int) -> None:
@@ -68,7 +75,7 @@ def _multiply(block, parts: list[_Group], a, b, columns, places, k_major, to_f32
     rows = _ROW[:, None] + 8 * (index >> 1 & 1)
     across = 8 * (index // 4) + _COLUMN[:, None] + (index & 1)
     matrix = np.zeros((64, columns), np.float32)
-    matrix[rows, across] = np.array([part.old for part in parts])
+    matrix[rows, across] = np.array([part.old.found if isinstance(part.old, _Group) else part.old for part in parts])
     for number, (of_a, of_b) in enumerate(places):
         if a is None:
             left = _fragments([part.words[4 * number : 4 * number + 4] for part in parts], to_f32)
@@ -76,7 +83,9 @@ def _multiply(block, parts: list[_Group], a, b, columns, places, k_major, to_f32
             left = _operand(block, a + of_a, k_major[0], 64, to_f32)
         matrix = matrix + left @ _operand(block, b + of_b, k_major[1], columns, to_f32).T
     for part, row in zip(parts, matrix[rows, across], strict=True):
-        part.sums[:] = row
+        part.found = row
+        if not part.followed:
+            part.sums[:] = row
 
 
 def _fragments(words: list, to_f32) -> np.ndarray:

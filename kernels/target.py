@@ -10,10 +10,11 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
+import struct
 import sys
 import threading
 import types as python_types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -47,6 +48,8 @@ if SIMULATOR:
     cuda = simulator.cuda
 else:
     from numba import cuda
+
+    from kernels import launch
 
 ComputeCapability = tuple[int, int] | tuple[int, int, str]
 
@@ -152,27 +155,67 @@ def _take_argument(key: str, parameter: types.Type, arguments: Iterator[Any]) ->
 
 
 class GpuLauncher(Launcher):
-    """Launches machine code through cuda.core; about 5 us of CPU."""
+    """Launches machine code; `bound` keeps what it needs for that."""
 
-    __slots__ = ("_config", "_handle", "_launch", "binary")
+    __slots__ = ("_attributes", "_configs", "_layout", "_loaded", "_shape", "binary", "function", "key")
 
     def __init__(self, kernel: Kernel, grid: tuple[int, int, int], shared: int, overlaps: bool) -> None:
-        from cuda.core import LaunchConfig, launch
-
-        self._handle, self.binary = _handle(kernel, shared)
-        options: dict[str, Any] = {"block": kernel.threads, "shmem_size": shared}
-        if overlaps:
-            options["programmatic_stream_serialization"] = True
-        if kernel.cluster > 1:
-            assert grid[0] % kernel.cluster == 0, (kernel.key, grid)
-            options["cluster"] = (kernel.cluster, 1, 1)
-            grid = (grid[0] // kernel.cluster, *grid[1:])  # cuda.core counts clusters
-        self._config = LaunchConfig(grid=grid, **options)
-        self._launch = launch
+        assert grid[0] % kernel.cluster == 0, (kernel.key, grid)
+        self.key = kernel.key
+        self._loaded, self.binary = _handle(kernel, shared)
+        self.function = launch.function_of(self._loaded)
+        self._shape, self._attributes = (grid, kernel.threads, shared), launch.attributes(overlaps, kernel.cluster)
+        self._layout = launch.ArgumentLayout([_letter(parameter) for parameter in _flat(kernel.parameters)])
+        self._configs: dict[int, Any] = {}
 
     def __call__(self, stream: Any, arguments: tuple) -> None:
         """Launch on ``stream``."""
-        self._launch(stream, self._config, self._handle, *arguments)
+        launch.GpuLaunches([(self, arguments)])(stream)
+
+    def pack(self, arguments: tuple) -> ctypes.Array:
+        """The arguments as the driver reads them. Raises TypeError where one is not of its parameter's type."""
+        try:
+            return self._layout.pack(arguments)
+        except struct.error as error:
+            raise TypeError(f"{self.key}: arguments {arguments}: {error}") from error
+
+    def config(self, stream: int) -> Any:
+        """The description of its launch on a stream, by the stream's handle; made once."""
+        found = self._configs.get(stream)
+        if found is None:
+            if len(self._configs) >= _MOST_STREAMS:
+                self._configs.clear()
+            found = self._configs[stream] = launch.config(stream, *self._shape, self._attributes)
+        return found
+
+
+_MOST_STREAMS = 64
+
+
+def _flat(parameters: Iterable) -> Iterator[types.Type]:
+    for parameter in parameters:
+        if isinstance(parameter, types.BaseTuple):
+            yield from _flat(parameter)
+        else:
+            yield parameter
+
+
+def _letter(parameter: types.Type) -> str:
+    """A parameter's type as `struct` writes it."""
+    return "Q" if isinstance(parameter, types.CPointer) else numpy_support.as_dtype(parameter).char
+
+
+def bound(launches: Iterable[tuple[Callable, tuple]]) -> Callable[[Any], None]:
+    """What runs launchers with their arguments, one after the other, on the stream that it is given."""
+    if not SIMULATOR:
+        return launch.GpuLaunches(launches)
+    listed = list(launches)
+
+    def run(stream: Any) -> None:
+        for launcher, arguments in listed:
+            launcher(stream, arguments)
+
+    return run
 
 
 _compile_lock = threading.RLock()

@@ -10,9 +10,8 @@ import numpy as np
 from kernels import warp
 from kernels.expression import written
 from kernels.functions import maximum, minimum
+from kernels.hardware import WARP
 from kernels.target import device
-
-WARP = 32
 
 
 @device

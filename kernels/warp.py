@@ -8,8 +8,9 @@ from collections.abc import Callable
 import numpy as np
 
 from kernels import functions
+from kernels.hardware import WARP
 from kernels.ptx import instruction
-from kernels.simulator import WARP, block_collective, collective, current_thread, team_collective
+from kernels.simulator import block_collective, collective, current_thread, team_collective
 from kernels.target import SIMULATOR, cuda, device
 
 if SIMULATOR:
@@ -109,6 +110,10 @@ def _shuffle_from(value, lane):
     return collective(_take_from, (np.float32(value), lane))
 
 
+def _first_lane(value):
+    return collective(lambda lanes: [lanes[0]] * len(lanes), value)
+
+
 def _sync_warp():
     collective(list, None)
 
@@ -130,6 +135,9 @@ def team_barrier(threads: int) -> Callable:
 shuffle_xor = instruction("shfl.sync.bfly.b32 $0, $1, $2, 31, 0xffffffff;", "fr", "f", twin=_shuffle_xor)
 shuffle_xor_word = instruction("shfl.sync.bfly.b32 $0, $1, $2, 31, 0xffffffff;", "rr", "r", twin=_shuffle_xor_word)
 shuffle_from = instruction("shfl.sync.idx.b32 $0, $1, $2, 31, 0xffffffff;", "fr", "f", twin=_shuffle_from)
+# What all lanes of a warp have, as the first one's: only so ptxas knows that it is one value, and computes descriptors
+# of it in uniform registers, from which wgmma takes them.
+uniform = instruction("shfl.sync.idx.b32 $0, $1, 0, 31, 0xffffffff;", "r", "r", twin=_first_lane)
 sync_warp = instruction("bar.warp.sync 0xffffffff;", "", twin=_sync_warp)
 
 

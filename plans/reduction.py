@@ -21,8 +21,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from kernels import reduction as kernel
+from kernels.hardware import WARP
 from kernels.rows import Shape, block_of
-from kernels.teams import WARP
 from plans import expression
 from plans.core import (
     ArchSku,

@@ -165,7 +165,11 @@ EXPECTED: dict[str, tuple[tuple[str, str], ...]] = {
         ("", r"STG\.E\..*128"),
     ),
     "kernels.hyper_connection.stream_shares.stream_shares": (("", r"LDGSTS\.E\..*128"),),
-    "kernels.weight.kronecker.kronecker_merge": (("", r"LDG\.E\..*128"), ("", r"STG\.E\..*128")),
+    "kernels.weight.kronecker.kronecker_merge": (
+        ("", r"LDG\.E\..*128"),
+        ("", r"STG\.E\..*128"),
+        (r"Product\(", r"HMMA\.16816\.F32"),
+    ),
     "kernels.weight.kronecker.kronecker_merge_grouped": (("", r"LDG\.E\..*128"), ("", r"STG\.E\..*128")),
 }
 

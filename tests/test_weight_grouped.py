@@ -251,7 +251,8 @@ def test_workspaces_lie_apart(make):
         ("lokr full full", Shape(8, 8, 160, 160), MMA, VECTOR),
         ("lokr full full", Shape(8, 8, 80, 80), MMA, MMA),
         ("lokr full full", Shape(8, 8, 320, 320), VECTOR, VECTOR),
-        ("lokr full factored", Shape(8, 8, 160, 160), MMA, MMA),
+        ("lokr full factored", Shape(8, 8, 160, 160), MMA, VECTOR),
+        ("lokr full factored", Shape(8, 8, 168, 160), MMA, MMA),
         ("lokr tucker", Shape(8, 8, 80, 80, (3, 3)), MMA, MMA),
     ],
 )

@@ -17,14 +17,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from kernels import barrier, bits, wgmma
-from kernels.attention.ring import hand_back, uniform
-from kernels.matmul.wgmma_load import next_stage
-from kernels.target import cuda, device, f32p, i64, kernel_factory, types
-from kernels.warp import block_barrier, block_x, grid_x, sync_warp, thread_index
+from kernels.hardware import WARP, WARPGROUP
+from kernels.stages import PAIR_BYTES, begin_loading, hand_back, next_stage, pair_maker, pair_of
+from kernels.target import HOPPER_SHARED_BYTES, cuda, device, f32p, i64, kernel_factory, types
+from kernels.warp import block_barrier, block_x, grid_x, sync_warp, thread_index, uniform
 from kernels.wgmma import DEPTH, step_words
 from kernels.wgmma_registers import add_products, settle, tile_products, zero_sums
 
-GROUPS, WARPGROUP, WARP = 2, 128, 32
+GROUPS = 2
 THREADS = GROUPS * WARPGROUP + WARP
 """Two warpgroups that multiply, and a warp that loads."""
 
@@ -33,8 +33,7 @@ MOST_LINES, MOST_TILES, MOST_BOXES = 64, 2, 2
 
 _LINE, _SUMS, _WORDS = 2 * DEPTH, DEPTH // 2, DEPTH // 4
 _BOX_BYTES = DEPTH * _LINE
-_SHARED_BYTES, _MOST_STAGES = 227 * 1024, 12
-_PACK = {"bf16": bits.pack_bf16, "f16": bits.pack_f16}
+_MOST_STAGES = 12
 
 G, X, W1, W2 = range(4)
 """Positions of maps: of g [row, block, column], x alike, w1 [l, m], w2 [column of g's, column of x's]."""
@@ -90,7 +89,8 @@ class KroneckerTile:
     @property
     def stages(self) -> int:
         """As many as there is room for."""
-        return min(_MOST_STAGES, (_SHARED_BYTES - self.factor_bytes - 16) // (self.stage_bytes + 16))
+        room = HOPPER_SHARED_BYTES - self.factor_bytes - PAIR_BYTES
+        return min(_MOST_STAGES, room // (self.stage_bytes + PAIR_BYTES))
 
     @property
     def barriers_at(self) -> int:
@@ -100,7 +100,7 @@ class KroneckerTile:
     @property
     def shared_bytes(self) -> int:
         """All of it."""
-        return self.barriers_at + 16 * (self.stages + 1)
+        return self.barriers_at + PAIR_BYTES * (self.stages + 1)
 
 
 _load_rows, _load_matrix = barrier.tma_load(3), barrier.tma_load(2)
@@ -120,7 +120,7 @@ def _producer(tile: KroneckerTile) -> Callable:
     following, stage_bytes, loaded = next_stage(tile.stages), _u32(tile.stage_bytes), _u32(tile.loaded_bytes)
     rows, tiles, boxes, lines, x_bytes = tile.rows, tile.tiles, tile.boxes, tile.lines, tile.x_bytes
     factors_at, w2_bytes, factor_bytes = tile.stages * tile.stage_bytes, tile.w2_bytes, _u32(tile.factor_bytes)
-    factors_there = _u32(tile.barriers_at + 16 * tile.stages)
+    stages = tile.stages
 
     @device
     def load_factors(base, own, maps):
@@ -146,13 +146,12 @@ def _producer(tile: KroneckerTile) -> Callable:
 
     @device
     def produce(base, barriers, maps, share):
-        load_factors(base, _u32(base + factors_there), maps)
+        load_factors(base, pair_of(barriers, stages), maps)
         stage, phase, (number, begin, end, blocks) = _u32(0), _u32(1), share
         first = _u32(begin + _u32(number * _u32(rows)))
         while first < end:
-            full, target = _u32(barriers + stage * _u32(16)), _u32(base + stage * stage_bytes)
-            barrier.barrier_wait(_u32(full + _u32(8)), phase)
-            barrier.barrier_expect_bytes(full, loaded)
+            full, target = pair_of(barriers, stage), _u32(base + stage * stage_bytes)
+            begin_loading(full, phase, loaded)
             load_stage(target, full, maps, first)
             stage, phase = following(stage, phase)
             first = _u32(first + _u32(blocks * _u32(rows)))
@@ -177,14 +176,14 @@ def _products(tile: KroneckerTile, kind: str) -> tuple[Callable, ...]:
 def _accumulator(tile: KroneckerTile, kind: str) -> Callable:
     """A device function: a warpgroup's sums over all stages of the block."""
     grow, mix, add_first, add_second = _products(tile, kind)
-    v_count, v_words, pack = tile.lines // 2, tile.lines // 4, _PACK[kind]
+    v_count, v_words, pack = tile.lines // 2, tile.lines // 4, bits.PACK[kind]
     # No products run together with those whose left factor is in registers: ptxas (13.0) then makes all of them wait.
     grown, mixed = settle(0, _SUMS), settle(0, v_count)
     first_done, second_done = settle(0, tile.in_lines // 2), settle(0, _SUMS)
     by_rows, by_lines = wgmma.operand_descriptor(True), wgmma.operand_descriptor(False)
     following, stage_bytes, x_bytes = next_stage(tile.stages), _u32(tile.stage_bytes), _u32(tile.x_bytes)
     tiles, rows, own_bytes, several = _u32(tile.tiles), _u32(tile.rows), _u32(tile.boxes * _BOX_BYTES), tile.boxes > 1
-    w2_at, factors_there = _u32(tile.stages * tile.stage_bytes), _u32(tile.barriers_at + 16 * tile.stages)
+    w2_at, stages = _u32(tile.stages * tile.stage_bytes), tile.stages
     w1_at, w1_bytes, g_at = _u32(w2_at + _u32(tile.w2_bytes)), _u32(tile.lines * _LINE), _u32(tile.rows * tile.x_bytes)
 
     @device
@@ -192,11 +191,11 @@ def _accumulator(tile: KroneckerTile, kind: str) -> Callable:
         u, u_packed = cuda.local.array(_SUMS, np.float32), cuda.local.array(_WORDS, np.uint32)
         v, v_packed = cuda.local.array(v_count, np.float32), cuda.local.array(v_words, np.uint32)
         w2, w1 = by_lines(_u32(base + w2_at)), by_rows(uniform(_u32(base + w1_at + _u32(group % tiles) * w1_bytes)))
-        barrier.barrier_wait(_u32(base + factors_there), _u32(0))
+        barrier.barrier_wait(pair_of(barriers, stages), _u32(0))
         stage, phase, (number, begin, end, blocks) = _u32(0), _u32(0), share
         row = _u32(begin + _u32(number * rows))
         while row < end:
-            pair, place = _u32(barriers + stage * _u32(16)), _u32(base + stage * stage_bytes)
+            pair, place = pair_of(barriers, stage), _u32(base + stage * stage_bytes)
             of_g = uniform(_u32(place + g_at + group * own_bytes))
             of_x = uniform(_u32(place + _u32(group // tiles) * x_bytes))
             barrier.barrier_wait(pair, phase)
@@ -282,15 +281,12 @@ def _finisher(tile: KroneckerTile) -> tuple[Callable, Callable]:
 
 def _barriers(tile: KroneckerTile) -> Callable:
     """A device function by which one thread makes the barriers."""
-    stages, users = tile.stages, _u32(GROUPS * WARPGROUP // WARP)
+    make_pairs, stages = pair_maker(tile.stages, GROUPS * WARPGROUP // WARP), tile.stages
 
     @device
     def make(barriers):
-        for stage in range(stages):
-            full = _u32(barriers + _u32(stage) * _u32(16))
-            barrier.barrier_init(full, _u32(1))
-            barrier.barrier_init(_u32(full + _u32(8)), users)
-        barrier.barrier_init(_u32(barriers + _u32(16 * stages)), _u32(1))
+        make_pairs(barriers)
+        barrier.barrier_init(pair_of(barriers, stages), _u32(1))
         barrier.barrier_init_visible()
 
     return make

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from kernels.adapter_gradient.kronecker import IN_BLOCKS, IN_WIDTH, OUT_BLOCKS, OUT_WIDTH, ROWS, WARP
+from kernels.adapter_gradient.kronecker import IN_BLOCKS, IN_WIDTH, OUT_BLOCKS, OUT_WIDTH, ROWS
 from kernels.elements import ELEMENTS
+from kernels.hardware import WARP
 from kernels.target import device, f32, i64, kernel_factory, types
 from kernels.warp import block_x, thread_index, warp_sum
 

@@ -20,16 +20,15 @@ from kernels.attention.ring import (
     ROWS,
     WIDTH,
     Ring,
-    hand_back,
     kept_room,
     specialised,
-    uniform,
 )
 from kernels.attention.tiles import BATCH, HEAD, MATRIX, POINTER, TOKEN, clamped, clearer, lane_of, storer
 from kernels.attention.walk import stage_steps
 from kernels.barrier import early_options, entrance
+from kernels.stages import hand_back
 from kernels.target import cuda, device, f32, f32p, i64, kernel_factory, types
-from kernels.warp import block_x, grid_x, thread_index
+from kernels.warp import block_x, grid_x, thread_index, uniform
 from kernels.wgmma_registers import add_products, settle, start_products, zero_sums
 
 RING = Ring(3, 128, 1)

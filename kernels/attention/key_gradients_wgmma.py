@@ -19,21 +19,18 @@ from kernels.attention.ring import (
     ROWS,
     WIDTH,
     Ring,
-    begin_loading,
-    hand_back,
     kept_loader,
     kept_room,
     specialised,
-    stage_follower,
-    uniform,
 )
 from kernels.attention.stage import pair_starter
 from kernels.attention.statistics import STATISTICS
 from kernels.attention.tiles import BATCH, HEAD, MATRIX, POINTER, TOKEN, clamped, lane_of, row_of, storer
 from kernels.attention.walk import stage_steps
 from kernels.barrier import early_options, entrance
+from kernels.stages import begin_loading, hand_back, next_stage, pair_of
 from kernels.target import cuda, device, f32, f32p, i64, kernel_factory, types
-from kernels.warp import block_x, grid_x, thread_index
+from kernels.warp import block_x, grid_x, thread_index, uniform
 from kernels.wgmma_registers import add_products, settle, zero_sums
 
 RING = Ring(4, 64, 2, True)
@@ -63,7 +60,7 @@ def _work_of(causal: bool) -> Callable:
 
 
 def _producer(work: Callable) -> Callable:
-    load_kept, following, load_box = kept_loader(RING), stage_follower(RING), barrier.tma_load(4)
+    load_kept, following, load_box = kept_loader(RING), next_stage(RING.stages), barrier.tma_load(4)
     stage_bytes, loaded_bytes, number_bytes = _u32(RING.stage_bytes), _u32(RING.loaded_bytes), _u32(4 * _COLUMNS)
 
     @device
@@ -80,7 +77,7 @@ def _producer(work: Callable) -> Callable:
         (_, _, maps, statistics, padded, queries, keys, _, heads, group, diagonal, tiles, _, _) = state
         for i in range(4):
             barrier.tensor_map_acquire(maps[i])
-        stage, phase, turn = _u32(0), _u32(0), _u32(0)
+        stage, phase, turn = _u32(0), _u32(1), _u32(0)
         number = _u32(block_x())
         while number < _u32(tiles):
             batch, other, row0, first, of_head, _ = work(number, queries, keys, heads, diagonal)
@@ -90,7 +87,7 @@ def _producer(work: Callable) -> Callable:
                 slot = batch * heads * group + head
                 query = first
                 for _ in range(of_head):
-                    full = begin_loading(_u32(barriers + stage * _u32(16)), phase, loaded_bytes)
+                    full = begin_loading(pair_of(barriers, stage), phase, loaded_bytes)
                     to = _u32(base + stage * stage_bytes)
                     load(to, full, maps, statistics, padded, query, head, batch, slot)
                     query = _u32(query + _u32(_COLUMNS))

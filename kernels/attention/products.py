@@ -11,8 +11,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from kernels import tensor_core
-from kernels.attention.tiles import PACK, Tile, in_turn, placer
+from kernels import bits, tensor_core
+from kernels.attention.tiles import Tile, in_turn, placer
 from kernels.matmul.mma_tile import STEP, UNIT, swizzle
 from kernels.target import cuda, device
 
@@ -139,7 +139,7 @@ def score_multiplier(kind: str, tile: Tile) -> Callable:
 
 def packer(kind: str, tile: Tile) -> Callable:
     """``pack(sums, words)``: a warp's results [rows, columns] as the left factor of the next product."""
-    to_pair, blocks = PACK[kind], tile.columns // 8
+    to_pair, blocks = bits.PACK[kind], tile.columns // 8
 
     def packed(number: int) -> Callable:
         block, step = divmod(number, blocks // 2)

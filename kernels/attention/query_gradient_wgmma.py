@@ -18,18 +18,17 @@ from kernels.attention.ring import (
     ROWS,
     WIDTH,
     Ring,
-    hand_back,
     kept_room,
     specialised,
-    uniform,
 )
 from kernels.attention.stage import pair_starter
 from kernels.attention.statistics import STATISTICS
 from kernels.attention.tiles import BATCH, HEAD, MATRIX, POINTER, TOKEN, clamped, lane_of, row_of, storer
 from kernels.attention.walk import stage_steps
 from kernels.barrier import early_options, entrance
+from kernels.stages import hand_back
 from kernels.target import cuda, device, f32, f32p, i64, kernel_factory, types
-from kernels.warp import block_x, grid_x, thread_index
+from kernels.warp import block_x, grid_x, thread_index, uniform
 from kernels.wgmma_registers import add_products, settle, zero_sums
 
 RING = Ring(4, 64, 2)

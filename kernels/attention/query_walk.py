@@ -8,7 +8,8 @@ import numpy as np
 
 from kernels import barrier
 from kernels.attention.forward import locate
-from kernels.attention.ring import ROWS, Ring, begin_loading, kept_loader, stage_follower
+from kernels.attention.ring import ROWS, Ring, kept_loader
+from kernels.stages import begin_loading, next_stage, pair_of
 from kernels.target import device
 from kernels.warp import block_x, grid_x
 
@@ -41,7 +42,7 @@ def query_producer(ring: Ring, causal: bool) -> Callable:
     work, load_kept, following, load_box = (
         query_work(causal),
         kept_loader(ring),
-        stage_follower(ring),
+        next_stage(ring.stages),
         barrier.tma_load(4),
     )
     stage_bytes, loaded_bytes, kept = (_u32(ring.stage_bytes), _u32(ring.loaded_bytes), ring.kept)
@@ -52,14 +53,14 @@ def query_producer(ring: Ring, causal: bool) -> Callable:
         queries, keys, heads, group, diagonal, tiles = problem
         for i in range(kept + 2):
             barrier.tensor_map_acquire(maps[i])
-        stage, phase, turn = _u32(0), _u32(0), _u32(0)
+        stage, phase, turn = _u32(0), _u32(1), _u32(0)
         number = _u32(block_x())
         while number < _u32(tiles):
             batch, head, row0, seen = work(number, queries, keys, heads, diagonal)
             load_kept(base, barriers, turn, maps, row0, head, batch)
             other, key = _u32(_u32(head) // _u32(group)), _u32(0)
             while key < seen:
-                full = begin_loading(_u32(barriers + stage * _u32(16)), phase, loaded_bytes)
+                full = begin_loading(pair_of(barriers, stage), phase, loaded_bytes)
                 to = _u32(base + stage * stage_bytes)
                 load_box(to, maps[kept], full, _u32(0), key, other, _u32(batch))
                 load_box(_u32(to + walked_bytes), maps[kept + 1], full, _u32(0), key, other, _u32(batch))

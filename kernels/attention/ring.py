@@ -14,13 +14,12 @@ import numpy as np
 
 from kernels import barrier
 from kernels.attention.tiles import Tile
-from kernels.matmul.wgmma_load import next_stage
-from kernels.ptx import instruction
-from kernels.simulator import collective
+from kernels.hardware import WARPGROUP
+from kernels.stages import PAIR_BYTES, begin_loading, pair_maker, pair_of
 from kernels.target import cuda, device
-from kernels.warp import block_barrier, sync_warp
+from kernels.warp import block_barrier
 
-WARPGROUP, WIDTH = 128, 64
+WIDTH = 64
 THREADS = 3 * WARPGROUP
 ROWS, WARPS = 128, 8
 """Lines that a block keeps, warps that multiply."""
@@ -77,13 +76,13 @@ class Ring:
 
     @property
     def barriers_at(self) -> int:
-        """Two barriers, full and empty, of every stage and of both rooms for kept lines; one a warpgroup for turns."""
+        """A pair of barriers of every stage and of both rooms for kept lines; a barrier a warpgroup for turns."""
         return self.results_at + HELD_BYTES
 
     @property
     def shared_bytes(self) -> int:
         """All of it."""
-        return self.barriers_at + 16 * (self.stages + 3)
+        return self.barriers_at + PAIR_BYTES * (self.stages + 3)
 
     def options(self) -> dict:
         """A kernel's launch bounds."""
@@ -93,49 +92,16 @@ class Ring:
 def barrier_maker(ring: Ring) -> Callable:
     """``make(barriers)``, for one thread."""
     pairs = ring.stages + 2
+    make_pairs = pair_maker(pairs, WARPS)
 
     @device
     def make(barriers):
-        for number in range(pairs):
-            full = _u32(barriers + _u32(number) * _u32(16))
-            barrier.barrier_init(full, _u32(1))
-            barrier.barrier_init(_u32(full + _u32(8)), _u32(WARPS))
+        make_pairs(barriers)
         for group in range(2):
-            turn = _u32(barriers + _u32(16 * pairs + 8 * group))
-            barrier.barrier_init(turn, _u32(WARPS // 2))
+            barrier.barrier_init(_u32(pair_of(barriers, pairs) + _u32(8 * group)), _u32(WARPS // 2))
         barrier.barrier_init_visible()
 
     return make
-
-
-def stage_follower(ring: Ring) -> Callable:
-    """``following(stage, phase)``."""
-    return next_stage(ring.stages)
-
-
-@device
-def hand_back(pair, lane):
-    """A warp has read what the pair of barriers at an address guards."""
-    sync_warp()
-    if lane == _u32(0):
-        barrier.barrier_arrive(_u32(pair + _u32(8)))
-
-
-@device
-def begin_loading(pair, phase, nbytes):
-    """Wait until the room that a pair of barriers guards is free, and expect bytes; its full barrier."""
-    barrier.barrier_wait(_u32(pair + _u32(8)), _u32(phase ^ _u32(1)))
-    barrier.barrier_expect_bytes(pair, nbytes)
-    return pair
-
-
-def _first_lane(value):
-    return collective(lambda lanes: [lanes[0]] * len(lanes), value)
-
-
-# What all lanes of a warp have, as the first one's: only so ptxas knows that it is one value, and computes descriptors
-# of it in uniform registers, from which wgmma takes them.
-uniform = instruction("shfl.sync.idx.b32 $0, $1, 0, 31, 0xffffffff;", "r", "r", twin=_first_lane)
 
 
 def turn_taker(ring: Ring) -> Callable:
@@ -143,7 +109,7 @@ def turn_taker(ring: Ring) -> Callable:
 
     Where both ask at once, products of both take twice as long, and nothing is under way while both do the rest.
     """
-    at = _u32(16 * (ring.stages + 2))
+    at = _u32(PAIR_BYTES * (ring.stages + 2))
 
     @device
     def take_turn(barriers, turn, group):
@@ -154,7 +120,7 @@ def turn_taker(ring: Ring) -> Callable:
 
 def turn_giver(ring: Ring) -> Callable:
     """``give_turn(barriers, turn, group, thread)``: the other warpgroup's turn; the number of the own next one."""
-    at = _u32(16 * (ring.stages + 2))
+    at = _u32(PAIR_BYTES * (ring.stages + 2))
 
     @device
     def give_turn(barriers, turn, group, thread):
@@ -174,7 +140,7 @@ def kept_loader(ring: Ring) -> Callable:
     @device
     def load(base, barriers, turn, maps, row0, head, batch):
         to, pair, phase = room(base, barriers, turn)
-        full = begin_loading(pair, phase, nbytes)
+        full = begin_loading(pair, _u32(phase ^ _u32(1)), nbytes)
         load_box(to, maps[0], full, _u32(0), _u32(row0), _u32(head), _u32(batch))
         if several:
             load_box(_u32(to + _u32(HELD_BYTES)), maps[1], full, _u32(0), _u32(row0), _u32(head), _u32(batch))
@@ -184,12 +150,12 @@ def kept_loader(ring: Ring) -> Callable:
 
 def kept_room(ring: Ring) -> Callable:
     """``room(base, barriers, turn)``: where the lines of a block's so-manyeth turn lie, their barriers, the phase."""
-    at, nbytes, pairs_at = (_u32(ring.kept_at), _u32(ring.kept_bytes), _u32(16 * ring.stages))
+    at, nbytes, stages = _u32(ring.kept_at), _u32(ring.kept_bytes), _u32(ring.stages)
 
     @device
     def room(base, barriers, turn):
         which = _u32(turn & _u32(1))
-        pair = _u32(barriers + pairs_at + which * _u32(16))
+        pair = pair_of(barriers, _u32(stages + which))
         return (_u32(base + at + which * nbytes), pair, _u32(_u32(turn >> _u32(1)) & _u32(1)))
 
     return room

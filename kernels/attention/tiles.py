@@ -16,7 +16,6 @@ MATRIX = types.Tuple((u16p, i64, i64, i64))
 """Type of a tensor [batch, head, token, width]: it, and elements from a batch, a head, a token to the next."""
 POINTER, BATCH, HEAD, TOKEN = range(4)
 
-PACK = {"bf16": bits.pack_bf16, "f16": bits.pack_f16}
 _u32 = np.uint32
 
 
@@ -124,7 +123,7 @@ def storer(kind: str, tile: Tile) -> Callable:
     Each row times its factor, rounded, by way of the warp's own lines of a tile in shared memory that no copy reaches
     any more. ``first``, ``stride``, ``left`` and ``columns`` are those of the tile, as for ``loader``.
     """
-    place, units, to_pair = placer(tile.width), tile.width // UNIT, PACK[kind]
+    place, units, to_pair = placer(tile.width), tile.width // UNIT, bits.PACK[kind]
     turns = tile.rows_of_warp * units // 32
 
     def parked(number: int) -> Callable:

@@ -12,8 +12,9 @@ from collections.abc import Callable
 import numpy as np
 
 from kernels import barrier
-from kernels.attention.ring import Ring, hand_back, stage_follower, turn_giver, turn_taker
+from kernels.attention.ring import Ring, turn_giver, turn_taker
 from kernels.attention.tiles import lane_of
+from kernels.stages import hand_back, next_stage, pair_of
 from kernels.target import device
 
 _u32 = np.uint32
@@ -28,11 +29,11 @@ def stage_steps(ring: Ring, start: Callable, add: Callable, settled: Callable) -
     barriers before, to be handed back when its lines have been read.
     """
     take_turn, give_turn = turn_taker(ring), turn_giver(ring)
-    following, where = stage_follower(ring), lane_of(ring.tile)
+    following, where = next_stage(ring.stages), lane_of(ring.tile)
 
     @device
     def arrived(barriers, stage, phase):
-        pair = _u32(barriers + stage * _u32(16))
+        pair = pair_of(barriers, stage)
         barrier.barrier_wait(pair, phase)
         return pair
 

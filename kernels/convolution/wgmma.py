@@ -18,6 +18,7 @@ from kernels import barrier
 from kernels.matmul.wgmma import persistent
 from kernels.matmul.wgmma_store import STAGING_BYTES, WARP_ROWS, Rows, tile_store
 from kernels.matmul.wgmma_tile import ROWS, WgmmaTile
+from kernels.stages import begin_loading, next_stage, pair_of
 from kernels.target import device, i64, kernel_factory, types
 from kernels.wgmma import DEPTH
 
@@ -72,7 +73,7 @@ def _tap_loader(tile: WgmmaTile, box_width: int, stride_x: int, stride_y: int) -
     locate = _locate(box_width)
     load_pixels, load_weight = barrier.tma_load(4), barrier.tma_load(3)
     load_weight_everywhere, everyone = barrier.tma_load_multicast(3), np.uint16((1 << tile.cluster) - 1)
-    stages, stage_bytes, a_bytes = _u32(tile.stages), _u32(tile.stage_bytes), _u32(tile.a_bytes)
+    following, stage_bytes, a_bytes = next_stage(tile.stages), _u32(tile.stage_bytes), _u32(tile.a_bytes)
     piece, several, k_major = tile.columns // tile.pieces, tile.cluster > 1, tile.b_k_major
     piece_bytes, boxes, box_bytes = _u32(piece * DEPTH * 2), piece // 64, _u32(64 * DEPTH * 2)
     across, along = _u32(stride_x), _u32(stride_y)
@@ -86,7 +87,6 @@ def _tap_loader(tile: WgmmaTile, box_width: int, stride_x: int, stride_y: int) -
 
     @device
     def load_tap(target, full, map_a, map_b, image, y, x, column, tap, c):
-        barrier.barrier_expect_bytes(full, stage_bytes)
         load_pixels(target, map_a, full, c, x, y, image)
         rank = barrier.cluster_rank() if several else _u32(0)
         place, start = _u32(target + a_bytes + rank * piece_bytes), _u32(column + rank * _u32(piece))
@@ -107,13 +107,11 @@ def _tap_loader(tile: WgmmaTile, box_width: int, stride_x: int, stride_y: int) -
         for tap in range(taps):
             at_y, at_x = _u32(y + tap_y * _u32(q[STEP_Y])), _u32(x + tap_x * _u32(q[STEP_X]))
             for tile_of_c in range(c_tiles):
-                full, target = _u32(barriers + stage * _u32(16)), _u32(base + stage * stage_bytes)
-                barrier.barrier_wait(_u32(full + _u32(8)), phase)
+                full, target = pair_of(barriers, stage), _u32(base + stage * stage_bytes)
+                begin_loading(full, phase, stage_bytes)
                 c = _u32(_u32(tile_of_c) * _u32(DEPTH))
                 load_tap(target, full, map_a, map_b, image, at_y, at_x, column, _u32(tap), c)
-                stage = _u32(stage + _u32(1))
-                if stage == stages:
-                    stage, phase = _u32(0), _u32(phase ^ _u32(1))
+                stage, phase = following(stage, phase)
             tap_x = _u32(tap_x + _u32(1))
             if tap_x == taps_x:
                 tap_x, tap_y = _u32(0), _u32(tap_y + _u32(1))

@@ -13,9 +13,9 @@ import numpy as np
 
 from kernels import barrier
 from kernels.matmul.wgmma import persistent
-from kernels.matmul.wgmma_load import next_stage
 from kernels.matmul.wgmma_store import ROWS_OF_A_MATRIX, STAGING_BYTES, tile_store
 from kernels.matmul.wgmma_tile import ROWS, WgmmaTile
+from kernels.stages import begin_loading, next_stage, pair_of
 from kernels.target import device, i64, kernel_factory, types
 from kernels.wgmma import DEPTH
 
@@ -72,9 +72,8 @@ def _pixel_loader(tile: WgmmaTile, box_width: int, stride_x: int, stride_y: int)
             image = _u32(line // _u32(q[DOWN]))
             x = _u32(_u32(box - line * _u32(q[ACROSS])) * wide)
             y = _u32(_u32(line - image * _u32(q[DOWN])) * tall)
-            full, target = _u32(barriers + stage * _u32(16)), _u32(base + stage * stage_bytes)
-            barrier.barrier_wait(_u32(full + _u32(8)), phase)
-            barrier.barrier_expect_bytes(full, stage_bytes)
+            full, target = pair_of(barriers, stage), _u32(base + stage * stage_bytes)
+            begin_loading(full, phase, stage_bytes)
             load_gradient(target, gradient, full, row, x, y, image)
             in_x, in_y = _u32(x * across + shift_x), _u32(y * along + shift_y)
             load_input(_u32(target + share), source, full, start, in_x, in_y, image)

@@ -14,8 +14,8 @@ import numpy as np
 
 from kernels import sinkhorn, warp
 from kernels.elements import ELEMENTS
+from kernels.hardware import WARP
 from kernels.hyper_connection.static import THREADS, WARPS, post_weight, pre_weight
-from kernels.simulator import WARP
 from kernels.target import cuda, device, f32, f32p, i64, kernel_factory
 
 SAMPLES = 4

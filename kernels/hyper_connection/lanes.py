@@ -14,10 +14,10 @@ from types import SimpleNamespace
 import numpy as np
 
 from kernels import bits, warp
+from kernels.hardware import WARP
 from kernels.hyper_connection.project import exact_parts
 from kernels.hyper_connection.spread_stage import OF_X, PARTS, of_lifts, record_words, rows_of
 from kernels.hyper_connection.static import post_weight, pre_weight, sigmoid
-from kernels.simulator import WARP
 from kernels.sinkhorn import MAX_EXPONENT, clamped, exponential
 from kernels.sinkhorn_thread import inverse, line_scale
 from kernels.target import cuda, device, f32, f32p, i64, kernel_factory

@@ -16,7 +16,7 @@ import numpy as np
 
 from kernels import bits, memory, tensor_core, warp
 from kernels.elements import ELEMENTS
-from kernels.simulator import WARP
+from kernels.hardware import WARP
 from kernels.target import SIMULATOR, cuda, device, f32p, i64, kernel_factory
 
 WARPS = 1 if SIMULATOR else 4

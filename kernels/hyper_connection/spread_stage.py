@@ -14,8 +14,8 @@ import numpy as np
 
 from kernels import memory, tensor_core, warp
 from kernels.barrier import cluster_rank, shared_address, shared_load_remote
+from kernels.hardware import WARP
 from kernels.ptx import instruction
-from kernels.simulator import WARP
 from kernels.target import SIMULATOR, cuda, device
 
 WARPS = 1 if SIMULATOR else 4

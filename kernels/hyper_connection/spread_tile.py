@@ -17,6 +17,7 @@ import numpy as np
 
 from kernels import memory, tensor_core, warp
 from kernels.elements import ELEMENTS
+from kernels.hardware import WARP
 from kernels.hyper_connection.project import exact_parts
 from kernels.hyper_connection.spread_stage import (
     CHANNELS,
@@ -37,7 +38,6 @@ from kernels.hyper_connection.spread_stage import (
     staged_lifts,
 )
 from kernels.hyper_connection.stream import gamma_runs
-from kernels.simulator import WARP
 from kernels.target import blocks_by_shared, cuda, device, f32p, i64, kernel_factory
 
 

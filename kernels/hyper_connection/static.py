@@ -14,7 +14,7 @@ import numpy as np
 
 from kernels import sinkhorn, warp
 from kernels.elements import ELEMENTS
-from kernels.simulator import WARP
+from kernels.hardware import WARP
 from kernels.target import SIMULATOR, cuda, device, f32, f32p, i64, kernel_factory
 
 THREADS = 32 if SIMULATOR else 256

@@ -16,8 +16,8 @@ import numpy as np
 
 from kernels import warp
 from kernels.elements import ELEMENTS
+from kernels.hardware import WARP
 from kernels.hyper_connection.static import THREADS, WARPS, block_sum, sigmoid, weighted_sum
-from kernels.simulator import WARP
 from kernels.target import cuda, device, f32, f32p, i64, kernel_factory
 
 

@@ -17,8 +17,8 @@ import numpy as np
 
 from kernels import memory, warp
 from kernels.elements import ELEMENTS, parked8
+from kernels.hardware import WARP
 from kernels.hyper_connection.weights import static_line
-from kernels.simulator import WARP
 from kernels.target import blocks_by_shared, cuda, device, f32, f32p, i64, kernel_factory
 
 RUN = 8

@@ -16,6 +16,7 @@ import numpy as np
 
 from kernels import memory, warp
 from kernels.elements import ELEMENTS
+from kernels.hardware import WARP
 from kernels.hyper_connection.stream import (
     MOST_THREADS,
     RUN,
@@ -28,7 +29,6 @@ from kernels.hyper_connection.stream import (
 )
 from kernels.hyper_connection.sums import line_sums
 from kernels.hyper_connection.weights import static_line
-from kernels.simulator import WARP
 from kernels.target import cuda, device, f32, f32p, i64, kernel_factory
 
 MOST_STREAMS = 4

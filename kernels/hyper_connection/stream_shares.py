@@ -16,9 +16,9 @@ import numpy as np
 
 from kernels import memory, warp
 from kernels.elements import ELEMENTS, parked8
+from kernels.hardware import WARP
 from kernels.hyper_connection.spread_stage import OF_PULL, OF_ROOT, OF_WEIGHTS
 from kernels.hyper_connection.stream import RUN, gamma_runs
-from kernels.simulator import WARP
 from kernels.target import blocks_by_shared, cuda, device, f32, f32p, i64, kernel_factory
 
 MOST_STREAMS = 4

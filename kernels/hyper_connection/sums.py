@@ -8,9 +8,9 @@ from collections.abc import Callable
 import numpy as np
 
 from kernels import warp
+from kernels.hardware import WARP
 from kernels.hyper_connection.lanes import MOST_STREAMS, along_lanes, gradient_by_lanes
 from kernels.hyper_connection.static import THREADS, sigmoid
-from kernels.simulator import WARP
 from kernels.target import cuda, device, f32, f32p, i64, kernel_factory
 
 GROUPS = THREADS // WARP

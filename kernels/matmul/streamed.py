@@ -18,8 +18,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from kernels import barrier, bits, wgmma
-from kernels.matmul.streamed_tile import GROUP_ROWS, WARP, WARPGROUP, StreamTile
-from kernels.matmul.wgmma_load import next_stage
+from kernels.hardware import WARP, WARPGROUP
+from kernels.matmul.streamed_tile import GROUP_ROWS, StreamTile
+from kernels.stages import begin_loading, empty_of, next_stage, pair_maker, pair_of
 from kernels.target import cuda, device, i64, types
 from kernels.warp import block_barrier, block_x, grid_x, sync_warp, thread_index
 from kernels.wgmma import DEPTH
@@ -103,9 +104,8 @@ def _producer(tile: StreamTile, hooks: Hooks) -> Callable:
             batch = batch_of(number, tiles)
             row, k = _u32(_u32(number - batch * tiles) * height), _u32(begin * _u32(DEPTH))
             for _ in range(_u32(end - begin)):
-                full, target = _u32(barriers + stage * _u32(16)), _u32(base + stage * stage_bytes)
-                barrier.barrier_wait(_u32(full + _u32(8)), phase)
-                barrier.barrier_expect_bytes(full, nbytes)
+                full, target = pair_of(barriers, stage), _u32(base + stage * stage_bytes)
+                begin_loading(full, phase, nbytes)
                 load(target, full, a, b, row, k, batch)
                 k = _u32(k + _u32(DEPTH))
                 stage, phase = following(stage, phase)
@@ -127,14 +127,14 @@ def _accumulator(tile: StreamTile, kind: str) -> Callable:
     def release_before(barriers, stage):
         if thread_index() & _u32(WARPGROUP - 1) == _u32(0):
             before = _u32((stage if stage != _u32(0) else stages) - _u32(1))
-            barrier.barrier_arrive(_u32(barriers + before * _u32(16) + _u32(8)))
+            barrier.barrier_arrive(empty_of(pair_of(barriers, before)))
 
     @device
     def accumulate(base, barriers, count, group, stage, phase):
         sums = zero()
         for k in range(count):
             place = _u32(base + stage * stage_bytes)
-            barrier.barrier_wait(_u32(barriers + stage * _u32(16)), phase)
+            barrier.barrier_wait(pair_of(barriers, stage), phase)
             sums = multiply(sums, describe_a(_u32(place + group * group_bytes)), describe_b(_u32(place + a_bytes)))
             sums = settle_older(sums)
             if _u32(k) > _u32(0):
@@ -256,21 +256,6 @@ def _finisher(tile: StreamTile, hooks: Hooks) -> Callable:
     return finish
 
 
-def _barriers(tile: StreamTile) -> Callable:
-    """A device function by which a warp makes the barriers, a lane each stage's: full for loads, empty for products."""
-    stages, users = _u32(tile.stages), _u32(tile.groups)
-
-    @device
-    def make(barriers, lane):
-        if lane < stages:
-            full = _u32(barriers + lane * _u32(16))
-            barrier.barrier_init(full, _u32(1))
-            barrier.barrier_init(_u32(full + _u32(8)), users)
-            barrier.barrier_init_visible()
-
-    return make
-
-
 def streamed(
     tile: StreamTile, kind: str, hooks: Hooks, result: types.Type, a: types.Type, b: types.Type, more: types.Type
 ) -> tuple:
@@ -284,8 +269,8 @@ def streamed(
     produce, accumulate, share = _producer(tile, hooks), _accumulator(tile, kind), _share(tile)
     together, parts, groups = tile.parts > 1, _u32(tile.parts), _u32(tile.groups)
     leave = _each_tile(tile, _parker(tile) if together else _storer(hooks))
-    finish, make_barriers, acquire, aside = _finisher(tile, hooks), _barriers(tile), hooks.acquire, hooks.aside
-    beside = tile.beside
+    finish, acquire, aside = _finisher(tile, hooks), hooks.acquire, hooks.aside
+    beside, make_pairs = tile.beside, pair_maker(tile.stages, tile.groups)
     barriers_at = _u32(tile.stages * (tile.a_bytes + tile.b_bytes) + tile.sums_bytes)
 
     @device
@@ -302,8 +287,9 @@ def streamed(
         shared = cuda.shared.array(0, np.uint8, alignment=1024)
         base, thread = barrier.shared_address(shared, np.int64(0)), thread_index()
         group, own = _u32(thread // _u32(WARPGROUP)), _u32(thread & _u32(WARPGROUP - 1))
-        if thread < _u32(WARP):
-            make_barriers(_u32(base + barriers_at), thread)
+        if thread == _u32(0):
+            make_pairs(_u32(base + barriers_at))
+            barrier.barrier_init_visible()
         if group == groups and own == _u32(0):
             acquire(a, b)
         block_barrier()

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from kernels.hardware import WARPGROUP
+from kernels.stages import PAIR_BYTES
+from kernels.target import HOPPER_SHARED_BYTES
 from kernels.wgmma import DEPTH
 
 GROUP_ROWS = 64
 _LEAST_SPAN = 32
-WARPGROUP, WARP = 128, 32
-_SHARED_BYTES, _PAIRED_BYTES = 227 * 1024, 116 * 1024
-"""Shared memory for stages, and what of it blocks take that share a depth: more than a half, as a grid of few blocks
-must not queue on some multiprocessors, and little more, so that they may take places while another grid ends."""
+_PAIRED_BYTES = 116 * 1024
+"""Shared memory for stages of blocks that share a depth: more than a half, as a grid of few blocks must not queue on
+some multiprocessors, and little more, so that they may take places while another grid ends."""
 
 _ALL_BYTES, _RESERVED_BYTES = 228 * 1024, 1024
 """A multiprocessor's shared memory, and what of it the system takes for a block."""
@@ -72,13 +74,13 @@ class StreamTile:
     @property
     def stages(self) -> int:
         """As many as there is room for."""
-        room = _PAIRED_BYTES if self.parts > 1 else _SHARED_BYTES
+        room = _PAIRED_BYTES if self.parts > 1 else HOPPER_SHARED_BYTES
         if self.sharing:
             room = _ALL_BYTES // self.sharing - _RESERVED_BYTES - self.sums_bytes
-        return min(_MOST_STAGES, room // (self.a_bytes + self.b_bytes + 16))
+        return min(_MOST_STAGES, room // (self.a_bytes + self.b_bytes + PAIR_BYTES))
 
     @property
     def shared_bytes(self) -> int:
         """Stages, sums, barriers; of no more blocks a multiprocessor than share it, which is one where that is open."""
-        needed = self.stages * (self.a_bytes + self.b_bytes + 16) + self.sums_bytes
+        needed = self.stages * (self.a_bytes + self.b_bytes + PAIR_BYTES) + self.sums_bytes
         return needed if self.sharing > 1 else max(_PAIRED_BYTES, needed)

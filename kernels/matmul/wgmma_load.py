@@ -18,6 +18,7 @@ from kernels.matmul.wgmma_tile import (
     placement,
     work_of,
 )
+from kernels.stages import begin_loading, next_stage, pair_of
 from kernels.target import device
 from kernels.warp import block_x, grid_x
 from kernels.wgmma import DEPTH
@@ -34,20 +35,6 @@ def _upper_half(word):
 def flags_of(word):
     """The flags of a segment, from its last word."""
     return _upper_half(word)
-
-
-def next_stage(stages: int) -> Callable:
-    """A device function: the stage after another, and its phase."""
-    count = _u32(stages)
-
-    @device
-    def following(stage, phase):
-        stage = _u32(stage + _u32(1))
-        if stage == count:
-            stage, phase = _u32(0), _u32(phase ^ _u32(1))
-        return stage, phase
-
-    return following
 
 
 def _operand_loader(k_major: bool, extent: int, multicast: int) -> Callable:
@@ -101,11 +88,10 @@ def _share_loader(tile: WgmmaTile) -> Callable:
 def _stage_loader(tile: WgmmaTile) -> Callable:
     """A device function that asks for the block's share of one stage of A, from K's value k + shift on, and B."""
     load_a, load_b = _operand_loader(tile.a_k_major, ROWS, 1), _share_loader(tile)
-    a_bytes, stage_bytes = _u32(tile.a_bytes), _u32(tile.stage_bytes)
+    a_bytes = _u32(tile.a_bytes)
 
     @device
     def load(target, full, map_a, map_b, row, column, k, shift, columns):
-        barrier.barrier_expect_bytes(full, stage_bytes)
         load_a(target, map_a, full, row, _u32(k + shift))
         load_b(_u32(target + a_bytes), full, map_b, column, k, columns)
 
@@ -130,9 +116,8 @@ def _diagonal_loader(tile: WgmmaTile) -> Callable:
             start = _u32(column + _u32(number) * block_columns)
             k = _u32(_u32(start // block_columns) * _u32(k_tiles * _u32(DEPTH)))
             for _ in range(k_tiles):
-                full, target = _u32(barriers + stage * _u32(16)), _u32(base + stage * stage_bytes)
-                barrier.barrier_wait(_u32(full + _u32(8)), phase)
-                barrier.barrier_expect_bytes(full, nbytes)
+                full, target = pair_of(barriers, stage), _u32(base + stage * stage_bytes)
+                begin_loading(full, phase, nbytes)
                 load_a(target, map_a, full, row, _u32(k + shift))
                 place = _u32(target + a_bytes + rank * share * _u32(DEPTH * 2))
                 load_b(place, map_b, full, _u32(start + rank * share), k)
@@ -168,8 +153,8 @@ def segment_loader(tile: WgmmaTile) -> Callable:
         if diagonal and flags & _u32(DIAGONAL) != _u32(0):
             return load_diagonal(base, barriers, map_a, map_b, k_tiles, row, column, shift, stage, phase)
         for _ in range(k_tiles):
-            full, target = _u32(barriers + stage * _u32(16)), _u32(base + stage * stage_bytes)
-            barrier.barrier_wait(_u32(full + _u32(8)), phase)
+            full, target = pair_of(barriers, stage), _u32(base + stage * stage_bytes)
+            begin_loading(full, phase, stage_bytes)
             load(target, full, map_a, map_b, row, column, k, shift, columns)
             k = _u32(k + _u32(DEPTH))
             stage, phase = following(stage, phase)

@@ -29,7 +29,6 @@ STAGING_BYTES = 8 * SLOTS * SLOT_BYTES
 """Shared memory of the eight storing warps."""
 
 _u32 = np.uint32
-_PACK = {"bf16": bits.pack_bf16, "f16": bits.pack_f16}
 
 
 def chunk_columns(kind: str) -> int:
@@ -286,7 +285,7 @@ def _square(fetch_pair: Callable) -> Callable:
 def _packed_chunk(kind: str, tile_columns: int, steps: tuple, number: int, slot_of: Callable, where: Rows) -> _Chunk:
     """16-bit results: 32 columns, four products' widths, two stmatrix."""
     first_half, second_half = _values(tile_columns, steps, 16 * number, 16)
-    pairs, pack, start, send = _Pairs.of(steps, where), _PACK[kind], _u32(32 * number), _sender(where)
+    pairs, pack, start, send = _Pairs.of(steps, where), bits.PACK[kind], _u32(32 * number), _sender(where)
     fetch_square, finish = _square(pairs.fetch), pairs.finish
 
     @device

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from kernels import barrier
+from kernels.hardware import WARPGROUP
+from kernels.stages import PAIR_BYTES
 from kernels.target import device
 from kernels.wgmma import DEPTH
 
@@ -20,11 +22,11 @@ SEGMENT_WORDS = 6
 the fp32 bits of a factor for what the segments before have summed, and in the word's upper half its flags, as below.
 A segment without tiles only scales."""
 
-WAITS, DIAGONAL, LETS, GROUPS = 1, 2, 4, 8
+WAITS, DIAGONAL, LETS, GROUPS, MIXED = 1, 2, 4, 8, 16
 """Flags of a segment: its loads wait until the grid before this one has ended, where this one may have begun earlier; B
 has the tile's diagonal blocks only (tiles are a block's); in the first segment of all, the next grid may begin once the
 one before this has ended; groups of columns take columns of A one after the other, from the first on, and all the same
-B: the word of K's first value has a group's columns, and above them its depth.
+B: the word of K's first value has a group's columns, and above them its depth; A is mixed by this launch (`wgmma_mix`).
 """
 
 DIAGONAL_COLUMNS = 64
@@ -32,7 +34,6 @@ DIAGONAL_COLUMNS = 64
 each other where a stage has two of them, and wider ones do not pay."""
 
 ROWS = 128
-WARPGROUP = 128
 THREADS = 3 * WARPGROUP
 _u32 = np.uint32
 
@@ -81,7 +82,7 @@ class WgmmaTile:
 
     def shared_bytes(self, staging: int) -> int:
         """Shared memory of a block: stages, ``staging`` bytes of what waits to be stored, and barriers."""
-        return self.stages * self.stage_bytes + staging + 16 * self.stages
+        return self.stages * self.stage_bytes + staging + PAIR_BYTES * self.stages
 
     def boxes(self, diagonal: bool = False) -> tuple[tuple[int, int], tuple[int, int]]:
         """(rows, columns) of the boxes that the maps of A and B have, in the order in which the matrices are stored."""

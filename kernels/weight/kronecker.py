@@ -2,9 +2,9 @@
 
 A thread keeps runs of eight neighbouring elements of w2 in registers, of neighbouring rows, and walks over blocks m of
 one block row l, so that w2 is read once for several blocks. Where rows of w2 are short, neighbouring threads take
-neighbouring blocks: a warp still writes long pieces of the weight. Base and result move in 16-byte accesses; the bases
-of the next blocks are on their way to shared memory while these are merged, and those of the first to L2 while the
-launch before still runs.
+neighbouring blocks: a warp still writes long pieces of the weight. A factored w2 is multiplied out by warps, into the
+same registers. Base and result move in 16-byte accesses; the bases of the next blocks are on their way to shared memory
+while these are merged, and those of the first to L2 while the launch before still runs.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from kernels.division import divide
 from kernels.elements import ELEMENTS, all_finite, parked8
 from kernels.parameters import flat_length, table_reader
 from kernels.target import SIMULATOR, blocks_by_shared, cuda, device, f32, i32p, i64, i64p, kernel_factory, types
+from kernels.weight.low_rank_runs import ROWS, RUNS, SLOTS, first_row, low_rank_runs, row_of_slot, run_of_lane
+from kernels.weight.low_rank_tile import Product
 
 THREADS = 32 if SIMULATOR else 64
 RUNS_IN_BATCH = 8
@@ -28,7 +30,7 @@ BLOCKS_AT_ONCE = 1320
 
 
 @functools.cache
-def _place_of(slots: int, ragged: bool) -> Callable:
+def _place_of(slots: int, ragged: bool, factored: bool) -> Callable:
     """``place(tile, thread, span, height, runs, by_span_runs, by_runs)``: the thread's first row and run of w2, which
     of the ``span`` neighbouring blocks is its own, and whether there is such a row. The last two are reciprocals.
     """
@@ -36,10 +38,14 @@ def _place_of(slots: int, ragged: bool) -> Callable:
     @device
     def place(tile, thread, span, height, runs, by_span_runs, by_runs):
         flat = np.uint32(np.uint32(tile) * np.uint32(THREADS) + thread)
+        if factored:
+            flat = np.uint32((flat >> np.uint32(5)) * np.uint32(RUNS) + run_of_lane(thread))
         row_group = divide(flat, by_span_runs)
         position = np.uint32(flat - np.uint32(row_group * np.uint32(np.uint32(runs) * np.uint32(span))))
         sub = np.int64(divide(position, by_runs))
         i = np.int64(row_group) * np.int64(slots)
+        if factored:
+            i = np.int64(row_group) * np.int64(ROWS) + first_row(thread)
         mine = not ragged or i < height
         if ragged:
             i = min(i, height - np.int64(1))
@@ -49,29 +55,65 @@ def _place_of(slots: int, ragged: bool) -> Callable:
 
 
 @functools.cache
+def _row_of(ragged: bool, factored: bool) -> Callable:
+    """``row_of(i, r, height)``: the r-th of the rows of a thread whose first is i; the last one where there is none."""
+
+    @device
+    def row_of(i, r, height):
+        row = i + np.int64(row_of_slot(r) if factored else r)
+        return min(row, height - np.int64(1)) if ragged else row
+
+    return row_of
+
+
+@functools.cache
+def _w2(second: str | Product, slots: int, ragged: bool) -> tuple[types.BaseTuple, Callable]:
+    """w2's parameters, and ``load(values, p, i, run, height, runs)``: the thread's run of each of its rows."""
+    if isinstance(second, Product):
+        parameters = types.Tuple((ELEMENTS[second.left].pointer, ELEMENTS[second.right].pointer, *(i64,) * 4))
+        multiply = low_rank_runs(second, ragged)
+
+        @device
+        def multiply_out(values, p, i, run, height, runs):
+            thread = warp.thread_index()
+            lane = np.uint32(thread & np.uint32(31))
+            multiply(p, values, i - first_row(thread), height, run * np.int64(8), lane)
+
+        return parameters, multiply_out
+    w2, row_of = ELEMENTS[second], _row_of(ragged, False)
+    fetch8, unpack8, words_of_8, held = w2.fetch8_cached, w2.unpack8, w2.words, slots * w2.words
+
+    @device
+    def load(values, p, i, run, height, runs):
+        words = cuda.local.array(held, np.uint32)
+        for r in range(slots):
+            fetch8(p[0], (row_of(i, r, height) * runs + run) * np.int64(8), words, r * words_of_8)
+        for r in range(slots):
+            unpack8(words, r * words_of_8, values, 8 * r)
+
+    return types.Tuple((w2.pointer,)), load
+
+
+@functools.cache
 def _body(base, out, first, second, check, slots, ragged) -> tuple[tuple, Callable, Callable]:
     """Parameters, the block's device function, and ``ask_ahead(tile, block_row, chunk, base, blocks, ...)``: the first
     batch's bases on their way to L2, which may be done while an earlier launch still writes them.
 
-    ``slots``: how many rows of w2 a thread keeps; the fewer, the more blocks in a batch.
+    ``second``: w2's kind, or the product that it is; ``slots``: how many of its rows a thread keeps; the fewer, the
+    more blocks in a batch.
 
     Where rows or blocks do not come out even, what lies beyond reads the last inside, and its stores are left out.
     """
-    has_base, w2 = base is not None, ELEMENTS[second]
+    has_base, factored = base is not None, isinstance(second, Product)
+    assert slots == SLOTS or not factored, slots
     store8 = ELEMENTS[out].store8_cached if has_base else ELEMENTS[out].store8
     load1 = ELEMENTS[first].load
-    fetch8, unpack8, words_of_8 = w2.fetch8_cached, w2.unpack8, w2.words
+    w2_parameters, load_w2 = _w2(second, slots, ragged)
     park, unpark = parked8(base or out, THREADS)
-    place_of = _place_of(slots, ragged)
+    place_of, row_of = _place_of(slots, ragged, factored), _row_of(ragged, factored)
     batch, values_held = RUNS_IN_BATCH // slots, 8 * slots
     threads_of_line = 32 // ELEMENTS[base or out].words
-    w2_words = slots * words_of_8
     batch_before_arrived = memory.copy_async_wait(1)
-
-    @device
-    def row_of(i, r, height):
-        row = i + np.int64(r)
-        return min(row, height - np.int64(1)) if ragged else row
 
     @device
     def step_of(block, u, last_block):
@@ -95,14 +137,6 @@ def _body(base, out, first, second, check, slots, ragged) -> tuple[tuple, Callab
             weights[u] = scale * load1(w1, row_at + step * span + sub)
 
     @device
-    def load_w2(values, pointer, i, run, height, runs):
-        words = cuda.local.array(w2_words, np.uint32)
-        for r in range(slots):
-            fetch8(pointer, (row_of(i, r, height) * runs + run) * np.int64(8), words, r * words_of_8)
-        for r in range(slots):
-            unpack8(words, r * words_of_8, values, 8 * r)
-
-    @device
     def begin(thread, tile, block_row, chunk, blocks, span, steps, chunk_steps, height, runs, by_span_runs, by_runs):
         i, run, sub, mine = place_of(tile, thread, span, height, runs, by_span_runs, by_runs)
         row_stride = blocks * runs * np.int64(8)
@@ -116,7 +150,8 @@ def _body(base, out, first, second, check, slots, ragged) -> tuple[tuple, Callab
         tile, block_row, chunk, base_pointer, blocks, span, steps, chunk_steps, height, runs, by_span_runs, by_runs
     ):
         thread = warp.thread_index()
-        if has_base and thread % np.uint32(threads_of_line) == np.uint32(0):
+        neighbour = run_of_lane(thread) if factored else thread
+        if has_base and neighbour % np.uint32(threads_of_line) == np.uint32(0):
             i, _, _, _, row_stride, stride, at, block, last_block = begin(
                 thread, tile, block_row, chunk, blocks, span, steps, chunk_steps, height, runs, by_span_runs, by_runs
             )
@@ -127,7 +162,7 @@ def _body(base, out, first, second, check, slots, ragged) -> tuple[tuple, Callab
 
     @device
     def body(
-        shared, tile, block_row, chunk, base_pointer, out_pointer, w1, w2_pointer, blocks, span, steps, chunk_steps,
+        shared, tile, block_row, chunk, base_pointer, out_pointer, w1, w2, blocks, span, steps, chunk_steps,
         height, runs, by_span_runs, by_runs, scale, flag,
     ):  # fmt: skip
         """``blocks`` are b = ``steps`` * ``span``; ``chunk_steps`` are walked; ``height`` is c, ``runs`` e / 8."""
@@ -147,7 +182,7 @@ def _body(base, out, first, second, check, slots, ragged) -> tuple[tuple, Callab
         park_batch(shared, thread, base_pointer, at, i, height, row_stride, block, last_block, stride, np.uint32(0))
         park_batch(shared, thread, base_pointer, at, i, height, row_stride, ahead, last_block, stride, np.uint32(1))
         load_weights(weights, w1, row_at, block, last_block, span, sub, scale)
-        load_w2(values, w2_pointer, i, run, height, runs)
+        load_w2(values, w2, i, run, height, runs)
         while block < last_block:
             load_weights(next_weights, w1, row_at, block + np.int64(batch), last_block, span, sub, scale)
             batch_before_arrived()
@@ -160,8 +195,9 @@ def _body(base, out, first, second, check, slots, ragged) -> tuple[tuple, Callab
                     for x in range(8):
                         product = weights[u] * values[8 * r + x]
                         result[x] = w[x] + product if has_base else product
-                    if not ragged or (mine and block + np.int64(u) < last_block and i + np.int64(r) < height):
-                        trace = store8(out_pointer, offset + (i + np.int64(r)) * row_stride, result, 0, trace)
+                    row = i + np.int64(row_of_slot(r) if factored else r)
+                    if not ragged or (mine and block + np.int64(u) < last_block and row < height):
+                        trace = store8(out_pointer, offset + row * row_stride, result, 0, trace)
             ahead = block + np.int64(2 * batch)
             park_batch(shared, thread, base_pointer, at, i, height, row_stride, ahead, last_block, stride, half)
             half = np.uint32(half ^ np.uint32(1))
@@ -172,20 +208,24 @@ def _body(base, out, first, second, check, slots, ragged) -> tuple[tuple, Callab
             flag[0] = np.int32(1)
 
     parameters = (
-        ELEMENTS[base or out].pointer, ELEMENTS[out].pointer, ELEMENTS[first].pointer, w2.pointer, *(i64,) * 8, f32,
+        ELEMENTS[base or out].pointer, ELEMENTS[out].pointer, ELEMENTS[first].pointer, w2_parameters, *(i64,) * 8, f32,
         i32p,
     )  # fmt: skip
     return parameters, body, ask_ahead
 
 
-def _options(base: str | None, early: bool) -> dict:
-    """Two batches of the base in shared memory."""
+def _options(base: str | None, second: str | Product, early: bool) -> dict:
+    """Two batches of the base in shared memory; registers for factors of more than one step, too."""
     shared = 2 * RUNS_IN_BATCH * ELEMENTS[base].words * 4 * THREADS if base else 0
+    by_registers = 8 if isinstance(second, Product) and second.steps > 1 else 10
     return {
         "threads": THREADS,
-        "min_blocks": min(10, blocks_by_shared(shared, hopper=early)),
+        "min_blocks": min(by_registers, blocks_by_shared(shared, hopper=early)),
         "shared_bytes": shared,
     }
+
+
+_P1, _P3 = Product("bf16", "bf16", 1, 2, True), Product("f16", "f16", 3, 1, False)
 
 
 @kernel_factory(
@@ -194,12 +234,15 @@ def _options(base: str | None, early: bool) -> dict:
     (None, "bf16", "bf16", "bf16", False, 4, False),
     ("f32", "f32", "f16", "f32", True, 1, True),
     ("bf16", "bf16", "bf16", "bf16", True, 4, False, True),
+    ("bf16", "bf16", "bf16", _P1, True, 4, False, True),
+    ("f32", "f16", "f32", _P3, True, 4, True),
 )
 def kronecker_merge(base, out, first, second, check, slots, ragged, early=False):
     """One weight.
 
-    Parameters: base, out, w1, w2, b, span, b / span, steps of a chunk, c, e / 8, the reciprocals of span * e / 8 and
-    e / 8, scale, flag; grid (chunks of b, tiles of w2, a).
+    Parameters: base, out, w1, w2 (or left, right, rank, strides of left's row and rank and of right's rank), b, span,
+    b / span, steps of a chunk, c, e / 8, the reciprocals of span * e / 8 and e / 8, scale, flag; grid (chunks of b,
+    tiles of w2, a).
     """
     parameters, body, ask_ahead = _body(base, out, first, second, check, slots, ragged)
     enter = entrance(early, any_size=True)
@@ -217,10 +260,10 @@ def kronecker_merge(base, out, first, second, check, slots, ragged, early=False)
         body(shared, warp.block_y(), warp.block_z(), warp.block_x(), base_pointer, out_pointer, w1, w2, blocks, span,
              steps, chunk_steps, height, runs, by_span_runs, by_runs, scale, flag)  # fmt: skip
 
-    return kernel, parameters, _options(base, early) | early_options(early)
+    return kernel, parameters, _options(base, second, early) | early_options(early)
 
 
-@kernel_factory(("bf16", "bf16", "bf16", "bf16", True, 4, True), ("bf16", "bf16", "bf16", "bf16", True, 4, True, True))
+@kernel_factory(("bf16", "bf16", "bf16", "bf16", True, 4, True), ("bf16", "bf16", "bf16", _P1, True, 4, True, True))
 def kronecker_merge_grouped(base, out, first, second, check, slots, ragged, early=False):
     """Many weights in one launch.
 
@@ -240,4 +283,4 @@ def kronecker_merge_grouped(base, out, first, second, check, slots, ragged, earl
         body(shared, np.int64(blocks[at + 2]), np.int64(blocks[at + 3]), np.int64(blocks[at + 1]),
              q[0], q[1], q[2], q[3], q[4], q[5], q[6], q[7], q[8], q[9], q[10], q[11], q[12], q[13])  # fmt: skip
 
-    return kernel, (i64p, i32p), _options(base, early) | early_options(early)
+    return kernel, (i64p, i32p), _options(base, second, early) | early_options(early)

@@ -154,7 +154,7 @@ def product(
     ``periods``: positions of two parameters by which rows and columns are reduced first, as in a Kronecker product;
     their reciprocals are two positions further.
     """
-    fragment = _left_fragment(spec, tile, at, periods)
+    fragment = left_fragment(spec, tile, at, periods)
     parts, plane = _multiply_nothing, spec.ranks * tile.columns
     for right_part in reversed(range(spec.parts[1])):
         smallest = spec.smallest_left_part(right_part)
@@ -271,7 +271,7 @@ def _from_zero(parts: Callable) -> Callable:
     return step
 
 
-def _left_fragment(spec: Product, tile: Tile, at: int, periods: tuple[int, int] | None) -> Callable:
+def left_fragment(spec: Product, tile: Tile, at: int, periods: tuple[int, int] | None) -> Callable:
     """The lane's part of the left factor for one access: 16 ranks of each of its rows, or 32.
 
     Lane 4 g + t takes the neighbouring ranks 4 t to 4 t + 3 of a step, or 8 t to 8 t + 7 of two. Rows and ranks outside

@@ -44,7 +44,7 @@ def _doubts(out: str) -> Callable:
     """
     if out == "f32":
         return _doubts_f32
-    pack = {"bf16": bits.pack_bf16, "f16": bits.pack_f16}[out]
+    pack = bits.PACK[out]
 
     @device
     def doubts(x, x_reach, w, y, y_reach, v):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from lycoris.buffers import scratch, stream_of
 from lycoris.formats.keys import DOWN, MID, UP
@@ -18,7 +19,7 @@ from lycoris.tensor.kronecker import diagonal, together_of
 from lycoris.tensor.launch import empty, shaped
 from plans.block_mix import BlockMixArgs, BlockMixDescriptor, BlockMixPlan
 from plans.core import BackendKind, DeviceBuffer, ElementKind, TensorMut, Workspace
-from plans.core.plan import Launches
+from plans.core.plan import Launches, bound
 from plans.matmul import Bias, LowRankTerm, Segment, SegmentedMatmulArgs, SegmentedMatmulDescriptor, SegmentedMatmulPlan
 
 _UNIT = 8
@@ -60,7 +61,7 @@ class _Prepared:
 
     scratch_bytes: int
     make: Callable[[Tensor, Tensor, DeviceBuffer | None], Launches]
-    made: dict[tuple[int, int, int], Launches]
+    made: dict[tuple[int, int, int], Callable[[Any], None]]
 
 
 class LinearSum:
@@ -84,10 +85,8 @@ class LinearSum:
         if launches is None:
             if len(prepared.made) >= _MOST_CALLS:
                 prepared.made.clear()
-            launches = prepared.made[place] = prepared.make(x, out, work)
-        stream = stream_of(device)
-        for launch, arguments in launches:
-            launch(stream, arguments)
+            launches = prepared.made[place] = bound(prepared.make(x, out, work))
+        launches(stream_of(device))
         return out
 
     def _as_one(self, m: int, stride: int) -> _Prepared:

@@ -191,7 +191,7 @@ def grad(
     for number, tensor in enumerate(inputs):
         if not tensor.requires_grad:
             raise RefusedInput(f"grad: input {number} requires no gradient; call requires_grad_() before it is used")
-    targets = [tensor.node or edge(tensor) for tensor in inputs]
+    targets = [edge(tensor) for tensor in inputs]
     found = _walk(_seeds("grad", tensors, gradients), retain_graph, set(targets))
     return [found.get(node) for node in targets]
 
@@ -214,7 +214,7 @@ def _seeds(operation: str, tensors: Sequence[Tensor], gradients: Sequence[Tensor
                 f"{operation}: gradient of shape {gradient.shape}, wanted the tensor's, {tensor.shape}; "
                 "give one of that shape"
             )
-        made.append((tensor.node or edge(tensor), gradient))
+        made.append((edge(tensor), gradient))
     return made
 
 

@@ -13,7 +13,7 @@ from lycoris.errors import RefusedInput
 from lycoris.tensor.tensor import FLOATS, Layout, Shape, Storage, Tensor, compact_strides, layout_of
 from plans.core import Device, DeviceError, ElementKind, Plan, Workspace
 from plans.core.device import device_error, driver_errors
-from plans.core.plan import Arguments, Contract
+from plans.core.plan import Arguments, Contract, bound
 from plans.core.prepared import Prepared
 from plans.expression import Expr, leaf
 from plans.layout import Conversion, LayoutArgs, LayoutDescriptor, LayoutPlan
@@ -72,8 +72,7 @@ def run(plan: Contract, args: Any) -> None:
         plan.can_implement(args)
     stream = stream_of(device)
     try:
-        for launch, arguments in plan.launches(args, workspace):
-            launch(stream, arguments)
+        bound(plan.launches(args, workspace))(stream)
     except driver_errors() as error:
         raise _refused(device, error) from error
 
@@ -101,10 +100,15 @@ def keep(
     ``key`` says everything that the plan and the arguments depend on, but not where tensors lie. Both sequences are as
     the plan takes them; `run_prepared` wants others that begin at the same elements.
     """
+    operands = [*(x.mut() for x in out), *(x.ref() for x in sources)]
+    return keep_prepared(key, Prepared(plan, operands, make), more)
+
+
+def keep_prepared(key: Hashable, prepared: Prepared, more: Any) -> tuple[Prepared, Any]:
+    """Keep what is prepared for an operation already for another too."""
     if len(_kept) >= _MOST_KEPT:
         _kept.clear()
-    operands = [*(x.mut() for x in out), *(x.ref() for x in sources)]
-    _kept[key] = found = Prepared(plan, operands, make), more
+    _kept[key] = found = prepared, more
     return found
 
 
@@ -119,8 +123,7 @@ def run_prepared(prepared: Prepared, tensors: Sequence[Tensor]) -> None:
         data = tuple([x.address for x in tensors])
     stream = stream_of(device)
     try:
-        for launch, arguments in prepared.launches(data, work):
-            launch(stream, arguments)
+        prepared.run(stream, data, work)
     except driver_errors() as error:
         raise _refused(device, error) from error
 

@@ -12,6 +12,7 @@ from plans.adapter_gradient.kronecker import (
     KroneckerGradientDescriptor,
     KroneckerGradientPlan,
 )
+from plans.adapter_gradient.kronecker_back import KroneckerBackArgs, KroneckerBackDescriptor, KroneckerBackPlan
 from plans.adapter_gradient.low_rank import LowRankGradientArgs, LowRankGradientDescriptor, LowRankGradientPlan
 
 __all__ = [
@@ -22,6 +23,9 @@ __all__ = [
     "HadamardGradientArgs",
     "HadamardGradientDescriptor",
     "HadamardGradientPlan",
+    "KroneckerBackArgs",
+    "KroneckerBackDescriptor",
+    "KroneckerBackPlan",
     "KroneckerGradientArgs",
     "KroneckerGradientDescriptor",
     "KroneckerGradientPlan",

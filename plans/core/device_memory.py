@@ -112,7 +112,9 @@ def driver_errors() -> tuple[type[Exception], ...]:
     # cuda.core raises this class of its own and exports it nowhere else.
     from cuda.core._utils.cuda_utils import CUDAError
 
-    return (CUDAError,)
+    from kernels.launch import LaunchError
+
+    return (CUDAError, LaunchError)
 
 
 def device_error(action: str, error: Exception | str, advice: str = _RUN_AGAIN) -> DeviceError:

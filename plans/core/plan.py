@@ -11,6 +11,7 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, Self
 
+from kernels.target import bound
 from plans.core.device import Device, device_error, driver_errors
 from plans.core.errors import NoSku, WorkspaceTooSmall
 from plans.core.operand import Operand, check_operands, check_overlaps, extents
@@ -136,12 +137,11 @@ class Contract:
         Arguments are checked when they are first used with this plan and workspace; running the same argument
         object again costs the launch alone.
         """
-        bound = args.bound.get(self)
-        if bound is None or bound[0] is not workspace:
-            bound = args.bound[self] = (workspace, self._bind(workspace or NO_WORKSPACE, args))
+        found = args.bound.get(self)
+        if found is None or found[0] is not workspace:
+            found = args.bound[self] = (workspace, bound(self._bind(workspace or NO_WORKSPACE, args)))
         try:
-            for launch, arguments in bound[1]:
-                launch(stream, arguments)
+            found[1](stream)
         except driver_errors() as error:
             raise device_error(f"{self.name}: launching on {self.device.name}", error) from error
 
@@ -238,7 +238,7 @@ class Arguments:
     """Base of a family's arguments: subclasses give ``tensors()`` in the order of the declared operands."""
 
     def __init__(self) -> None:
-        self.bound: dict[Contract, tuple[Workspace | None, Launches]] = {}
+        self.bound: dict[Contract, tuple[Workspace | None, Callable[[Any], None]]] = {}
 
     def tensors(self) -> Sequence[TensorRef | None]:
         """The operands, None where one is missing."""

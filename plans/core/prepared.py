@@ -1,8 +1,7 @@
 """Launches that are made once for tensors of given layouts, and run wherever such tensors lie.
 
     prepared = Prepared(plan, [out.mut(), a.ref(), b.ref()], lambda out, a, b: MatmulArgs(out, a, b))
-    for launch, arguments in prepared.launches([out.data, a.data, b.data], workspace):
-        launch(stream, arguments)
+    prepared.run(stream, [out.data, a.data, b.data], workspace)
 
 A plan lists its kernels' arguments from descriptions of all tensors, which costs more on the host than the launch. Here
 it lists them once, with places where addresses belong; a run puts the addresses there.
@@ -16,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from kernels.target import SIMULATOR
+from kernels.target import SIMULATOR, bound
 from plans.core.device import Device, DeviceBuffer
 from plans.core.plan import Arguments, Launches, Plan
 from plans.core.tensor import TensorRef
@@ -73,7 +72,7 @@ class Prepared:
         self.plan, self.device, self.workspace_bytes = plan, plan.device, plan.workspace_size()
         # Their memory is not kept: it is in use at some other address when the launches are.
         self._operands, self._make = [dataclasses.replace(o, data=None, owner=None) for o in operands], make
-        self._by_address: dict[tuple, Launches] = {}
+        self._by_address: dict[tuple, Callable[[Any], None]] = {}
         self._templates: list[Template] | None = None
         if not plan.reads_addresses:
             places = [Place(i, operand.element.storage) for i, operand in enumerate(operands)]
@@ -81,17 +80,18 @@ class Prepared:
             found = plan.launches(self._arguments(places), work if self.workspace_bytes else NO_WORKSPACE)
             self._templates = [_template(launch, arguments) for launch, arguments in found]
 
-    def launches(self, data: Sequence[Any], workspace: DeviceBuffer | None) -> Launches:
-        """The launches for operands that lie at ``data``, as `TensorRef.data` has it."""
+    def run(self, stream: Any, data: Sequence[Any], workspace: DeviceBuffer | None) -> None:
+        """Launch for operands that lie at ``data``, as `TensorRef.data` has it."""
         if SIMULATOR:  # where arrays, not addresses, say what is meant
-            return self._make_launches(data, workspace)
+            bound(self.launches(data, workspace))(stream)
+            return
         key = tuple(data) if workspace is None else (*data, workspace.address)
         found = self._by_address.get(key)
         if found is None:
             if len(self._by_address) >= _MOST_KEPT:
                 self._by_address.clear()
-            found = self._by_address[key] = self._make_launches(data, workspace)
-        return found
+            found = self._by_address[key] = bound(self.launches(data, workspace))
+        found(stream)
 
     def check(self, data: Sequence[Any], available: Sequence[int]) -> None:
         """Raise a :class:`PlanError` where operands at ``data`` with so many elements do not fit the plan."""
@@ -102,7 +102,8 @@ class Prepared:
         pairs = zip(self._operands, data, sizes, strict=True)
         return self._make(*(dataclasses.replace(o, data=d, available=n) for o, d, n in pairs))
 
-    def _make_launches(self, data: Sequence[Any], workspace: DeviceBuffer | None) -> Launches:
+    def launches(self, data: Sequence[Any], workspace: DeviceBuffer | None) -> Launches:
+        """What `run` launches."""
         if self._templates is None:
             return self.plan.launches(self._arguments(data), Workspace(workspace))
         given = data if workspace is None else (*data, workspace.pointer())

@@ -16,9 +16,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from kernels.hardware import WARP
 from kernels.hyper_connection import dynamic as kernel
 from kernels.hyper_connection import static as static_kernel
-from kernels.simulator import WARP
 from kernels.sinkhorn import extent_for
 from plans.core import (
     ArchSku,

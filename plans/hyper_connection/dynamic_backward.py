@@ -13,10 +13,10 @@ from collections.abc import Callable
 
 import numpy as np
 
+from kernels.hardware import WARP
 from kernels.hyper_connection import dynamic_backward as dynamic_kernel
 from kernels.hyper_connection import static as forward_kernel
 from kernels.hyper_connection import static_backward as kernel
-from kernels.simulator import WARP
 from kernels.sinkhorn import extent_for
 from plans.core import ArchSku, BackendKind, Device, ElementKind, Operand, Plan, PrecisionGuarantee, Sku, Workspace
 from plans.hyper_connection import dynamic_stream_backward as fast

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from kernels.hardware import WARP
 from kernels.hyper_connection import lanes as lanes_kernel
 from kernels.hyper_connection import spread_stage
 from kernels.hyper_connection import stream as stream_kernel
@@ -17,7 +18,6 @@ from kernels.hyper_connection import stream_shares as shares_kernel
 from kernels.hyper_connection.spread_tile import spread_tile
 from kernels.hyper_connection.static import THREADS
 from kernels.hyper_connection.sums import GROUPS, sum_gradients
-from kernels.simulator import WARP
 from plans.core import Device, ElementKind, Workspace
 from plans.hyper_connection.common import KINDS, NamedArguments, scratch_bytes, scratch_pointers, weights_count
 from plans.hyper_connection.stream import Launch, refuses_stream

@@ -15,11 +15,11 @@ from collections.abc import Callable
 
 import numpy as np
 
+from kernels.hardware import WARP
 from kernels.hyper_connection import static as forward_kernel
 from kernels.hyper_connection import static_backward as kernel
 from kernels.hyper_connection.dynamic_backward import column_sums
 from kernels.hyper_connection.stream import SM80_BYTES, SM90_BYTES
-from kernels.simulator import WARP
 from kernels.sinkhorn import extent_for, sinkhorn_backward
 from plans.core import ArchSku, BackendKind, Device, ElementKind, Operand, Plan, PrecisionGuarantee, Sku, Workspace
 from plans.hyper_connection import dynamic_stream_backward as dynamic

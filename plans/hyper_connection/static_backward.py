@@ -13,10 +13,10 @@ from collections.abc import Callable
 
 import numpy as np
 
+from kernels.hardware import WARP
 from kernels.hyper_connection import static as forward_kernel
 from kernels.hyper_connection import static_backward as kernel
 from kernels.hyper_connection.stream import SM80_BYTES, SM90_BYTES
-from kernels.simulator import WARP
 from kernels.sinkhorn import extent_for, sinkhorn_backward
 from plans.core import (
     ArchSku,

@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 
+from kernels.hardware import WARP
 from kernels.hyper_connection import stream as stream_kernel
 from kernels.hyper_connection import stream_backward as kernel
 from kernels.hyper_connection.lanes import kept_bytes
 from kernels.hyper_connection.sums import finish_static
-from kernels.simulator import WARP
 from plans.core import Device, ElementKind, Workspace
 from plans.hyper_connection.common import scratch_bytes, scratch_pointers, weights_count
 from plans.hyper_connection.stream import Launch, refuses_stream

@@ -11,13 +11,13 @@ from typing import Any
 
 import numpy as np
 
+from kernels.hardware import WARP
 from kernels.hyper_connection import stream_shares as shares_kernel
 from kernels.hyper_connection.lanes import kept_bytes
 from kernels.hyper_connection.spread_stage import record_words
 from kernels.hyper_connection.spread_tile import spread_tile
 from kernels.hyper_connection.static import mixing_weights
 from kernels.hyper_connection.sums import GROUPS, finish_static, sum_parts
-from kernels.simulator import WARP
 from kernels.sinkhorn import extent_for
 from plans.core import Device, ElementKind, Workspace
 from plans.hyper_connection.common import scratch_bytes, scratch_pointers, weights_count

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from kernels.target import bound
 from plans.core.device import Device
 from plans.core.operand import Operand
 from plans.core.plan import Launches
@@ -25,11 +26,10 @@ def launches_seconds(operands: Sequence[Operand], device: Device, bind: Callable
     nbytes = sum(operand.nbytes for operand in operands)
     count = min(_MOST_SETS, -(-_ROTATED_BYTES // max(1, nbytes)))
     sets = [[_random_operand(device, operand) for operand in operands] for _ in range(count)]
-    runs = itertools.cycle([bind(tensors) for tensors in sets])
+    runs = itertools.cycle([bound(bind(tensors)) for tensors in sets])
 
     def launch(stream: Any) -> None:
-        for run, arguments in next(runs):
-            run(stream, arguments)
+        next(runs)(stream)
 
     return device_seconds(device, launch)
 

@@ -1,22 +1,26 @@
-"""The vector SKU of the weight family: one Kronecker product with a full w2, kept in registers over several blocks."""
+"""The vector SKU of the weight family: one Kronecker product whose w2 is kept in registers over several blocks."""
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import numpy as np
 
 from kernels.division import reciprocal_of
 from kernels.weight import kronecker as kernel
+from kernels.weight import low_rank_runs
 from plans.core.device import Device
 from plans.core.plan import Sku
+from plans.core.precision import ElementKind, PrecisionGuarantee
 from plans.core.sku import ArchSku, BackendKind
 from plans.core.workspace import Workspace
 from plans.weight.descriptor import Sink, WeightArgs, WeightDescriptor, WeightLayout
 from plans.weight.portable import fp32_guarantee
-from plans.weight.program import Launches, WeightProgram, flat_factors, prepared_bytes
-from plans.weight.resolve import resolve
+from plans.weight.program import Launches, WeightProgram, prepared_bytes
+from plans.weight.resolve import factor_data, resolve
 from plans.weight.sources import Kronecker, LowRank
+from plans.weight.tile import product_of, settles, tensor_core_guarantee
 
 BLOCKS_PER_MULTIPROCESSOR = 40
 LEAST_RUNS = 32
@@ -29,8 +33,6 @@ def refuses(descriptor: WeightDescriptor) -> str:
     if len(descriptor.sources) != 1 or not isinstance(descriptor.sources[0], Kronecker):
         return "wants exactly one Kronecker source"
     source = descriptor.sources[0]
-    if isinstance(source.w2, LowRank) and source.w2.core is None:
-        return "a factored w2 is computed by the mma SKU"
     if descriptor.sink not in (Sink.DELTA, Sink.MERGE):
         return "computes deltas and merges, not DoRA"
     if descriptor.layout is not WeightLayout.CHECKPOINT:
@@ -44,7 +46,25 @@ def refuses(descriptor: WeightDescriptor) -> str:
         return f"wants a block row of fewer than 2**34 elements and w1 of fewer than 2**16 rows, found {source}"
     if _share(source, row // 8)[2] >= 1 << 16:
         return f"wants w2 in fewer than 2**16 tiles, found {source}"
-    return ""
+    return _refuses_product(descriptor, source, row) if _multiplies(source) else ""
+
+
+def _multiplies(source: Kronecker) -> bool:
+    """Whether the kernel multiplies w2 out; one with a Tucker core is contracted before."""
+    return isinstance(source.w2, LowRank) and source.w2.core is None
+
+
+def _refuses_product(descriptor: WeightDescriptor, source: Kronecker, row: int) -> str:
+    """Why warps cannot multiply w2 out in registers, or ""."""
+    left, right = source.w2.left, source.w2.right
+    if left is not right or left is ElementKind.F32:
+        return f"wants both factors of w2 in bf16 or both in fp16, found {left.value} and {right.value}"
+    if source.w2.rank == 0:
+        return "a product of rank 0 is computed by the portable SKU"
+    rows, columns = low_rank_runs.ROWS, 8 * low_rank_runs.RUNS
+    if source.c % rows or _span(source, row // 8) * row % columns:
+        return f"wants w2, side by side for some blocks, in pieces of {rows} rows and {columns} columns, found {source}"
+    return "settled products are computed by the mma SKU" if settles(descriptor) else ""
 
 
 def suits(descriptor: WeightDescriptor) -> bool:
@@ -56,7 +76,13 @@ def suits(descriptor: WeightDescriptor) -> bool:
 def suits_in_group(descriptor: WeightDescriptor) -> bool:
     """The same for a member of a group, where the other members' blocks hide what a short walk waits for."""
     rows, columns = descriptor.matrix
-    return rows * columns >= LEAST_ELEMENTS_IN_GROUP and not any(r.contractions for r in resolve(descriptor))
+    prepared = any(resolved.contractions for resolved in resolve(descriptor, _fused(descriptor)))
+    return rows * columns >= LEAST_ELEMENTS_IN_GROUP and not prepared
+
+
+def _fused(descriptor: WeightDescriptor) -> bool:
+    """Whether w2 stays two factors."""
+    return isinstance(descriptor.sources[0], Kronecker) and _multiplies(descriptor.sources[0])
 
 
 @dataclass(frozen=True)
@@ -72,9 +98,13 @@ class _Walk:
 
 
 def _span(source: Kronecker, runs: int) -> int:
-    """How many neighbouring blocks neighbouring threads take, so that together they write LEAST_RUNS runs."""
+    """How many neighbouring blocks neighbouring threads take, so that together they write LEAST_RUNS runs.
+
+    Warps that multiply need whole ones for all of their lanes.
+    """
     divisors = [s for s in range(1, source.b + 1) if source.b % s == 0]
-    return next((s for s in divisors if s * runs >= LEAST_RUNS), divisors[-1])
+    whole = low_rank_runs.RUNS if _multiplies(source) else 1
+    return next((s for s in divisors if s * runs >= LEAST_RUNS and s * runs % whole == 0), divisors[-1])
 
 
 def _rows_of_thread(height: int, runs: int) -> int:
@@ -90,7 +120,7 @@ def _rows_of_thread(height: int, runs: int) -> int:
 def _share(source: Kronecker, runs: int) -> tuple[int, int, int]:
     """Neighbouring blocks and rows of w2 that a thread is given, and thread blocks for all of w2."""
     span = _span(source, runs)
-    slots = _rows_of_thread(source.c, runs * span)
+    slots = low_rank_runs.SLOTS if _multiplies(source) else _rows_of_thread(source.c, runs * span)
     return span, slots, -(-_threads(source, runs, span, slots) // kernel.THREADS)
 
 
@@ -113,12 +143,16 @@ class KroneckerProgram(WeightProgram):
     """One launch."""
 
     def __init__(self, descriptor: WeightDescriptor, device: Device) -> None:
+        self.fused_second_half = _fused(descriptor)
         super().__init__(descriptor, device)
         source: Kronecker = descriptor.sources[0]
         self.source, self.runs = source, source.d * descriptor.taps // 8
         self.walk = walk = _walk(source, self.runs, device)
         base = None if descriptor.base is None else descriptor.base.value
-        kinds = (base, descriptor.out.value, *self.resolved[0].kernel[1:])
+        _, first, *second = self.resolved[0].kernel
+        if self.fused_second_half:
+            second = [product_of(*second, *self.resolved[0].numbers[1][:3])]
+        kinds = (base, descriptor.out.value, first, *second)
         choices = (*kinds, descriptor.check_finite, walk.slots, walk.ragged, self.early)
         self.grid = (walk.chunks, walk.tiles, source.a)
         self.kernel = kernel.kronecker_merge(*choices)
@@ -131,12 +165,18 @@ class KroneckerProgram(WeightProgram):
 
     def arguments(self, args: WeightArgs, workspace: Workspace) -> tuple:
         """Base, out, w1, w2, the walk, w2's shape, scale, flag."""
-        w1, w2, *_ = flat_factors(self.resolved[0], args.factors[0], workspace)
+        factors = itertools.chain.from_iterable(self.resolved[0].factors)
+        factors = [factor_data(factor, args.factors[0], workspace.buffer) for factor in factors]
+        product = itertools.chain.from_iterable(self.resolved[0].numbers[1:])
         base = (args.base or args.out).data
         b, span, runs = self.source.b, self.walk.span, self.runs
         reciprocals = reciprocal_of(span * runs), reciprocal_of(runs)
         numbers = (b, span, b // span, self.walk.chunk, self.source.c, runs, *reciprocals)
-        return (base, args.out.data, w1, w2, *numbers, np.float32(args.scales[0]), self.flag(args))
+        return (base, args.out.data, *factors, *product, *numbers, np.float32(args.scales[0]), self.flag(args))
+
+
+def _guarantee(descriptor: WeightDescriptor) -> PrecisionGuarantee:
+    return tensor_core_guarantee(descriptor) if _fused(descriptor) else fp32_guarantee(descriptor)
 
 
 VECTOR = Sku(
@@ -144,9 +184,9 @@ VECTOR = Sku(
     backend=BackendKind.VECTOR,
     arch=ArchSku.SM80,
     refuses=refuses,
-    guarantee=fp32_guarantee,
+    guarantee=_guarantee,
     build=KroneckerProgram,
-    workspace=prepared_bytes,
+    workspace=lambda descriptor: prepared_bytes(descriptor, _fused(descriptor)),
     alignment=16,
     suits=suits,
 )

@@ -47,13 +47,13 @@ def tile_source(resolved: Resolved) -> Source:
         return resolved.kernel
     skipped = _FIRST_PRODUCT[name]
     made = [
-        _product(kinds[skipped + 2 * i], kinds[skipped + 2 * i + 1], *numbers[:3])
+        product_of(kinds[skipped + 2 * i], kinds[skipped + 2 * i + 1], *numbers[:3])
         for i, numbers in enumerate(resolved.numbers[skipped:])
     ]
     return (*resolved.kernel, *made)
 
 
-def _product(left: str, right: str, rank: int, row_stride: int, rank_stride: int) -> Product:
+def product_of(left: str, right: str, rank: int, row_stride: int, rank_stride: int) -> Product:
     """A product's compile-time shape; steps above eight are powers of two, so that few kernels serve all ranks."""
     steps = max(1, -(-rank // STEP))
     steps = steps if steps <= 8 else 1 << (steps - 1).bit_length()

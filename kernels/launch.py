@@ -1,0 +1,112 @@
+"""Launches by the driver's own call, with everything that it reads made before: they cost little more than that call.
+
+A launch is a description of its grid and stream, a kernel's handle and the addresses of its arguments. cuda.core makes
+all of them anew in every call, which takes as long again as a quarter of the driver's part.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import struct
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from cuda.bindings import driver
+
+if TYPE_CHECKING:
+    from kernels.target import GpuLauncher
+
+
+class LaunchError(RuntimeError):
+    """The driver refused a launch: its name for the error, what that means, and the kernel's key."""
+
+
+class ArgumentLayout:
+    """Where a kernel's arguments lie, by their types as `struct` writes them: aligned as in C, one after the other.
+
+    The addresses of all of them come first, as the driver wants them.
+    """
+
+    __slots__ = ("_offsets", "_packer", "_room")
+
+    def __init__(self, letters: Sequence[str]) -> None:
+        count = len(letters)
+        ends = [struct.calcsize("".join(("Q" * count, *letters[: i + 1]))) for i in range(count)]
+        self._offsets = [end - struct.calcsize(letter) for end, letter in zip(ends, letters, strict=True)]
+        self._packer = struct.Struct("".join(("Q" * count, *letters)))
+        self._room = ctypes.c_char * max(1, self._packer.size)
+
+    def pack(self, arguments: tuple) -> ctypes.Array:
+        """The arguments' memory. Raises struct.error where one is not of its type, or they are not as many."""
+        room = self._room()
+        base = ctypes.addressof(room)
+        self._packer.pack_into(room, 0, *[base + offset for offset in self._offsets], *arguments)
+        return room
+
+
+def function_of(kernel: Any) -> driver.CUfunction:
+    """A kernel that cuda.core has loaded, as launches name it."""
+    return driver.CUfunction(int(kernel.handle))
+
+
+def attributes(overlaps: bool, cluster: int) -> list[driver.CUlaunchAttribute]:
+    """What a launch asks besides its grid: to begin while the one before it ends, and blocks that run together."""
+    kinds, found = driver.CUlaunchAttributeID, []
+    if overlaps:
+        early = driver.CUlaunchAttribute()
+        early.id = kinds.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+        early.value.programmaticStreamSerializationAllowed = 1
+        found.append(early)
+    if cluster > 1:
+        together = driver.CUlaunchAttribute()
+        together.id = kinds.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+        extents = together.value.clusterDim
+        extents.x, extents.y, extents.z = cluster, 1, 1
+        found.append(together)
+    return found
+
+
+def config(
+    stream: int, grid: tuple[int, int, int], threads: int, shared_bytes: int, asked: list[driver.CUlaunchAttribute]
+) -> driver.CUlaunchConfig:
+    """A launch of so many blocks on a stream, by its handle."""
+    made = driver.CUlaunchConfig()
+    made.gridDimX, made.gridDimY, made.gridDimZ = grid
+    made.blockDimX, made.blockDimY, made.blockDimZ = threads, 1, 1
+    made.sharedMemBytes, made.hStream = shared_bytes, driver.CUstream(stream)
+    made.attrs, made.numAttrs = asked, len(asked)
+    return made
+
+
+class GpuLaunches:
+    """Launchers with their arguments, in the order in which they run: on any stream, any number of times."""
+
+    __slots__ = ("_launches", "_ready")
+
+    def __init__(self, launches: Iterable[tuple[GpuLauncher, tuple]]) -> None:
+        self._launches = [(launcher, launcher.pack(arguments)) for launcher, arguments in launches]
+        self._ready: tuple[Any, list] = (None, [])
+
+    def __call__(self, stream: Any) -> None:
+        """Launch everything on ``stream``. Raises LaunchError where the driver refuses."""
+        found_for, ready = self._ready
+        if found_for is not stream:
+            ready = self._made_ready(stream)
+        for described, kernel, arguments, launcher in ready:
+            (status,) = _launch(described, kernel, arguments, 0)
+            if status:
+                raise _error(status, launcher.key)
+
+    def _made_ready(self, stream: Any) -> list:
+        handle = stream.__cuda_stream__()[1]
+        ready = [(x.config(handle), x.function, ctypes.addressof(room), x) for x, room in self._launches]
+        self._ready = stream, ready  # in one step, since other threads may be launching
+        return ready
+
+
+_launch = driver.cuLaunchKernelEx
+
+
+def _error(status: driver.CUresult, key: str) -> LaunchError:
+    _, words = driver.cuGetErrorString(status)
+    return LaunchError(f"{status.name}: {words.decode()}, launching {key}")
