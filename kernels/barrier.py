@@ -175,8 +175,6 @@ tma_store_commit = instruction("cp.async.bulk.commit_group;", "", twin=twins.tma
 tensor_map_acquire = instruction("fence.proxy.tensormap::generic.acquire.sys [$0], 128;", "l", twin=twins.nothing)
 # Orders a thread's ordinary writes to shared memory before later reads by TMA and wgmma.
 shared_visible_to_tma = instruction("fence.proxy.async.shared::cta;", "", twin=twins.nothing)
-# The same of global memory too: before TMA reads what others have written, and after it has written what they read.
-visible_to_tma = instruction("fence.proxy.async;", "", twin=twins.nothing)
 # (shared address, 4 words): four 8x8 matrices of 16-bit values; lane 8 j + i gives the address of row i of matrix j.
 store_matrix = instruction(
     "stmatrix.sync.aligned.m8n8.x4.shared.b16 [$0], {$1,$2,$3,$4};", "rrrrr", twin=twins.store_matrix
@@ -194,16 +192,6 @@ def tma_store_wait_read(pending: int) -> Callable:
         twins.tma_store_wait_read(pending)
 
     return instruction(f"cp.async.bulk.wait_group.read {pending};", "", twin=wait_read)
-
-
-@functools.cache
-def tma_store_wait(pending: int) -> Callable:
-    """The same until so many have not been written to memory."""
-
-    def wait():
-        twins.tma_store_wait_read(pending)
-
-    return instruction(f"cp.async.bulk.wait_group {pending};", "", twin=wait)
 
 
 @functools.cache

@@ -89,7 +89,7 @@ def _producer(tile: MixTile) -> Callable:
     w_at, w_box, tiles, transposed = tile.stages * tile.stage_bytes, tile.w_box_bytes, tile.tiles, tile.transposed
 
     @device
-    def produce(base, barriers, maps, items, spans, by_spans):
+    def produce(base, barriers, maps, items, stride, begin, spans, by_spans):
         own = pair_of(barriers, stages)
         barrier.barrier_expect_bytes(own, _u32(tiles * w_box))
         for number in range(tiles):
@@ -98,7 +98,7 @@ def _producer(tile: MixTile) -> Callable:
                 _load_matrix(place, np.uint64(maps[W]), own, first, _u32(0))
             else:
                 _load_matrix(place, np.uint64(maps[W]), own, _u32(0), first)
-        item, turn = _u32(block_x()), _u32(0)
+        item, turn = begin, _u32(0)
         while item < items:
             stage = _u32(turn & _u32(stages - 1))
             phase = _u32(_u32(turn // _u32(stages)) & _u32(1))
@@ -106,7 +106,7 @@ def _producer(tile: MixTile) -> Callable:
             column = _u32(_u32(item - _u32(row * spans)) * _u32(DEPTH))
             begin_loading(full, _u32(phase ^ _u32(1)), stage_bytes)
             _load_rows(_u32(base + stage * stage_bytes), np.uint64(maps[X]), full, column, _u32(0), _u32(row))
-            item, turn = _u32(item + _u32(grid_x())), _u32(turn + _u32(1))
+            item, turn = _u32(item + stride), _u32(turn + _u32(1))
 
     return produce
 
@@ -148,13 +148,13 @@ def _consumer(tile: MixTile, kind: str) -> Callable:
     sent = barrier.tma_store_wait_read(0)
 
     @device
-    def consume(base, barriers, maps, scale, items, spans, by_spans, blocks, group, own):
+    def consume(base, barriers, maps, scale, items, stride, first, spans, by_spans, blocks, group, own):
         sums = cuda.local.array(_SUMS, np.float32)
         warp, lane = _u32(own >> _u32(5)), _u32(own & _u32(WARP - 1))
         slot = _u32(base + _u32(results_at) + _u32(group * _u32(4) + warp) * _u32(tiles * _WARP_BYTES))
         barrier.barrier_wait(pair_of(barriers, stages), _u32(0))
         turn = group
-        item = _u32(_u32(block_x()) + group * _u32(grid_x()))
+        item = _u32(first + group * stride)
         while item < items:
             stage = _u32(turn & _u32(stages - 1))
             phase = _u32(_u32(turn // _u32(stages)) & _u32(1))
@@ -172,7 +172,7 @@ def _consumer(tile: MixTile, kind: str) -> Callable:
                     hand_back(pair, lane)
                 place = _u32(slot + _u32(number * _WARP_BYTES))
                 write(sums, place, maps[OUT], number, scale, warp, lane, column, _u32(row), blocks)
-            item = _u32(item + _u32(GROUPS) * _u32(grid_x()))
+            item = _u32(item + _u32(GROUPS) * stride)
             turn = _u32(turn + _u32(GROUPS))
         if lane == _u32(0):
             sent()
@@ -190,7 +190,7 @@ def mix_blocks_streamed(kind: str, tile: MixTile):
     produce, consume, stages = _producer(tile), _consumer(tile, kind), tile.stages
     make_pairs, barriers_at = pair_maker(stages, WARPGROUP // WARP), _u32(tile.barriers_at)
 
-    def kernel(maps, scale, items, spans, by_spans, blocks):
+    def kernel(maps, scale, items, spans, by_spans, blocks, quick_items, quick):
         shared = cuda.shared.array(0, np.uint8, alignment=1024)
         base, thread = barrier.shared_address(shared, np.int64(0)), thread_index()
         barriers = _u32(base + barriers_at)
@@ -201,15 +201,18 @@ def mix_blocks_streamed(kind: str, tile: MixTile):
             barrier.barrier_init_visible()
             for number in range(3):
                 barrier.tensor_map_acquire(np.uint64(maps[number]))
+        first, stride, end = _u32(block_x()), _u32(quick), _u32(quick_items)
+        if first >= stride:
+            first, stride, end = _u32(_u32(first - stride) + end), _u32(_u32(grid_x()) - stride), _u32(items)
         block_barrier()
         barrier.wait_for_previous_grid()
         barrier.next_grid_may_begin()
         if group == _u32(GROUPS):
             if own == _u32(0):
-                produce(base, barriers, maps, _u32(items), _u32(spans), by_spans)
+                produce(base, barriers, maps, end, stride, first, _u32(spans), by_spans)
             sync_warp()
         else:
-            consume(base, barriers, maps, scale, _u32(items), _u32(spans), by_spans, _u32(blocks), group, own)
+            consume(base, barriers, maps, scale, end, stride, first, _u32(spans), by_spans, _u32(blocks), group, own)
 
     options = {"threads": THREADS, "shared_bytes": tile.shared_bytes, "min_blocks": 1, "cluster": 2}
-    return kernel, (types.Tuple((i64, i64, i64)), f32, i64, i64, i64, i64), options | barrier.HOPPER
+    return kernel, (types.Tuple((i64, i64, i64)), f32, *(i64,) * 6), options | barrier.HOPPER

@@ -22,31 +22,42 @@ class LaunchError(RuntimeError):
 
 
 class ArgumentLayout:
-    """Where a kernel's arguments lie, by their types as `struct` writes them: aligned as in C, one after the other.
+    """A kernel's arguments in one piece of memory, by their types as `struct` writes them: aligned as in C.
 
-    The addresses of all of them come first, as the driver wants them.
+    Before them lies what says so to the driver: where they are, and how many bytes.
     """
 
-    __slots__ = ("_offsets", "_packer", "_room")
+    __slots__ = ("_bytes", "_packer", "_room")
 
     def __init__(self, letters: Sequence[str]) -> None:
-        count = len(letters)
-        ends = [struct.calcsize("".join(("Q" * count, *letters[: i + 1]))) for i in range(count)]
-        self._offsets = [end - struct.calcsize(letter) for end, letter in zip(ends, letters, strict=True)]
-        self._packer = struct.Struct("".join(("Q" * count, *letters)))
-        self._room = ctypes.c_char * max(1, self._packer.size)
+        self._packer = struct.Struct("".join((_HEAD, *letters)))
+        self._bytes = self._packer.size - _HEAD_BYTES
+        self._room = ctypes.c_char * self._packer.size
 
     def pack(self, arguments: tuple) -> ctypes.Array:
-        """The arguments' memory. Raises struct.error where one is not of its type, or they are not as many."""
+        """The memory. Raises struct.error where an argument is not of its type, or they are not as many."""
         room = self._room()
         base = ctypes.addressof(room)
-        self._packer.pack_into(room, 0, *[base + offset for offset in self._offsets], *arguments)
+        head = (_POINTER, base + _HEAD_BYTES, _SIZE, base + _HEAD_BYTES - 8, _END, self._bytes)
+        self._packer.pack_into(room, 0, *head, *arguments)
         return room
 
 
+_HEAD = "6Q"
+_HEAD_BYTES = struct.calcsize(_HEAD)
+_POINTER, _SIZE, _END = (
+    driver.CU_LAUNCH_PARAM_BUFFER_POINTER_AS_INT,
+    driver.CU_LAUNCH_PARAM_BUFFER_SIZE_AS_INT,
+    driver.CU_LAUNCH_PARAM_END_AS_INT,
+)
+
+
 def function_of(kernel: Any) -> driver.CUfunction:
-    """A kernel that cuda.core has loaded, as launches name it."""
-    return driver.CUfunction(int(kernel.handle))
+    """A kernel that cuda.core has loaded, in the current context; launches by its own handle take a tenth longer."""
+    status, found = driver.cuKernelGetFunction(driver.CUkernel(int(kernel.handle)))
+    if status:
+        raise LaunchError(f"{status.name}: a loaded kernel is not found in the current context")
+    return found
 
 
 def attributes(overlaps: bool, cluster: int) -> list[driver.CUlaunchAttribute]:
@@ -85,22 +96,22 @@ class GpuLaunches:
 
     def __init__(self, launches: Iterable[tuple[GpuLauncher, tuple]]) -> None:
         self._launches = [(launcher, launcher.pack(arguments)) for launcher, arguments in launches]
-        self._ready: tuple[Any, list] = (None, [])
+        self._ready: tuple[int | None, list] = (None, [])
 
     def __call__(self, stream: Any) -> None:
         """Launch everything on ``stream``. Raises LaunchError where the driver refuses."""
-        found_for, ready = self._ready
-        if found_for is not stream:
-            ready = self._made_ready(stream)
+        handle = stream.__cuda_stream__()[1]
+        made_for, ready = self._ready
+        if made_for != handle:
+            ready = self._made_ready(handle)
         for described, kernel, arguments, launcher in ready:
-            (status,) = _launch(described, kernel, arguments, 0)
+            (status,) = _launch(described, kernel, 0, arguments)
             if status:
                 raise _error(status, launcher.key)
 
-    def _made_ready(self, stream: Any) -> list:
-        handle = stream.__cuda_stream__()[1]
+    def _made_ready(self, handle: int) -> list:
         ready = [(x.config(handle), x.function, ctypes.addressof(room), x) for x, room in self._launches]
-        self._ready = stream, ready  # in one step, since other threads may be launching
+        self._ready = handle, ready  # in one step, since other threads may be launching
         return ready
 
 

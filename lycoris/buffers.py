@@ -167,12 +167,12 @@ class _Scratch(threading.local):
 _scratch = _Scratch()
 
 
-def scratch(device: Device, nbytes: int) -> DeviceBuffer:
+def scratch(device: Device, nbytes: int, stream: Any = None) -> DeviceBuffer:
     """Memory for this thread's next launches on its stream alone: the same every time, grown where it is too small.
 
-    Within a captured graph it is the graph's own.
+    Within a captured graph it is the graph's own. ``stream`` is `stream_of` the device, where that is known already.
     """
-    stream = stream_of(device)
+    stream = stream or stream_of(device)
     if device.capturing:
         return device.allocate(nbytes, stream)
     key = (device.ordinal, stream)

@@ -27,6 +27,9 @@ _PAIR = 2
 _BYTES_A_CYCLE = 32.0
 """That a multiprocessor reads and writes so beside a product on all others, in cycles as a product's count has them."""
 
+WHOLE = True
+_SHARED_BYTES_A_CYCLE = 22.0
+
 _LEAST_BLOCKS = 32
 """Blocks of x and of out that make an item worth a warpgroup's turn."""
 
@@ -43,17 +46,27 @@ def _refuses(descriptor: BlockMixDescriptor) -> str:
     return f"wants rows of w of a multiple of {_UNIT} elements, found {columns}" if columns % _UNIT else ""
 
 
-def _suits(descriptor: BlockMixDescriptor) -> bool:
+def _spare_holds_all(descriptor: BlockMixDescriptor) -> bool:
     """Whether those that are spare can do all of it in their time."""
     spare, cycles = descriptor.spare
     out, x, _ = descriptor.operands()
-    enough = spare >= _PAIR and spare * cycles * _BYTES_A_CYCLE >= out.nbytes + x.nbytes
-    return (
-        not SIMULATOR
-        and descriptor.early
-        and enough
-        and min(descriptor.in_blocks, descriptor.out_blocks) >= _LEAST_BLOCKS
-    )
+    return spare >= _PAIR and spare * cycles * _BYTES_A_CYCLE >= out.nbytes + x.nbytes
+
+
+def shares(descriptor: BlockMixDescriptor, items: int, device: Device, rate: float) -> tuple[int, int]:
+    """How many items the multiprocessors take that the next launch needs early, and how many these are; or (0, 0)."""
+    spare, cycles = descriptor.spare
+    out, x, _ = descriptor.operands()
+    share = min(1.0, spare * cycles * rate / max(1, out.nbytes + x.nbytes))
+    if share <= spare / device.multiprocessors:
+        return 0, 0
+    return items - round(share * items), device.multiprocessors - spare
+
+
+def _suits(descriptor: BlockMixDescriptor) -> bool:
+    """Whether the launch after it begins as this one allows, and an item is worth a warpgroup's turn."""
+    least = min(descriptor.in_blocks, descriptor.out_blocks)
+    return not SIMULATOR and descriptor.early and (WHOLE or _spare_holds_all(descriptor)) and least >= _LEAST_BLOCKS
 
 
 class StreamedProgram:
@@ -66,10 +79,13 @@ class StreamedProgram:
         self.device = device
         self.tile = MixTile(-(-d.in_blocks // 16) * 16, -(-d.out_blocks // DEPTH), d.transposed)
         spans = -(-d.width // DEPTH)
-        blocks = min(d.spare[0] or device.multiprocessors, d.rows * spans)
+        items = d.rows * spans
+        alone = _spare_holds_all(d)
+        blocks = min(d.spare[0] if alone else device.multiprocessors, items)
+        quick = (0, 0) if alone else shares(d, items, device, _SHARED_BYTES_A_CYCLE)
         made = mix_blocks_streamed(d.element.value, self.tile)
         self.launch = made.launcher((-(-blocks // _PAIR) * _PAIR, 1, 1), overlaps=True)
-        self.numbers = (d.rows * spans, spans, reciprocal_of(spans), d.out_blocks)
+        self.numbers = (items, spans, reciprocal_of(spans), d.out_blocks, *quick)
 
     def bind(self, args: BlockMixArgs, workspace: Workspace) -> Launches:
         """The launch."""

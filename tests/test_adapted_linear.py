@@ -88,6 +88,37 @@ def test_several_adapters(device, rng, names, mode):
     assert_close(layer(x), exact(layer, x, []), 1.01)
 
 
+LAYOUTS = {
+    "a batch": lambda x: x.reshape(2, 2, 2 * IN)[:, :, :IN].contiguous(),
+    "columns": lambda x: x[:, :IN],
+    "other columns, not aligned": lambda x: x[:, 4 : IN + 4],
+    "a batch of columns": lambda x: x.reshape(2, 2, 2 * IN)[:, :, IN:],
+    "transposed": lambda x: x.reshape(2 * IN, 4).t()[:, :IN],
+    "one row": lambda x: x.reshape(-1)[8 : IN + 8],
+    "no rows": lambda x: x[:0, :IN],
+}
+
+
+@pytest.mark.parametrize("mode", ["merged", "separate"])
+@pytest.mark.parametrize("name", ["locon", "lokr"])
+def test_inputs_of_any_layout(device, rng, name, mode):
+    """One layer, which keeps for each layout what it has prepared; the second time is by what is kept."""
+    layer, module = make_layer(device, rng, mode=mode), make_adapter(device, rng, name)
+    layer.add("a", module, 0.75)
+    whole = tensor.from_numpy(rng.standard_normal((4, 2 * IN)), device, BF16)
+    for number, strength in enumerate((0.75, 0.75, -2.0)):
+        if number == 2:
+            layer.set_strength("a", strength)
+        for view in LAYOUTS.values():
+            x = view(whole)
+            found = layer(x)
+            assert found.shape == (*x.shape[:-1], OUT)
+            if x.size:
+                assert_close(found, exact(layer, x, [(module, strength)]), 3)
+    with pytest.raises(RefusedInput, match=r"x \(4, 96\) and weight"):
+        layer(whole)
+
+
 MANY_ROWS = (
     [(70, 64, 48, 4)]
     if SIMULATOR

@@ -18,7 +18,7 @@ from kernels.warp import block_barrier, block_x, thread_index
 from plans.core import ArchSku
 
 _u32 = np.uint32
-THREADS, SUMS, STAGES, BLOCKS = 64, 8, 3, 2
+THREADS, SUMS, STAGES, BLOCKS = 256, 8, 3, 2
 SUMS_BYTES = 4 * SUMS * THREADS
 
 

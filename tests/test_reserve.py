@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import threading
 import weakref
 
 import pytest
@@ -49,6 +51,35 @@ def test_what_is_released_is_not_given_again():
     del memory
     assert reserve.release() and gone() is None
     assert reserve.again(10) is None and not reserve.release()
+
+
+def test_threads_never_get_the_same_memory():
+    reserve, held, twice = Reserve("main", 1 << 20), set(), []
+
+    def take_and_give():
+        for _ in range(2000):
+            memory = reserve.again(8) or _Memory()
+            if memory in held:
+                twice.append(memory)
+            held.add(memory)
+            held.discard(memory)
+            reserve.give_back(8, memory)
+
+    threads = [threading.Thread(target=take_and_give) for _ in range(4)]
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(before)
+    assert not twice
+    waiting = []
+    while (memory := reserve.again(8)) is not None:
+        waiting.append(memory)
+    assert 1 <= len(waiting) == len(set(waiting)) <= 4
 
 
 def test_what_was_used_last_on_another_stream_is_not_kept():

@@ -85,6 +85,28 @@ def test_gradients_of_wide_and_narrow_blocks(rows, mixing, block, rng):
         assert np.linalg.norm(found.astype(np.float64) - value) <= 2**-7 * np.linalg.norm(value)
 
 
+@pytest.mark.parametrize(
+    ("rows", "mixing", "block", "rank"), [(9, (2, 3), (24, 16), 8)] if SIMULATOR else [(2048, (8, 8), (384, 384), 16)]
+)
+def test_gradients_of_w2_s_factors(rows, mixing, block, rank, rng):
+    (a, b), (c, d) = mixing, block
+    shapes = ((rows, b * d), (a * c, b * d), (a, b), (c, rank), (rank, d), (rows, a * c))
+    given = [packed(0.25 * rng.standard_normal(shape), BF16) for shape in shapes]
+    x, weight, w1, left, right, g = (tensor.numpy().astype(np.float64) for tensor in given)
+    wanted = [part.requires_grad_() for part in (given[0], *given[2:5])]
+    y = tensor.kronecker_linear(wanted[0], given[1], wanted[1], wanted[2:], scale=0.5)
+    weighted = (g.T @ x).reshape(a, c, b, d) * 0.5
+    d_w2 = np.einsum("ucmd,um->cd", weighted, w1)
+    exact = (
+        g @ (weight + 0.5 * np.kron(w1, left @ right)),
+        np.einsum("ucmd,cd->um", weighted, left @ right),
+        d_w2 @ right.T,
+        left.T @ d_w2,
+    )
+    for found, value in zip(grad([y], wanted, [given[5]]), exact, strict=True):
+        assert np.linalg.norm(found.numpy().astype(np.float64) - value) <= 2**-7 * np.linalg.norm(value)
+
+
 @pytest.mark.parametrize("trained", [(1,), (2,), (0, 2), (1, 2)], ids=str)
 def test_some_gradients_of_narrow_blocks(trained, rng):
     """Those that are asked for, whatever else would be made in the same pass: as when all are."""

@@ -3,10 +3,10 @@
     u_tl = g_tl w2        d_x_tm = scale * sum_l w1[l, m] u_tl        d_w1[l, m] = sum_t u_tl . x_tm
 
 A block of threads has some columns of w2 in shared memory for good, and rows of its own, of which TMA brings g's blocks
-and those columns of x's. A tile is 8 rows of 8 blocks, 64 lines of a product; two warpgroups take tiles in turns, so
-that one multiplies while the other mixes. u, rounded to the operands' kind, stays in registers: it is the left factor
-of a product with x's 8 rows, of which d_w1 takes the 8 x 8 blocks on the diagonal, and, turned, the right one of w1's
-with it. u itself is written nowhere.
+and those columns of x's. A tile is 8 rows of 8 blocks, 64 lines of a product. Two warpgroups take tiles in turns, each
+with a ring of stages and a loading warp of its own, so that one multiplies while the other mixes. u, rounded to the
+operands' kind, stays in registers: it is the left factor of a product with x's 8 rows, of which d_w1 takes the 8 x 8
+blocks on the diagonal, and, turned, the right one of w1's with it. u itself is written nowhere.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from kernels.wgmma import DEPTH, step_words
 from kernels.wgmma_registers import add_products, settle, tile_products, zero_sums
 
 GROUPS = 2
-THREADS = GROUPS * WARPGROUP + WARP
-"""Two warpgroups that multiply, and a warp that loads."""
+THREADS = GROUPS * (WARPGROUP + WARP)
+"""Two warpgroups that multiply, and a warp for each that loads."""
 
 LINES, ROWS = 8, 8
 """Blocks of a row that a tile has room for, and its rows."""
@@ -39,7 +39,7 @@ STORED_ROWS = 2
 COLUMNS = (192, 128, 64)
 """Of w2 that a block of threads may have: what registers have room for."""
 
-LEAST_STAGES, _MOST_STAGES = 4, 12
+LEAST_STAGES, _MOST_STAGES = 3, 8
 
 G, X, W2, D_X = range(4)
 """Positions of maps: of g and x [row, block, column], w2 [column of g's, column of x's], d_x as x."""
@@ -84,32 +84,37 @@ class BackTile:
 
     @property
     def stages(self) -> int:
-        """As many as there is room for."""
+        """Of a warpgroup: as many as there is room for."""
         room = HOPPER_SHARED_BYTES - self.ring_at - self.depth * PAIR_BYTES
-        return min(_MOST_STAGES, room // (_BOX_BYTES + PAIR_BYTES))
+        return min(_MOST_STAGES, room // (GROUPS * (_BOX_BYTES + PAIR_BYTES)))
 
     @property
     def barriers_at(self) -> int:
         """Where barriers begin: pairs of all stages, then one for each slab of w2."""
-        return self.ring_at + self.stages * _BOX_BYTES
+        return self.ring_at + GROUPS * self.stages * _BOX_BYTES
+
+    @property
+    def slab_barriers_at(self) -> int:
+        """Where those of slabs begin."""
+        return self.barriers_at + GROUPS * self.stages * PAIR_BYTES
 
     @property
     def shared_bytes(self) -> int:
         """All of it."""
-        return self.barriers_at + PAIR_BYTES * (self.stages + self.depth)
+        return self.slab_barriers_at + self.depth * PAIR_BYTES
 
 
 _load_rows, _load_matrix, _send = barrier.tma_load(3), barrier.tma_load(2), barrier.tma_store(3)
 
 
 def _place_of(tile: BackTile) -> Callable:
-    """``place(base, number)``: of the box of that number a block loads, its pair of barriers, address and phase."""
+    """``place(base, group, number)``: the pair of barriers, address and phase of a group's box of that number."""
     stages, ring_at, barriers_at = _u32(tile.stages), _u32(tile.ring_at), _u32(tile.barriers_at)
 
     @device
-    def place(base, number):
+    def place(base, group, number):
         turn = _u32(number // stages)
-        stage = _u32(number - _u32(turn * stages))
+        stage = _u32(group * stages + number - _u32(turn * stages))
         pair = pair_of(_u32(base + barriers_at), stage)
         return pair, _u32(_u32(base + ring_at) + stage * _u32(_BOX_BYTES)), _u32(turn & _u32(1))
 
@@ -117,36 +122,37 @@ def _place_of(tile: BackTile) -> Callable:
 
 
 def _producer(tile: BackTile) -> Callable:
-    """The loading thread: the block's columns of w2, and the boxes of all its tiles."""
+    """A loading thread: the block's columns of w2, the first one's part, and the boxes of all its group's tiles."""
     place, box_bytes, slab_bytes = _place_of(tile), _u32(_BOX_BYTES), _u32(tile.slab_bytes)
-    depth, across, stages, barriers_at = tile.depth, tile.across, tile.stages, _u32(tile.barriers_at)
+    depth, across, slab_barriers_at = tile.depth, tile.across, _u32(tile.slab_barriers_at)
 
     @device
     def load_w2(base, maps, column):
         for k in range(depth):
-            full = pair_of(_u32(base + barriers_at), _u32(stages + k))
+            full = pair_of(_u32(base + slab_barriers_at), _u32(k))
             barrier.barrier_expect_bytes(full, slab_bytes)
             for i in range(across):
                 target = _u32(base + _u32((k * across + i) * _BOX_BYTES))
                 _load_matrix(target, np.uint64(maps[W2]), full, _u32(column + _u32(i * DEPTH)), _u32(k * DEPTH))
 
     @device
-    def produce(base, maps, column, tiles, first, step):
-        load_w2(base, maps, column)
-        number, current = _u32(0), first
+    def produce(base, maps, column, tiles, first, step, group):
+        if group == _u32(0):
+            load_w2(base, maps, column)
+        number, current = _u32(0), _u32(first + group * step)
         while current < tiles:
             row = _u32(current * _u32(ROWS))
             for k in range(depth):
-                pair, target, phase = place(base, number)
+                pair, target, phase = place(base, group, number)
                 begin_loading(pair, _u32(phase ^ _u32(1)), box_bytes)
                 _load_rows(target, np.uint64(maps[G]), pair, _u32(k * DEPTH), _u32(0), row)
                 number = _u32(number + _u32(1))
             for i in range(across):
-                pair, target, phase = place(base, number)
+                pair, target, phase = place(base, group, number)
                 begin_loading(pair, _u32(phase ^ _u32(1)), box_bytes)
                 _load_rows(target, np.uint64(maps[X]), pair, _u32(column + _u32(i * DEPTH)), _u32(0), row)
                 number = _u32(number + _u32(1))
-            current = _u32(current + step)
+            current = _u32(current + _u32(GROUPS) * step)
 
     return produce
 
@@ -159,15 +165,15 @@ def _multiplier(tile: BackTile, kind: str) -> Callable:
     multiply = tile_products(columns, places, kind, (True, False), adds=True)
     clear, older, done = zero_sums(columns // 2), settle(1, columns // 2), settle(0, columns // 2)
     by_rows, by_lines = wgmma.operand_descriptor(True), wgmma.operand_descriptor(False)
-    slabs, slab_bytes, barriers_at = tile.stages, _u32(tile.slab_bytes), _u32(tile.barriers_at)
+    slab_bytes, slab_barriers_at = _u32(tile.slab_bytes), _u32(tile.slab_barriers_at)
 
     @device
-    def multiply_tile(u, base, number, lane):
+    def multiply_tile(u, base, group, number, lane):
         clear(u)
         previous = _u32(0)
         for k in range(_u32(depth)):
-            pair, at, phase = place(base, _u32(number + _u32(k)))
-            barrier.barrier_wait(pair_of(_u32(base + barriers_at), _u32(_u32(slabs) + _u32(k))), _u32(0))
+            pair, at, phase = place(base, group, _u32(number + _u32(k)))
+            barrier.barrier_wait(pair_of(_u32(base + slab_barriers_at), _u32(k)), _u32(0))
             barrier.barrier_wait(pair, phase)
             multiply(u, by_rows(uniform(at)), by_lines(uniform(_u32(base + _u32(k) * slab_bytes))))
             older(u)
@@ -218,7 +224,7 @@ def _store(mixed, d_x, slot, column, row, lane):
 
 
 @device
-def _no_pieces(u, d_w1, base, number, w1, scale, d_x, slot, column, row, lane):
+def _no_pieces(u, d_w1, base, group, number, w1, scale, d_x, slot, column, row, lane):
     pass
 
 
@@ -238,18 +244,18 @@ def _piece(tile: BackTile, kind: str, which: int, rest: Callable) -> Callable:
     shift = _u32(which * DEPTH)
 
     @device
-    def piece(u, d_w1, base, number, w1, scale, d_x, slot, column, row, lane):
+    def piece(u, d_w1, base, group, number, w1, scale, d_x, slot, column, row, lane):
         words, mixed = cuda.local.array(_WORDS, np.uint32), cuda.local.array(_WORDS, np.uint32)
         for i in range(_WORDS):
             words[i] = pack(u[first + 2 * i], u[first + 2 * i + 1])
-        pair, at, phase = place(base, _u32(number + ahead))
+        pair, at, phase = place(base, group, _u32(number + ahead))
         barrier.barrier_wait(pair, phase)
         add(d_w1, words, by_rows(uniform(at)))
         added(d_w1)
         hand_back(pair, lane)
         mix(mixed, words, w1, scale)
         _store(mixed, d_x, slot, _u32(column + shift), row, lane)
-        rest(u, d_w1, base, number, w1, scale, d_x, slot, column, row, lane)
+        rest(u, d_w1, base, group, number, w1, scale, d_x, slot, column, row, lane)
 
     return piece
 
@@ -264,12 +270,12 @@ def _consumer(tile: BackTile, kind: str) -> Callable:
         u = cuda.local.array(count, np.float32)
         slot = _u32(base + slots_at + _u32(group * _u32(_WARPS) + warp) * _u32(_SLOT_BYTES))
         clear(d_w1)
-        number, current = _u32(group * _u32(boxes)), _u32(first + group * step)
+        number, current = _u32(0), _u32(first + group * step)
         while current < tiles:
             row = _u32(current * _u32(ROWS) + warp * _u32(STORED_ROWS))
-            multiply_tile(u, base, number, lane)
-            finish_tile(u, d_w1, base, number, w1, scale, d_x, slot, column, row, lane)
-            number = _u32(number + _u32(GROUPS * boxes))
+            multiply_tile(u, base, group, number, lane)
+            finish_tile(u, d_w1, base, group, number, w1, scale, d_x, slot, column, row, lane)
+            number = _u32(number + _u32(boxes))
             current = _u32(current + _u32(GROUPS) * step)
         if lane == _u32(0):
             _sent()
@@ -323,13 +329,14 @@ def _mixing_word(kind: str) -> Callable:
 
 def _barriers(tile: BackTile) -> Callable:
     """A device function: makes all of them, for one thread."""
-    make_pairs, stages, depth = pair_maker(tile.stages, _WARPS), tile.stages, tile.depth
+    make_pairs, depth = pair_maker(GROUPS * tile.stages, _WARPS), tile.depth
+    barriers_at, slab_barriers_at = _u32(tile.barriers_at), _u32(tile.slab_barriers_at)
 
     @device
-    def make(barriers):
-        make_pairs(barriers)
+    def make(base):
+        make_pairs(_u32(base + barriers_at))
         for k in range(depth):
-            barrier.barrier_init(pair_of(barriers, _u32(stages + k)), _u32(1))
+            barrier.barrier_init(pair_of(_u32(base + slab_barriers_at), _u32(k)), _u32(1))
         barrier.barrier_init_visible()
 
     return make
@@ -342,7 +349,7 @@ def kronecker_back(kind: str, tile: BackTile):
     Parts are [block of threads, l, m] in fp32. Blocks of threads that share rows are neighbours.
     """
     produce, consume, word, make_barriers = _producer(tile), _consumer(tile, kind), _mixing_word(kind), _barriers(tile)
-    columns, barriers_at, sum_count = _u32(tile.across * DEPTH), _u32(tile.barriers_at), DEPTH // 2
+    columns, sum_count = _u32(tile.across * DEPTH), DEPTH // 2
 
     def kernel(parts, w1, maps, extents, tiles, across, scale):
         shared = cuda.shared.array(0, np.float32, alignment=1024)
@@ -355,15 +362,15 @@ def kronecker_back(kind: str, tile: BackTile):
         step, tiles = _u32(_u32(grid_x()) // _u32(across)), _u32(tiles)
         loads = group == _u32(GROUPS)
         if loads and own == _u32(0):
-            make_barriers(_u32(base + barriers_at))
+            make_barriers(base)
             for number in range(4):
                 barrier.tensor_map_acquire(np.uint64(maps[number]))
         block_barrier()
         barrier.wait_for_previous_grid()
         barrier.next_grid_may_begin()
         if loads:
-            if own == _u32(0):
-                produce(base, maps, column, tiles, first, step)
+            if lane == _u32(0):
+                produce(base, maps, column, tiles, first, step, warp)
             sync_warp()
         else:
             factor = word(w1, extents, lane)

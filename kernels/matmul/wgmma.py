@@ -11,12 +11,11 @@ of a sum that is split), then the segments that parts consist of, which name ten
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
 
 from kernels import barrier, bits, wgmma
-from kernels.hardware import WARP, WARPGROUP
+from kernels.hardware import WARPGROUP
 from kernels.matmul.epilogue import epilogue
 from kernels.matmul.wgmma_load import flags_of, producer, segment_loader
 from kernels.matmul.wgmma_store import ROWS_OF_A_MATRIX, STAGING_BYTES, tile_store
@@ -35,6 +34,7 @@ from kernels.target import cuda, device, f32, i64, i64p, kernel_factory, types
 from kernels.warp import block_barrier, block_x, grid_x, sync_warp, thread_index
 from kernels.wgmma import DEPTH
 
+_PRODUCER_REGISTERS, _CONSUMER_REGISTERS = 72, 216
 _u32 = np.uint32
 
 
@@ -193,32 +193,6 @@ def lets_next_begin(table):
     return table[1] > np.int64(0) and flags_of(table[table[0] + np.int64(5)]) & _u32(LETS) != _u32(0)
 
 
-@dataclass(frozen=True)
-class Beside:
-    """What the loading warpgroup's warps but the first do once, while the first tile is multiplied: device functions.
-
-    ``make(base)`` makes its barriers, by one thread; ``work(base, thread, q)`` is all of it. ``registers`` are those of
-    a thread that loads or works beside, and of one that multiplies.
-    """
-
-    make: Callable
-    work: Callable
-    registers: tuple[int, int] = (72, 216)
-
-
-@device
-def _make_nothing(base):
-    pass
-
-
-@device
-def _no_work(base, thread, q):
-    pass
-
-
-_NOTHING_BESIDE = Beside(_make_nothing, _no_work)
-
-
 def persistent(
     tile: WgmmaTile,
     kind: str,
@@ -227,20 +201,19 @@ def persistent(
     load_segment: Callable,
     steps: tuple,
     shape: types.BaseTuple,
-    beside: Beside = _NOTHING_BESIDE,
 ) -> tuple:
     """A kernel of specialised warpgroups, as a factory returns it.
 
-    ``target`` is what `tile_store` makes, ``load_segment`` asks for a segment's stages; both, and what runs ``beside``,
-    are given a tuple of type ``shape``. Parameters: the table, how many parts; rows and columns of a result, block rows
-    a panel; the first result's pointer and row stride (read by direct stores only); the factor for the finished sum;
-    the epilogue's; the shape's.
+    ``target`` is what `tile_store` makes, ``load_segment`` asks for a segment's stages; both are given a tuple of type
+    ``shape``. Parameters: the table, how many parts; rows and columns of a result, block rows a panel; the first
+    result's pointer and row stride (read by direct stores only); the factor for the finished sum; the epilogue's; the
+    shape's.
     """
     pointer, store, finish = target
     produce, consume = producer(tile, load_segment), _consumer(tile, kind, staging, store)
-    make_pairs, make_beside, work_beside = pair_maker(tile.stages, 2 * tile.cluster), beside.make, beside.work
+    make_pairs = pair_maker(tile.stages, 2 * tile.cluster)
     barriers_at, several = _u32(tile.stages * tile.stage_bytes + staging), tile.cluster > 1
-    give, take = barrier.registers_give(beside.registers[0]), barrier.registers_take(beside.registers[1])
+    give, take = barrier.registers_give(_PRODUCER_REGISTERS), barrier.registers_take(_CONSUMER_REGISTERS)
 
     def kernel(table, parts, rows, columns, panel, out, factor, p, q):
         shared = cuda.shared.array(0, np.uint8, alignment=1024)
@@ -249,7 +222,6 @@ def persistent(
         parts, rows, columns, panel = _u32(parts), _u32(rows), _u32(columns), _u32(panel)
         if thread == _u32(0):
             make_pairs(_u32(base + barriers_at))
-            make_beside(base)
             barrier.barrier_init_visible()
         if several:
             barrier.cluster_barrier()
@@ -260,11 +232,9 @@ def persistent(
             give()
             if thread == _u32(0):
                 produce(base, _u32(base + barriers_at), table, parts, rows, columns, panel, q)
-            elif thread >= _u32(WARP):
-                if thread == _u32(WARP) and lets_next_begin(table):
-                    barrier.wait_for_previous_grid()
-                    barrier.next_grid_may_begin()
-                work_beside(base, thread, q)
+            elif thread == _u32(32) and lets_next_begin(table):  # of a warp without work
+                barrier.wait_for_previous_grid()
+                barrier.next_grid_may_begin()
         else:
             take()
             consume(base, table, parts, rows, columns, panel, _u32(group - _u32(1)), out, factor, p, q)

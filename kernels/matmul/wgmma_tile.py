@@ -22,11 +22,11 @@ SEGMENT_WORDS = 6
 the fp32 bits of a factor for what the segments before have summed, and in the word's upper half its flags, as below.
 A segment without tiles only scales."""
 
-WAITS, DIAGONAL, LETS, GROUPS, MIXED = 1, 2, 4, 8, 16
+WAITS, DIAGONAL, LETS, GROUPS = 1, 2, 4, 8
 """Flags of a segment: its loads wait until the grid before this one has ended, where this one may have begun earlier; B
 has the tile's diagonal blocks only (tiles are a block's); in the first segment of all, the next grid may begin once the
 one before this has ended; groups of columns take columns of A one after the other, from the first on, and all the same
-B: the word of K's first value has a group's columns, and above them its depth; A is mixed by this launch (`wgmma_mix`).
+B: the word of K's first value has a group's columns, and above them its depth.
 """
 
 DIAGONAL_COLUMNS = 64

@@ -16,82 +16,15 @@ import numpy as np
 
 from kernels import memory, warp
 from kernels.barrier import early_options, entrance
-from kernels.division import divide
 from kernels.elements import ELEMENTS, all_finite, parked8
 from kernels.parameters import flat_length, table_reader
-from kernels.target import SIMULATOR, blocks_by_shared, cuda, device, f32, i32p, i64, i64p, kernel_factory, types
-from kernels.weight.low_rank_runs import ROWS, RUNS, SLOTS, first_row, low_rank_runs, row_of_slot, run_of_lane
+from kernels.target import blocks_by_shared, cuda, device, f32, i32p, i64, i64p, kernel_factory, types
+from kernels.weight.kronecker_half import THREADS, clamp, second_half
 from kernels.weight.low_rank_tile import Product
 
-THREADS = 32 if SIMULATOR else 64
 RUNS_IN_BATCH = 8
 BLOCKS_AT_ONCE = 1320
 """As many blocks as an H200 holds: those that may wait for the launch before, and ask for bases meanwhile."""
-
-
-@functools.cache
-def _place_of(slots: int, ragged: bool, factored: bool) -> Callable:
-    """``place(tile, thread, span, height, runs, by_span_runs, by_runs)``: the thread's first row and run of w2, which
-    of the ``span`` neighbouring blocks is its own, and whether there is such a row. The last two are reciprocals.
-    """
-
-    @device
-    def place(tile, thread, span, height, runs, by_span_runs, by_runs):
-        flat = np.uint32(np.uint32(tile) * np.uint32(THREADS) + thread)
-        if factored:
-            flat = np.uint32((flat >> np.uint32(5)) * np.uint32(RUNS) + run_of_lane(thread))
-        row_group = divide(flat, by_span_runs)
-        position = np.uint32(flat - np.uint32(row_group * np.uint32(np.uint32(runs) * np.uint32(span))))
-        sub = np.int64(divide(position, by_runs))
-        i = np.int64(row_group) * np.int64(slots)
-        if factored:
-            i = np.int64(row_group) * np.int64(ROWS) + first_row(thread)
-        mine = not ragged or i < height
-        if ragged:
-            i = min(i, height - np.int64(1))
-        return i, np.int64(position) - sub * runs, sub, mine
-
-    return place
-
-
-@functools.cache
-def _row_of(ragged: bool, factored: bool) -> Callable:
-    """``row_of(i, r, height)``: the r-th of the rows of a thread whose first is i; the last one where there is none."""
-
-    @device
-    def row_of(i, r, height):
-        row = i + np.int64(row_of_slot(r) if factored else r)
-        return min(row, height - np.int64(1)) if ragged else row
-
-    return row_of
-
-
-@functools.cache
-def _w2(second: str | Product, slots: int, ragged: bool) -> tuple[types.BaseTuple, Callable]:
-    """w2's parameters, and ``load(values, p, i, run, height, runs)``: the thread's run of each of its rows."""
-    if isinstance(second, Product):
-        parameters = types.Tuple((ELEMENTS[second.left].pointer, ELEMENTS[second.right].pointer, *(i64,) * 4))
-        multiply = low_rank_runs(second, ragged)
-
-        @device
-        def multiply_out(values, p, i, run, height, runs):
-            thread = warp.thread_index()
-            lane = np.uint32(thread & np.uint32(31))
-            multiply(p, values, i - first_row(thread), height, run * np.int64(8), lane)
-
-        return parameters, multiply_out
-    w2, row_of = ELEMENTS[second], _row_of(ragged, False)
-    fetch8, unpack8, words_of_8, held = w2.fetch8_cached, w2.unpack8, w2.words, slots * w2.words
-
-    @device
-    def load(values, p, i, run, height, runs):
-        words = cuda.local.array(held, np.uint32)
-        for r in range(slots):
-            fetch8(p[0], (row_of(i, r, height) * runs + run) * np.int64(8), words, r * words_of_8)
-        for r in range(slots):
-            unpack8(words, r * words_of_8, values, 8 * r)
-
-    return types.Tuple((w2.pointer,)), load
 
 
 @functools.cache
@@ -104,30 +37,23 @@ def _body(base, out, first, second, check, slots, ragged) -> tuple[tuple, Callab
 
     Where rows or blocks do not come out even, what lies beyond reads the last inside, and its stores are left out.
     """
-    has_base, factored = base is not None, isinstance(second, Product)
-    assert slots == SLOTS or not factored, slots
+    has_base, w2_half, inside = base is not None, second_half(second, slots, ragged), clamp(ragged)
+    place, neighbour, row_of, load_w2 = w2_half.place, w2_half.neighbour, w2_half.row, w2_half.load
     store8 = ELEMENTS[out].store8_cached if has_base else ELEMENTS[out].store8
     load1 = ELEMENTS[first].load
-    w2_parameters, load_w2 = _w2(second, slots, ragged)
     park, unpark = parked8(base or out, THREADS)
-    place_of, row_of = _place_of(slots, ragged, factored), _row_of(ragged, factored)
     batch, values_held = RUNS_IN_BATCH // slots, 8 * slots
     threads_of_line = 32 // ELEMENTS[base or out].words
     batch_before_arrived = memory.copy_async_wait(1)
 
     @device
-    def step_of(block, u, last_block):
-        step = block + np.int64(u)
-        return min(step, last_block - np.int64(1)) if ragged else step
-
-    @device
     def park_batch(shared, thread, pointer, at, i, height, row_stride, block, last_block, stride, half):
         if has_base and block < last_block:
             for u in range(batch):
-                offset = at + step_of(block, u, last_block) * stride
+                offset = at + inside(block + np.int64(u), last_block) * stride
                 for r in range(slots):
                     slot = np.uint32(half * np.uint32(RUNS_IN_BATCH) + np.uint32(u * slots + r))
-                    park(shared, 0, slot, thread, pointer, offset + row_of(i, r, height) * row_stride)
+                    park(shared, 0, slot, thread, pointer, offset + inside(row_of(i, r), height) * row_stride)
         memory.copy_async_commit()
 
     @device
@@ -138,7 +64,7 @@ def _body(base, out, first, second, check, slots, ragged) -> tuple[tuple, Callab
 
     @device
     def begin(thread, tile, block_row, chunk, blocks, span, steps, chunk_steps, height, runs, by_span_runs, by_runs):
-        i, run, sub, mine = place_of(tile, thread, span, height, runs, by_span_runs, by_runs)
+        i, run, sub, mine = place(tile, thread, span, height, runs, by_span_runs, by_runs)
         row_stride = blocks * runs * np.int64(8)
         at = block_row * height * row_stride + (sub * runs + run) * np.int64(8)
         block = chunk * chunk_steps
@@ -150,15 +76,14 @@ def _body(base, out, first, second, check, slots, ragged) -> tuple[tuple, Callab
         tile, block_row, chunk, base_pointer, blocks, span, steps, chunk_steps, height, runs, by_span_runs, by_runs
     ):
         thread = warp.thread_index()
-        neighbour = run_of_lane(thread) if factored else thread
-        if has_base and neighbour % np.uint32(threads_of_line) == np.uint32(0):
+        if has_base and neighbour(thread) % np.uint32(threads_of_line) == np.uint32(0):
             i, _, _, _, row_stride, stride, at, block, last_block = begin(
                 thread, tile, block_row, chunk, blocks, span, steps, chunk_steps, height, runs, by_span_runs, by_runs
             )
             for u in range(batch):
                 offset = at + min(block + np.int64(u), last_block - np.int64(1)) * stride
                 for r in range(slots):
-                    memory.prefetch_to_keep(base_pointer, offset + row_of(i, r, height) * row_stride)
+                    memory.prefetch_to_keep(base_pointer, offset + inside(row_of(i, r), height) * row_stride)
 
     @device
     def body(
@@ -195,7 +120,7 @@ def _body(base, out, first, second, check, slots, ragged) -> tuple[tuple, Callab
                     for x in range(8):
                         product = weights[u] * values[8 * r + x]
                         result[x] = w[x] + product if has_base else product
-                    row = i + np.int64(row_of_slot(r) if factored else r)
+                    row = row_of(i, r)
                     if not ragged or (mine and block + np.int64(u) < last_block and row < height):
                         trace = store8(out_pointer, offset + row * row_stride, result, 0, trace)
             ahead = block + np.int64(2 * batch)
@@ -208,24 +133,23 @@ def _body(base, out, first, second, check, slots, ragged) -> tuple[tuple, Callab
             flag[0] = np.int32(1)
 
     parameters = (
-        ELEMENTS[base or out].pointer, ELEMENTS[out].pointer, ELEMENTS[first].pointer, w2_parameters, *(i64,) * 8, f32,
-        i32p,
+        ELEMENTS[base or out].pointer, ELEMENTS[out].pointer, ELEMENTS[first].pointer, w2_half.parameters, *(i64,) * 8,
+        f32, i32p,
     )  # fmt: skip
     return parameters, body, ask_ahead
 
 
-def _options(base: str | None, second: str | Product, early: bool) -> dict:
-    """Two batches of the base in shared memory; registers for factors of more than one step, too."""
+def _options(base: str | None, early: bool) -> dict:
+    """Two batches of the base in shared memory."""
     shared = 2 * RUNS_IN_BATCH * ELEMENTS[base].words * 4 * THREADS if base else 0
-    by_registers = 8 if isinstance(second, Product) and second.steps > 1 else 10
     return {
         "threads": THREADS,
-        "min_blocks": min(by_registers, blocks_by_shared(shared, hopper=early)),
+        "min_blocks": min(10, blocks_by_shared(shared, hopper=early)),
         "shared_bytes": shared,
     }
 
 
-_P1, _P3 = Product("bf16", "bf16", 1, 2, True), Product("f16", "f16", 3, 1, False)
+_P1, _P2 = Product("bf16", "bf16", 1, 2, True), Product("f16", "f16", 2, 1, False)
 
 
 @kernel_factory(
@@ -235,7 +159,7 @@ _P1, _P3 = Product("bf16", "bf16", 1, 2, True), Product("f16", "f16", 3, 1, Fals
     ("f32", "f32", "f16", "f32", True, 1, True),
     ("bf16", "bf16", "bf16", "bf16", True, 4, False, True),
     ("bf16", "bf16", "bf16", _P1, True, 4, False, True),
-    ("f32", "f16", "f32", _P3, True, 4, True),
+    ("f32", "f16", "f32", _P2, True, 4, True),
 )
 def kronecker_merge(base, out, first, second, check, slots, ragged, early=False):
     """One weight.
@@ -260,7 +184,7 @@ def kronecker_merge(base, out, first, second, check, slots, ragged, early=False)
         body(shared, warp.block_y(), warp.block_z(), warp.block_x(), base_pointer, out_pointer, w1, w2, blocks, span,
              steps, chunk_steps, height, runs, by_span_runs, by_runs, scale, flag)  # fmt: skip
 
-    return kernel, parameters, _options(base, second, early) | early_options(early)
+    return kernel, parameters, _options(base, early) | early_options(early)
 
 
 @kernel_factory(("bf16", "bf16", "bf16", "bf16", True, 4, True), ("bf16", "bf16", "bf16", _P1, True, 4, True, True))
@@ -283,4 +207,4 @@ def kronecker_merge_grouped(base, out, first, second, check, slots, ragged, earl
         body(shared, np.int64(blocks[at + 2]), np.int64(blocks[at + 3]), np.int64(blocks[at + 1]),
              q[0], q[1], q[2], q[3], q[4], q[5], q[6], q[7], q[8], q[9], q[10], q[11], q[12], q[13])  # fmt: skip
 
-    return kernel, (i64p, i32p), _options(base, second, early) | early_options(early)
+    return kernel, (i64p, i32p), _options(base, early) | early_options(early)

@@ -1,9 +1,12 @@
 """A low-rank product that a warp keeps in registers, 16 rows by 64 columns, without shared memory.
 
-It multiplies columns of ``right`` by rows of ``left``: lane 4 g + t then has eight neighbouring columns, the g-th of
-the warp's runs, of rows 2 t, 2 t + 1, 2 t + 8 and 2 t + 9. The ranks are permuted so that its parts of both factors are
-whole accesses to memory: neighbouring ranks of rows g and g + 8, and the same ranks of its own run of columns. Runs
-need not be neighbours, since each lane says where its own is.
+Lane l ends up with eight neighbouring columns, run l % 8 of the warp's eight, in rows 2 (l // 8), the next, and both
+eight further down: eight lanes together access whole lines of a weight. Runs need not be neighbours, since each lane
+says where its own is.
+
+Columns of ``right`` are multiplied by rows of ``left``, so that lane 4 g + t of the tensor core has run g in four rows;
+results then move to the lanes that want them. Ranks are permuted so that parts of both factors are whole accesses to
+memory: neighbouring ranks of rows g and g + 8, and the same ranks of run g.
 """
 
 from __future__ import annotations
@@ -13,8 +16,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from kernels import tensor_core
-from kernels.bits import high_halves, low_halves
+from kernels import tensor_core, warp
+from kernels.bits import bits_f32, f32_bits, high_halves, low_halves
 from kernels.elements import ELEMENTS
 from kernels.target import cuda, device
 from kernels.weight.low_rank_tile import Product, Tile, left_fragment
@@ -22,6 +25,8 @@ from kernels.weight.low_rank_tile import Product, Tile, left_fragment
 ROWS = 16
 RUNS = 8
 SLOTS = 4
+MAX_RANK = 32
+"""As many as registers have room for beside the walk's own."""
 _RANKS = 4
 """Ranks of a step that are a lane's own."""
 
@@ -29,13 +34,13 @@ _RANKS = 4
 @device
 def run_of_lane(thread):
     """Which of the warp's runs is a thread's."""
-    return np.uint32((thread & np.uint32(31)) >> np.uint32(2))
+    return np.uint32(thread & np.uint32(7))
 
 
 @device
 def first_row(thread):
     """The first of a thread's rows among the warp's."""
-    return np.int64((thread & np.uint32(3)) * np.uint32(2))
+    return np.int64(((thread & np.uint32(31)) >> np.uint32(3)) * np.uint32(2))
 
 
 @device
@@ -46,7 +51,7 @@ def row_of_slot(slot):
 
 @functools.cache
 def low_rank_runs(spec: Product, ragged: bool) -> Callable:
-    """``multiply(p, values, row0, rows, column, lane)``: a lane's eight columns from ``column`` on, of four rows each.
+    """``multiply(p, values, row0, rows, column, lane)``: a lane's eight columns from ``column`` on, of four rows.
 
     ``p``: left, right, rank, strides of left's row and rank and of right's rank; both factors are of the tensor core's
     kind. Rows beyond ``rows`` read the last one.
@@ -88,12 +93,17 @@ def low_rank_runs(spec: Product, ragged: bool) -> Callable:
         right = cuda.local.array(right_words, np.uint32)
         for i in range(results):
             values[i] = np.float32(0)
-        own = np.int64((lane & np.uint32(3)) * np.uint32(ranks_at_once))
+        g, t = np.uint32(lane >> np.uint32(2)), np.uint32(lane & np.uint32(3))
+        column_of_g = np.int64(f32_bits(warp.shuffle_from(bits_f32(np.uint32(column)), g)))
+        own = np.int64(t * np.uint32(ranks_at_once))
         for load in range(loads):
-            fragment(p, left, 0, row0 + np.int64(run_of_lane(lane)), rows, lane, load)
+            fragment(p, left, 0, row0 + np.int64(g), rows, lane, load)
             for sub in range(steps_at_once):
                 first = own + np.int64(4 * ranks_at_once * load + _RANKS * sub)
-                fetch_ranks(p, first, column, right)
+                fetch_ranks(p, first, column_of_g, right)
                 step(values, left, 4 * sub, right)
+        has_mine = np.uint32(np.uint32(4) * run_of_lane(lane) + (lane >> np.uint32(3)))
+        for i in range(results):
+            values[i] = warp.shuffle_from(values[i], has_mine)
 
     return multiply

@@ -30,6 +30,7 @@ from lycoris.replay import only_recorded
 from lycoris.tensor import Tensor, autograd, dropout, from_array, rand
 from lycoris.tensor.creation import chance
 from lycoris.tensor.pointwise import apply, sum_of
+from lycoris.tensor.tensor import Storage
 from plans.core import ElementKind
 from plans.expression import leaf
 from plans.weight import Dense, Sink, WeightDescriptor, WeightLayout
@@ -66,6 +67,15 @@ class Adapter:
         return self.enabled and self.strength != 0 and self.module.rank != 0
 
 
+@dataclass(frozen=True, slots=True)
+class _Kept:
+    """A value, the storages that it was made of, and their versions then."""
+
+    of: list[Storage]
+    versions: list[int]
+    value: Any
+
+
 class Adapted:
     """What adapted layers share; subclasses compute ``forward``.
 
@@ -93,7 +103,8 @@ class Adapted:
         self._adapters: dict[str, Adapter] = {}
         self._changes = next(_versions)
         self._base: tuple[Tensor, Tensor | None] | None = None
-        self._cache: dict[str, tuple[tuple, object]] = {}
+        self._active: list[Adapter] | None = None
+        self._cache: dict[str, _Kept] = {}
 
     @property
     def mode(self) -> str | None:
@@ -209,7 +220,9 @@ class Adapted:
 
     def active(self) -> list[Adapter]:
         """The adapters that change the output."""
-        return [] if self._base is not None else [a for a in self._adapters.values() if a.active]
+        if self._active is None:
+            self._active = [] if self._base is not None else [a for a in self._adapters.values() if a.active]
+        return self._active
 
     def merged_weight(self) -> Tensor:
         """W + the active adapters' scaled deltas, or DoRA's result, rounded once; the base where there are none."""
@@ -283,24 +296,22 @@ class Adapted:
 
         It is made again when one of them changes. What recorded work makes is its own, since only replays compute it.
         """
-        state, work = self._state(of), only_recorded()
         found = self._cache.get(what)
-        if found is not None and found[0] == state:
-            return found[1]
-        cache = self._cache if work is None else work.made.setdefault(("kept", id(self)), {})
+        if found is not None and found.versions == [storage.version for storage in found.of]:
+            return found.value
+        work = only_recorded()
+        cache = self._cache if work is None else work.made.setdefault(("kept", id(self), self._changes), {})
         found = cache.get(what)
-        if found is None or found[0] != state:
-            found = cache[what] = (state, make())
-        return found[1]
-
-    def _state(self, of: Iterable[Tensor] | None) -> tuple:
-        if of is None:
-            of = [tensor for adapter in self._adapters.values() for tensor in adapter.tensors.values()]
-        bias = 0 if self.bias is None else self.bias.storage.version
-        return (self._changes, self.weight.storage.version, bias, *[tensor.storage.version for tensor in of])
+        if found is None or found.versions != [storage.version for storage in found.of]:
+            if of is None:
+                of = [tensor for adapter in self._adapters.values() for tensor in adapter.tensors.values()]
+            storages = [x.storage for x in (self.weight, self.bias, *of) if x is not None]
+            # Versions before it is made: what changes meanwhile is not in it.
+            found = cache[what] = _Kept(storages, [storage.version for storage in storages], make())
+        return found.value
 
     def _changed(self) -> None:
-        self._changes = next(_versions)
+        self._changes, self._active = next(_versions), None
         self._cache.clear()
 
     def _merge_weight(self) -> Tensor:

@@ -22,8 +22,8 @@ from lycoris.nn.linear_fused import fused_decomposed, fused_linear, is_decompose
 from lycoris.nn.linear_sum import LinearSum, Ways, dense_of, is_plain_locon, locon_factors, low_rank_of, ways_of
 from lycoris.nn.routing import Routes, choice_tensor, routed
 from lycoris.tensor import Tensor, autograd
-from lycoris.tensor.launch import converted, shaped
-from lycoris.tensor.products import check_linear, matrix_of
+from lycoris.tensor.launch import converted
+from lycoris.tensor.products import check_linear
 
 
 class AdaptedLinear(Adapted):
@@ -83,7 +83,7 @@ class AdaptedLinear(Adapted):
                 f"AdaptedLinear: x of {x.kind.value} on {x.device.name}, wanted {self.weight.kind.value} on "
                 f"{self.weight.device.name}; call to({self.weight.kind.value}), or bring it there"
             )
-        shape = check_linear("AdaptedLinear", x, self.weight, self.bias)
+        check_linear("AdaptedLinear", x, self.weight, self.bias)
         found = self.active()
         if found and found[0].module.dora_scale is not None:
             return _sum(self._dora(x, found[0]) if self._recorded(x, found) else self._merged(x), residual)
@@ -91,10 +91,7 @@ class AdaptedLinear(Adapted):
             return self._differentiable(x, found, residual)
         mode = self.mode or ("separate" if self.training else "merged")
         made: LinearSum = self._kept(mode, self._merged_sum if mode == "merged" or not found else self._separate_sum)
-        rows = matrix_of(x, self.weight.shape[1])
-        if rows.strides[1] != 1 or rows.strides[0] < rows.shape[1] or not rows.aligned:
-            rows = converted(rows, rows.kind)
-        return _sum(shaped(made(rows), shape), residual)
+        return _sum(made(x), residual)
 
     def _merged_sum(self) -> LinearSum:
         return LinearSum(self.merged_weight(), self.merged_bias(), Ways((), (), ()))
@@ -103,6 +100,8 @@ class AdaptedLinear(Adapted):
         return LinearSum(self.weight, self.merged_bias(), ways_of(self.active(), self.weight))
 
     def _recorded(self, x: Tensor, found: list[Adapter]) -> bool:
+        if not autograd.is_grad_enabled():
+            return False
         return autograd.wanted([x, *[factor for adapter in found for factor in adapter.tensors.values()]])
 
     def _merged(self, x: Tensor) -> Tensor:

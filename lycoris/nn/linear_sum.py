@@ -16,9 +16,12 @@ from lycoris.nn.adapted import Adapter
 from lycoris.ops.weight import delta
 from lycoris.tensor import Tensor, autograd, from_array
 from lycoris.tensor.kronecker import diagonal, together_of
-from lycoris.tensor.launch import empty, shaped
+from lycoris.tensor.launch import converted, refused, shaped
+from lycoris.tensor.products import matrix_of
+from lycoris.tensor.tensor import Layout, Storage, layout_of
 from plans.block_mix import BlockMixArgs, BlockMixDescriptor, BlockMixPlan
 from plans.core import BackendKind, DeviceBuffer, ElementKind, TensorMut, Workspace
+from plans.core.device import driver_errors
 from plans.core.plan import Launches, bound
 from plans.matmul import Bias, LowRankTerm, Segment, SegmentedMatmulArgs, SegmentedMatmulDescriptor, SegmentedMatmulPlan
 
@@ -57,7 +60,7 @@ class Ways:
 
 @dataclass(frozen=True)
 class _Prepared:
-    """Launches for inputs of one shape: ``make(x, out, scratch)``, and those already made, by the three's addresses."""
+    """Launches for matrices of one shape: ``make(x, out, scratch)``, and those made already, by the three's places."""
 
     scratch_bytes: int
     make: Callable[[Tensor, Tensor, DeviceBuffer | None], Launches]
@@ -70,24 +73,52 @@ class LinearSum:
     def __init__(self, weight: Tensor, bias: Tensor | None, ways: Ways) -> None:
         self.weight, self.bias, self.ways = weight, bias, ways
         self._prepared: dict[tuple[int, int], _Prepared] = {}
+        self._as_it_lies: dict[Layout, tuple[_Prepared, Layout]] = {}
 
     def __call__(self, x: Tensor) -> Tensor:
-        """The layer on a matrix, [m, in] -> [m, out]; rows of x are contiguous and aligned."""
-        key = (x.shape[0], x.strides[0])
+        """The layer, [..., in] -> [..., out]."""
+        found = None if x.address & 15 else self._as_it_lies.get(x.layout)
+        if found is None:
+            x, *found = self._placed(x)
+        prepared, layout = found
+        device = x.device
+        stream = stream_of(device)
+        out = Tensor(Storage(device.allocate(layout.nbytes, stream)), layout)
+        work = scratch(device, prepared.scratch_bytes, stream) if prepared.scratch_bytes else None
+        place = (x.address, out.address, 0 if work is None else work.address)
+        launches = prepared.made.get(place)
+        if launches is None:
+            launches = self._bound(prepared, x, out, work)
+        try:
+            launches(stream)
+        except driver_errors() as error:
+            raise refused(device, error) from error
+        return out
+
+    def _placed(self, x: Tensor) -> tuple[Tensor, _Prepared, Layout]:
+        """The input as the sum reads it, with contiguous, aligned rows; what is prepared; and the result's layout."""
+        n, k = self.weight.shape
+        rows = matrix_of(x, k)
+        if rows.strides[1] != 1 or rows.strides[0] < k or not rows.aligned:
+            rows = converted(rows, rows.kind)
+        key = (rows.shape[0], rows.strides[0])
         prepared = self._prepared.get(key)
         if prepared is None:
             prepared = self._prepared[key] = (self._by_blocks if self.ways.blocks else self._as_one)(*key)
-        device = x.storage.buffer.device
-        out = empty((x.shape[0], self.weight.shape[0]), x.kind, device)
-        work = scratch(device, prepared.scratch_bytes) if prepared.scratch_bytes else None
-        place = (x.address, out.address, work.address if work is not None else 0)
-        launches = prepared.made.get(place)
-        if launches is None:
-            if len(prepared.made) >= _MOST_CALLS:
-                prepared.made.clear()
-            launches = prepared.made[place] = bound(prepared.make(x, out, work))
-        launches(stream_of(device))
-        return out
+        layout = layout_of((*x.shape[:-1], n), x.kind)
+        if rows.address == x.address:
+            self._as_it_lies[x.layout] = prepared, layout
+        return rows, prepared, layout
+
+    def _bound(self, prepared: _Prepared, x: Tensor, out: Tensor, work: DeviceBuffer | None) -> Callable[[Any], None]:
+        """Launches for these places; nothing of the tensors is kept but where they lie."""
+        if len(prepared.made) >= _MOST_CALLS:
+            prepared.made.clear()
+        n, k = self.weight.shape
+        rows = matrix_of(x, k)
+        launches = bound(prepared.make(rows, shaped(out, (rows.shape[0], n)), work) if out.size else [])
+        prepared.made[x.address, out.address, 0 if work is None else work.address] = launches
+        return launches
 
     def _as_one(self, m: int, stride: int) -> _Prepared:
         """One product with low-rank terms and further segments."""

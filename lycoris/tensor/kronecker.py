@@ -26,35 +26,15 @@ from lycoris.tensor.adapter_gradients import (
     mixing_gradient,
 )
 from lycoris.tensor.creation import from_numpy
-from lycoris.tensor.launch import (
-    compact,
-    compute,
-    converted,
-    empty,
-    keep,
-    keep_prepared,
-    kept,
-    of_layout,
-    run_prepared,
-    shaped,
-)
+from lycoris.tensor.kronecker_wide import wide_gradients
+from lycoris.tensor.launch import compact, compute, converted, empty, keep, kept, of_layout, run_prepared, shaped
 from lycoris.tensor.mixing import fits_spare, mixed
 from lycoris.tensor.products import check_linear, flipped, matrix_of, product, stored, sum_of_products
 from lycoris.tensor.tensor import Layout, Tensor, layout_of
-from plans.block_mix import BlockMixDescriptor
 from plans.core import Device, ElementKind, TensorMut, TensorRef
 from plans.core.prepared import Prepared
 from plans.expression import leaf
-from plans.matmul import (
-    Bias,
-    MixedMatmulArgs,
-    MixedMatmulDescriptor,
-    MixedMatmulPlan,
-    Segment,
-    SegmentedMatmulArgs,
-    SegmentedMatmulDescriptor,
-    SegmentedMatmulPlan,
-)
+from plans.matmul import Bias, Segment, SegmentedMatmulArgs, SegmentedMatmulDescriptor, SegmentedMatmulPlan
 
 _COLUMNS = ((9, 256), (0, 128))
 """Columns of a result that narrow blocks are put together to: those of the largest tile, from each generation of the
@@ -158,25 +138,32 @@ def _in_passes(saved: _Saved, g: Tensor, edges: Sequence[autograd.Node | None]) 
     (a, b), kind, count, d_x, d_w1 = mixing.shape, g.kind, g.shape[0], None, None
     inner = mixed(rows, mixing, d, kind, False, scale) if saved.inner is None else saved.inner
     inner = shaped(inner, (count * a, d))
+    wide, factors = None, (mixing, saved.second)
+    if edges[0] and edges[1]:
+        kinds = edges[0].kind, edges[1].kind, edges[2].kind if len(chain) == 1 and edges[2] else None
+        wide = wide_gradients(g, rows, matrix, factors, inner, scale, kinds)
     grown = [shaped(g, (count * a, c))]
-    for factor in chain if edges[1] or (edges[0] and d <= c) else chain[:-1]:
+    for factor in chain if not wide and (edges[1] or (edges[0] and d <= c)) else chain[:-1]:
         grown.append(product(grown[-1], factor, kind))
     pairs = grown[0], inner
     # Where blocks are few and wide, w1's gradient is made beside d_x's product, whose operands are held here; those of
     # narrow blocks read more, and would slow the product down.
     beside = bool(edges[0] and edges[1] and _NARROW < d <= c)
-    if edges[0] and d <= c:  # mixed after w2, which w1 wants anyway, there is no more to read, and less to multiply
+    if wide:
+        d_x, d_w1 = wide.d_x, wide.d_w1
+    elif edges[0] and d <= c:  # mixed after w2, which w1 wants anyway, there is no more to read, and less to multiply
         back = mixed(shaped(grown[-1], (count, a * d)), mixing, d, kind, True, scale)
         d_x = sum_of_products(((g, matrix),), (1.0,), edges[0].kind, None, back, early=beside)
     elif edges[0]:
         (outer, _), d_x, _ = saved.mixed_first(g, edges[0].kind)
         if b < a:  # the same sum over fewer blocks
             pairs = shaped(outer, (count * b, c)), shaped(rows, (count * b, d))
-    if edges[1]:
+    if edges[1] and not wide:
         v = shaped(grown[-1], (count, a * d))
         d_w1 = mixing_gradient(v, rows, (a, b), d, edges[1].kind, scale, beside=beside)
     if len(chain) == 1:
-        d_seconds = [_second_gradient(*pairs, edges[2].kind) if edges[2] else None]
+        made = wide.d_w2 if wide else None
+        d_seconds = [_second_gradient(*pairs, edges[2].kind) if edges[2] and made is None else made]
     else:
         d_seconds = _factor_gradients(grown, inner, chain, edges[2:])
     return [d_x, d_w1, *d_seconds]
@@ -225,17 +212,6 @@ def _identity(count: int, kind: ElementKind, device: Device) -> Tensor:
     return shaped(from_numpy(np.eye(count), device, kind), (count, 1, count, 1))
 
 
-class _Way(NamedTuple):
-    """How a sum of mixed blocks is launched: the blocks' layout and the result's, what the blocks' own launch is spared,
-    None where there is none; and what is left to spare.
-    """
-
-    blocks: Layout
-    out: Layout
-    own: tuple[int, float] | None
-    left: tuple[int, float]
-
-
 def _mixed_sum(
     a: Tensor, b: Tensor, w: Tensor, transposed: bool, second: Tensor, together: int, scale: float, kind: ElementKind,
     bias: Tensor | None = None, *, early: bool = False,
@@ -245,46 +221,15 @@ def _mixed_sum(
     The launch after an ``early`` sum may run beside it, and takes nothing of it: that one is left what is spared, if it
     is not all that the mix needs.
     """
-    operands = [a, b, second, w] if bias is None else [a, b, second, w, bias]
-    key = ("mixed sum", transposed, together, scale, kind, early, a.device.ordinal, *[x.layout for x in operands])
-    prepared, way = kept(key) or _keep_mixed(key, operands, transposed, together, scale, kind, early)
-    if way.own is None:
-        blocks, out = of_layout(way.blocks, a.device), of_layout(way.out, a.device)
-        run_prepared(prepared, (out, blocks, *operands))
-    else:
-        depth = second.shape[0] // together
-        blocks = mixed(a, w, depth, a.kind, transposed, scale, early=True, spare=way.own)
-        out = sum_with_blocks(a, b, blocks, second, together, kind, bias, early=early)
-    return blocks, out, way.left
-
-
-def _keep_mixed(
-    key: tuple, operands: list[Tensor], transposed: bool, together: int, scale: float, kind: ElementKind, early: bool
-) -> tuple[Prepared, _Way]:
-    """One launch where that is fast, else the product's, to which a launch of the mix comes."""
-    a, b, second, w, *added = operands
-    count, depth, rows = w.shape[1] if transposed else w.shape[0], second.shape[0] // together, a.shape[0]
-    in_blocks, device = a.shape[1] // depth, a.device
-    blocks = Tensor(a.storage, layout_of((rows, count * depth), a.kind))  # only its layout counts
-    mix = BlockMixDescriptor(rows, count, in_blocks, depth, a.kind, w.kind, a.kind, transposed)
-    product = block_problem(a, b, blocks, second, together, kind, added[0].kind if added else None, early)
-    problem = MixedMatmulDescriptor(product, mix)
-    if not MixedMatmulPlan.pays(problem, device):
-        prepared, out = _prepared_sum([a, b, blocks, second, *added], together, kind, early)
-        spare = prepared.plan.program.spare()
-        own = not early or fits_spare(rows, count, in_blocks, depth, a.kind, transposed, spare, device)
-        way = _Way(blocks.layout, out, *((spare, _NOTHING) if own else (_NOTHING, spare)))
-        return keep_prepared(key, prepared, way)
-    plan = MixedMatmulPlan.select(None, problem, device=device)
-    out, target, sources = _as_groups(a, b, empty(blocks.shape, a.kind, device), second, added, kind)
-
-    def make(result: TensorMut, z: TensorMut, *refs: TensorRef) -> MixedMatmulArgs:
-        x, base, factor, mixing, *steps = refs
-        return MixedMatmulArgs(SegmentedMatmulArgs(result, ((x, base), (z, factor)), epilogue=steps), x, mixing, scale)
-
-    x, base, z, factor, *steps = sources
-    way = _Way(blocks.layout, out.layout, None, plan.program.spare())
-    return keep(key, plan, [target, z], [x, base, factor, w, *steps], make, way)
+    count = w.shape[1] if transposed else w.shape[0]
+    depth = second.shape[0] // together
+    small = Tensor(a.storage, layout_of((a.shape[0], count * depth), a.kind))  # only its layout counts
+    operands = [a, b, small, second] if bias is None else [a, b, small, second, bias]
+    spare = _prepared_sum(operands, together, kind, early)[0].plan.program.spare()
+    own = not early or fits_spare(a.shape[0], count, a.shape[1] // depth, depth, a.kind, transposed, spare, a.device)
+    mine, left = (spare, _NOTHING) if own else (_NOTHING, spare)
+    blocks = mixed(a, w, depth, a.kind, transposed, scale, early=True, spare=mine)
+    return blocks, sum_with_blocks(a, b, blocks, second, together, kind, bias, early=early), left
 
 
 def sum_with_blocks(
@@ -315,21 +260,9 @@ def _keep_blocks(
 ) -> tuple[Prepared, Layout]:
     """The plan, and the result's layout."""
     a, b, blocks, second, *added = operands
+    (m, k), n, (depth, columns) = a.shape, b.shape[1], second.shape
     descriptor = block_problem(a, b, blocks, second, together, kind, added[0].kind if added else None, early)
     plan = SegmentedMatmulPlan.select(None, descriptor, device=a.device)
-    out, target, sources = _as_groups(a, b, blocks, second, added, kind)
-
-    def make(result: TensorMut, *refs: TensorRef) -> SegmentedMatmulArgs:
-        return SegmentedMatmulArgs(result, (refs[:2], refs[2:4]), epilogue=refs[4:])
-
-    return keep(key, plan, [target], sources, make, out.layout)
-
-
-def _as_groups(
-    a: Tensor, b: Tensor, blocks: Tensor, second: Tensor, added: Sequence[Tensor], kind: ElementKind
-) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """A result, and it and the operands as `block_problem` has them."""
-    (m, k), n, (depth, columns) = a.shape, b.shape[1], second.shape
     out, groups = empty((m, n), kind, a.device), n // columns
     right, lead = stored(b.layout), _lead(b)
     shape, steps = ((columns, k), columns * lead) if right.transposed else ((k, columns), columns)
@@ -340,7 +273,12 @@ def _as_groups(
         stored(second.layout).view(second),
         *(shaped(x, (groups, columns)) for x in added),
     ]
-    return out, out.viewed((groups, m, columns), (columns, n, 1)), sources
+    target = out.viewed((groups, m, columns), (columns, n, 1))
+
+    def make(result: TensorMut, *refs: TensorRef) -> SegmentedMatmulArgs:
+        return SegmentedMatmulArgs(result, (refs[:2], refs[2:4]), epilogue=refs[4:])
+
+    return keep(key, plan, [target], sources, make, out.layout)
 
 
 def block_problem(

@@ -74,10 +74,11 @@ def run(plan: Contract, args: Any) -> None:
     try:
         bound(plan.launches(args, workspace))(stream)
     except driver_errors() as error:
-        raise _refused(device, error) from error
+        raise refused(device, error) from error
 
 
-def _refused(device: Device, error: Exception) -> DeviceError:
+def refused(device: Device, error: Exception) -> DeviceError:
+    """What is raised where the driver refuses a launch."""
     return device_error(f"launching on {device.name}", error)
 
 
@@ -100,15 +101,10 @@ def keep(
     ``key`` says everything that the plan and the arguments depend on, but not where tensors lie. Both sequences are as
     the plan takes them; `run_prepared` wants others that begin at the same elements.
     """
-    operands = [*(x.mut() for x in out), *(x.ref() for x in sources)]
-    return keep_prepared(key, Prepared(plan, operands, make), more)
-
-
-def keep_prepared(key: Hashable, prepared: Prepared, more: Any) -> tuple[Prepared, Any]:
-    """Keep what is prepared for an operation already for another too."""
     if len(_kept) >= _MOST_KEPT:
         _kept.clear()
-    _kept[key] = found = prepared, more
+    operands = [*(x.mut() for x in out), *(x.ref() for x in sources)]
+    _kept[key] = found = Prepared(plan, operands, make), more
     return found
 
 
@@ -125,7 +121,7 @@ def run_prepared(prepared: Prepared, tensors: Sequence[Tensor]) -> None:
     try:
         prepared.run(stream, data, work)
     except driver_errors() as error:
-        raise _refused(device, error) from error
+        raise refused(device, error) from error
 
 
 def same_device(operation: str, tensors: Sequence[Tensor]) -> Device:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import ctypes
 import functools
 import threading
-from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Any
 
@@ -130,7 +129,7 @@ class Constants:
 
     def __init__(self, device: Device) -> None:
         self._device, self._lock = device, threading.Lock()
-        self._found: dict[Hashable, tuple[DeviceBuffer, int]] = {}
+        self._found: dict[bytes, tuple[DeviceBuffer, int]] = {}
         self._slab: DeviceBuffer | None = None
         self._used = 0
 
@@ -142,15 +141,6 @@ class Constants:
                 self._found[key] = self._place(words)
             slab, offset = self._found[key]
         return slab.pointer(np.int64, offset)
-
-    def counters(self, owner: int, count: int) -> Any:
-        """Words of 32 bits that runs which write at address ``owner`` leave zero, as they were; one follows another."""
-        key = ("counters", owner, count)
-        with self._lock:
-            if key not in self._found:
-                self._found[key] = self._place(np.zeros(count, np.uint32))
-            slab, offset = self._found[key]
-        return slab.pointer(np.uint32, offset)
 
     def address(self, words: np.ndarray) -> int:
         """The same as an address."""

@@ -10,7 +10,6 @@ from plans.matmul.descriptor import (
 )
 from plans.matmul.epilogue import Activation, Bias, ColumnScale, Gate, Residual, RowScale, Step
 from plans.matmul.grouped import GroupedMatmulArgs, GroupedMatmulDescriptor, GroupedMatmulPlan
-from plans.matmul.mixed import MixedMatmulArgs, MixedMatmulDescriptor, MixedMatmulPlan
 from plans.matmul.plan import MatmulPlan, SegmentedMatmulPlan
 from plans.matmul.streamed import blocks_beside
 
@@ -26,9 +25,6 @@ __all__ = [
     "MatmulArgs",
     "MatmulDescriptor",
     "MatmulPlan",
-    "MixedMatmulArgs",
-    "MixedMatmulDescriptor",
-    "MixedMatmulPlan",
     "Residual",
     "RowScale",
     "Segment",

@@ -20,7 +20,7 @@ from kernels.matmul.wgmma_tile import (
     WAITS,
     WgmmaTile,
 )
-from kernels.target import SIMULATOR, Kernel
+from kernels.target import SIMULATOR
 from kernels.wgmma import DEPTH, STEPS
 from plans.core.device import Device
 from plans.core.operand import Operand
@@ -88,7 +88,7 @@ def _guarantee(descriptor: SegmentedMatmulDescriptor) -> PrecisionGuarantee:
     return matmul_guarantee(descriptor, MathPrecision.BF16_TENSOR_CORE, units, derivation)
 
 
-def stores_by_tma(descriptor: SegmentedMatmulDescriptor) -> bool:
+def _stores_by_tma(descriptor: SegmentedMatmulDescriptor) -> bool:
     """Whether the result's rows lie as TMA wants them, and operands of the epilogue as pairs of columns."""
     out = descriptor.operands()[0]
     if descriptor.columns % 2 or any(stride * out.element.itemsize % 16 for stride in out.strides[:-1]):
@@ -114,12 +114,11 @@ def product_cycles(
     results = (descriptor.batch or 1) * parts
     tiles = -(-descriptor.m // (ROWS * tile.cluster)) * -(-descriptor.columns // tile.result_columns) * results
     waves = -(-tiles // max(1, multiprocessors // tile.cluster))
-    cycles = sum(segment_cycles(segment, tile) for segment in descriptor.segments)
+    cycles = sum(_segment_cycles(segment, tile) for segment in descriptor.segments)
     return waves * (cycles / parts + TILE_CYCLES)
 
 
-def segment_cycles(segment: Segment, tile: WgmmaTile) -> float:
-    """Cycles of a segment's products in a tile."""
+def _segment_cycles(segment: Segment, tile: WgmmaTile) -> float:
     if segment.diagonal > 1 and tile.diagonal:
         blocks = tile.columns // tile.diagonal
         return blocks * segment.k / segment.diagonal / DEPTH * stage_cycles(replace(tile, columns=tile.diagonal))
@@ -196,11 +195,12 @@ class WgmmaProgram(MatmulProgram):
         self, descriptor: SegmentedMatmulDescriptor, device: Device, tile: WgmmaTile | None = None, parts: int = 1
     ) -> None:
         super().__init__(descriptor, device)
-        self.mode = "tma" if stores_by_tma(descriptor) else "direct"
+        self.mode = "tma" if _stores_by_tma(descriptor) else "direct"
         self.tile = tile or choose_tile(descriptor, device, self.mode)
         self.groups = groups_of(descriptor, self.tile.columns) if parts == 1 else 1
         self.results, self.parts = (descriptor.batch or 1) // self.groups * parts, parts
-        self.kernel = self.made()
+        kind = descriptor.segments[0].a.value
+        self.kernel = multiply_wgmma(kind, descriptor.out.value, self.tile, self.mode, kernel_steps(descriptor))
         if self.empty:
             return
         cluster = self.tile.cluster
@@ -214,18 +214,9 @@ class WgmmaProgram(MatmulProgram):
         self.launch = self.kernel.launcher(grid)
         self.early_launch = self.kernel.launcher(grid, overlaps=True)
 
-    def made(self) -> Kernel:
-        """The kernel."""
-        kinds = self.descriptor.segments[0].a.value, self.descriptor.out.value
-        return multiply_wgmma(*kinds, self.tile, self.mode, kernel_steps(self.descriptor))
-
-    def waits(self, i: int, late: bool, first: bool) -> int:
-        """Which flag of a segment says what its loads wait for; ``late`` where there are late ones at all."""
-        return WAITS * (self.descriptor.segments[i].late if late else first)
-
     def idle_multiprocessors(self) -> tuple[int, float]:
         """How many have one tile less than the others, or none at all, and the cycles that a tile takes."""
-        cycles = sum(segment_cycles(segment, self.tile) for segment in self.descriptor.segments) / self.parts
+        cycles = sum(_segment_cycles(segment, self.tile) for segment in self.descriptor.segments) / self.parts
         busy = self.tiles % self.clusters or self.clusters
         return self.device.multiprocessors - busy * self.tile.cluster, cycles
 
@@ -276,9 +267,9 @@ class WgmmaProgram(MatmulProgram):
             if first >= past:
                 continue
             segment, scale = self.descriptor.segments[i], args.scales[i]
+            waits = segment.late if late else not found
             grouped = self.groups > 1 and own_blocks(segment)
-            flags = DIAGONAL * self._by_blocks(i) | LETS * self.descriptor.early | GROUPS * grouped
-            flags |= self.waits(i, late, not found)
+            flags = WAITS * waits + DIAGONAL * self._by_blocks(i) + LETS * self.descriptor.early + GROUPS * grouped
             start = self.descriptor.n | segment.k << 32 if grouped else first * DEPTH
             whole = -(-segment.k // DEPTH)
             last = STEPS if past < count else -(-(segment.k - (whole - 1) * DEPTH) // 16)

@@ -59,8 +59,8 @@ def _refuses_product(descriptor: WeightDescriptor, source: Kronecker, row: int) 
     left, right = source.w2.left, source.w2.right
     if left is not right or left is ElementKind.F32:
         return f"wants both factors of w2 in bf16 or both in fp16, found {left.value} and {right.value}"
-    if source.w2.rank == 0:
-        return "a product of rank 0 is computed by the portable SKU"
+    if not 0 < source.w2.rank <= low_rank_runs.MAX_RANK:
+        return f"wants w2 of rank 1 to {low_rank_runs.MAX_RANK}, found {source.w2.rank}"
     rows, columns = low_rank_runs.ROWS, 8 * low_rank_runs.RUNS
     if source.c % rows or _span(source, row // 8) * row % columns:
         return f"wants w2, side by side for some blocks, in pieces of {rows} rows and {columns} columns, found {source}"
@@ -69,15 +69,19 @@ def _refuses_product(descriptor: WeightDescriptor, source: Kronecker, row: int) 
 
 def suits(descriptor: WeightDescriptor) -> bool:
     """Whether there is enough to walk over; small weights are faster in tiles."""
-    rows, columns = descriptor.matrix
-    return rows * columns >= LEAST_ELEMENTS
+    return _enough(descriptor, LEAST_ELEMENTS)
 
 
 def suits_in_group(descriptor: WeightDescriptor) -> bool:
     """The same for a member of a group, where the other members' blocks hide what a short walk waits for."""
-    rows, columns = descriptor.matrix
     prepared = any(resolved.contractions for resolved in resolve(descriptor, _fused(descriptor)))
-    return rows * columns >= LEAST_ELEMENTS_IN_GROUP and not prepared
+    return not prepared and _enough(descriptor, LEAST_ELEMENTS_IN_GROUP)
+
+
+def _enough(descriptor: WeightDescriptor, least: int) -> bool:
+    """Whether a weight is that large, and there are bases to wait for while w2 is multiplied out."""
+    rows, columns = descriptor.matrix
+    return rows * columns >= least and (descriptor.base is not None or not _fused(descriptor))
 
 
 def _fused(descriptor: WeightDescriptor) -> bool:
