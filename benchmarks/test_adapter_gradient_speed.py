@@ -32,6 +32,9 @@ from plans.adapter_gradient import (
     HadamardGradientArgs,
     HadamardGradientDescriptor,
     HadamardGradientPlan,
+    KroneckerBackArgs,
+    KroneckerBackDescriptor,
+    KroneckerBackPlan,
     KroneckerGradientArgs,
     KroneckerGradientDescriptor,
     KroneckerGradientPlan,
@@ -135,6 +138,7 @@ READING = [
         (KroneckerGradientPlan, KroneckerGradientDescriptor(TOKENS, *blocks), lambda t: KroneckerGradientArgs(*t))
         for blocks in ((48, 48, 64, 64), (96, 48, 128, 64), (112, 64, 128, 64))
     ),
+    (KroneckerBackPlan, KroneckerBackDescriptor(TOKENS, 8, 8, 384, 384), lambda t: KroneckerBackArgs(*t)),
 ]
 
 

@@ -1,4 +1,4 @@
-"""Blocks of a row mixed by a small matrix on Hopper, as of `block_mix`, by TMA: on a few multiprocessors beside others.
+"""Blocks of a row mixed by a small matrix on Hopper, as of `block_mix`, by TMA.
 
 An item is 64 columns of all blocks of a row: out [l, e] = scale * w [l, m] x [m, e] by wgmma, where w stays in shared
 memory. One warp asks for items ahead; warpgroups take them in turns, and each warp sends 16 lines of out by itself.
@@ -182,7 +182,8 @@ def _consumer(tile: MixTile, kind: str) -> Callable:
 
 @kernel_factory(("bf16", MixTile(48, 1)), ("bf16", MixTile(112, 1, True)), ("f16", MixTile(64, 2)))
 def mix_blocks_streamed(kind: str, tile: MixTile):
-    """Parameters: maps of x, w and out, scale, items, spans of 64 columns a row, what divides by them, blocks of out.
+    """Parameters: maps of x, w and out, scale, items, spans of 64 columns a row, what divides by them, blocks of out;
+    how many items the first blocks of threads take, and how many these are: the others take the rest.
 
     Blocks of threads take items in turns, two of them side by side, so that what runs beside finds pairs of
     multiprocessors free. The grid waits for the one before, and then lets the next begin.

@@ -1,7 +1,7 @@
 """Launches by the driver's own call, with everything that it reads made before: they cost little more than that call.
 
-A launch is a description of its grid and stream, a kernel's handle and the addresses of its arguments. cuda.core makes
-all of them anew in every call, which takes as long again as a quarter of the driver's part.
+A launch is a description of its grid and stream, a kernel's function and its arguments. cuda.core makes and converts
+them anew in every call, which takes a third of the driver's time besides (docs/performance.md, "CPU time").
 """
 
 from __future__ import annotations

@@ -181,11 +181,14 @@ class _Program:
         return [(self.launch, (*pointers, *self.numbers))]
 
 
-def shares(descriptor: BlockMixDescriptor, items: int, device: Device) -> tuple[int, int]:
-    """How many items the multiprocessors take that the next launch needs early, and how many these are; or (0, 0)."""
+def shares(descriptor: BlockMixDescriptor, items: int, device: Device, rate: float = BYTES_A_CYCLE) -> tuple[int, int]:
+    """How many items the multiprocessors take that the next launch needs early, and how many these are; or (0, 0).
+
+    ``rate`` are the bytes a cycle that those with time to spare are reckoned to move in it.
+    """
     spare, cycles = descriptor.spare
     out, x, _ = descriptor.operands()
-    share = min(1.0, spare * cycles * BYTES_A_CYCLE / max(1, out.nbytes + x.nbytes))
+    share = min(1.0, spare * cycles * rate / max(1, out.nbytes + x.nbytes))
     if share <= spare / device.multiprocessors:
         return 0, 0
     return items - round(share * items), device.multiprocessors - spare
@@ -221,7 +224,7 @@ class BlockMixPlan(Plan):
 
     name = "block mix"
     skus = (
-        streamed_sku(_mma_refuses, _mma_guarantee),
+        streamed_sku(_mma_refuses, _mma_guarantee, shares),
         Sku(
             name="mma",
             backend=BackendKind.MMA,

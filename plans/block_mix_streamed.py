@@ -1,7 +1,8 @@
-"""The streamed SKU of block mixes (sm_90a): on the multiprocessors that the next launch leaves idle in the end."""
+"""The streamed SKU of block mixes (sm_90a): on the multiprocessors that the next launch leaves idle last, or on all."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -22,13 +23,12 @@ from plans.core.workspace import Workspace
 if TYPE_CHECKING:
     from plans.block_mix import BlockMixArgs, BlockMixDescriptor
 
+Shares = Callable[["BlockMixDescriptor", int, Device, float], tuple[int, int]]
+
 _UNIT = 8
 _PAIR = 2
-_BYTES_A_CYCLE = 32.0
-"""That a multiprocessor reads and writes so beside a product on all others, in cycles as a product's count has them."""
-
-WHOLE = True
-_SHARED_BYTES_A_CYCLE = 22.0
+BYTES_A_CYCLE = 32.0
+"""That a multiprocessor reads and writes so beside others that multiply, in cycles as a product's count has them."""
 
 _LEAST_BLOCKS = 32
 """Blocks of x and of out that make an item worth a warpgroup's turn."""
@@ -46,46 +46,37 @@ def _refuses(descriptor: BlockMixDescriptor) -> str:
     return f"wants rows of w of a multiple of {_UNIT} elements, found {columns}" if columns % _UNIT else ""
 
 
-def _spare_holds_all(descriptor: BlockMixDescriptor) -> bool:
+def spare_holds_all(descriptor: BlockMixDescriptor) -> bool:
     """Whether those that are spare can do all of it in their time."""
     spare, cycles = descriptor.spare
     out, x, _ = descriptor.operands()
-    return spare >= _PAIR and spare * cycles * _BYTES_A_CYCLE >= out.nbytes + x.nbytes
-
-
-def shares(descriptor: BlockMixDescriptor, items: int, device: Device, rate: float) -> tuple[int, int]:
-    """How many items the multiprocessors take that the next launch needs early, and how many these are; or (0, 0)."""
-    spare, cycles = descriptor.spare
-    out, x, _ = descriptor.operands()
-    share = min(1.0, spare * cycles * rate / max(1, out.nbytes + x.nbytes))
-    if share <= spare / device.multiprocessors:
-        return 0, 0
-    return items - round(share * items), device.multiprocessors - spare
+    return spare >= _PAIR and spare * cycles * BYTES_A_CYCLE >= out.nbytes + x.nbytes
 
 
 def _suits(descriptor: BlockMixDescriptor) -> bool:
     """Whether the launch after it begins as this one allows, and an item is worth a warpgroup's turn."""
     least = min(descriptor.in_blocks, descriptor.out_blocks)
-    return not SIMULATOR and descriptor.early and (WHOLE or _spare_holds_all(descriptor)) and least >= _LEAST_BLOCKS
+    return not SIMULATOR and descriptor.early and least >= _LEAST_BLOCKS
 
 
 class StreamedProgram:
-    """One launch on what is spare, else on the whole chip."""
+    """One launch, on what is spare where that holds all of it, else on the whole chip in shares."""
 
     reads_addresses = True
 
-    def __init__(self, descriptor: BlockMixDescriptor, device: Device) -> None:
+    def __init__(self, descriptor: BlockMixDescriptor, device: Device, shares: Shares) -> None:
         d = self.descriptor = descriptor
         self.device = device
         self.tile = MixTile(-(-d.in_blocks // 16) * 16, -(-d.out_blocks // DEPTH), d.transposed)
         spans = -(-d.width // DEPTH)
         items = d.rows * spans
-        alone = _spare_holds_all(d)
-        blocks = min(d.spare[0] if alone else device.multiprocessors, items)
-        quick = (0, 0) if alone else shares(d, items, device, _SHARED_BYTES_A_CYCLE)
+        alone = spare_holds_all(d)
+        self.quick = (0, 0) if alone else shares(d, items, device, BYTES_A_CYCLE)
+        some = d.spare[0] if alone else device.multiprocessors
+        self.blocks = some if self.quick[1] else min(some, items)
         made = mix_blocks_streamed(d.element.value, self.tile)
-        self.launch = made.launcher((-(-blocks // _PAIR) * _PAIR, 1, 1), overlaps=True)
-        self.numbers = (items, spans, reciprocal_of(spans), d.out_blocks, *quick)
+        self.launch = made.launcher((-(-self.blocks // _PAIR) * _PAIR, 1, 1), overlaps=True)
+        self.numbers = (items, spans, reciprocal_of(spans), d.out_blocks, *self.quick)
 
     def bind(self, args: BlockMixArgs, workspace: Workspace) -> Launches:
         """The launch."""
@@ -103,16 +94,18 @@ class StreamedProgram:
 
 
 def streamed_sku(
-    refuses: Callable[[BlockMixDescriptor], str], guarantee: Callable[[BlockMixDescriptor], PrecisionGuarantee]
+    refuses: Callable[[BlockMixDescriptor], str],
+    guarantee: Callable[[BlockMixDescriptor], PrecisionGuarantee],
+    shares: Shares,
 ) -> Sku:
-    """The SKU, of what tensor cores refuse and promise."""
+    """The SKU, of what tensor cores refuse and promise, and how multiprocessors share."""
     return Sku(
         name="streamed",
         backend=BackendKind.STREAMED,
         arch=ArchSku.SM90A,
         refuses=lambda descriptor: refuses(descriptor) or _refuses(descriptor),
         guarantee=guarantee,
-        build=StreamedProgram,
+        build=functools.partial(StreamedProgram, shares=shares),
         alignment=16,
         suits=_suits,
     )

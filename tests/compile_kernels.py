@@ -104,10 +104,6 @@ EXPECTED: dict[str, tuple[tuple[str, str], ...]] = {
         ("", r"UTMALDG\.2D"),
         ("parts=[24]", r"UCGABAR_ARV"),
     ),
-    "kernels.adapter_gradient.low_rank_pass.low_rank_pass": (
-        ("'bf16'", r"HGMMA\.64x\d+x16\.F32\.BF16"),
-        ("", r"UTMALDG\.2D"),
-    ),
     "kernels.adapter_gradient.low_rank.low_rank_gradient": (
         ("'bf16'", r"HMMA\.16816\.F32\.BF16"),
         ("", r"LDSM\.16\.MT88\.4"),
@@ -118,7 +114,6 @@ EXPECTED: dict[str, tuple[tuple[str, str], ...]] = {
         ("", r"HGMMA\.64x64x16\.F32.*"),
         ("", r"MOVM\.16\.MT88"),
     ),
-    "kernels.adapter_gradient.long_sum.long_sum": (("", r"HGMMA\.64x192x16\.F32.*"), ("", r"STG\.E\.64")),
     "kernels.adapter_gradient.blocks.block_mix_gradient": (("", r"HMMA\.16816\.F32"), ("", r"LDGSTS\.E\..*128")),
     "kernels.adapter_gradient.dense.contract_hadamard": (
         ("", r"HMMA\.16816\.F32\.BF16"),

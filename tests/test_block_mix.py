@@ -8,6 +8,7 @@ from matmul_cases import gather, scatter
 
 from kernels.target import SIMULATOR
 from plans.block_mix import BYTES_A_CYCLE, BlockMixArgs, BlockMixDescriptor, BlockMixPlan, shares
+from plans.block_mix_streamed import BYTES_A_CYCLE as STREAMED_BYTES_A_CYCLE
 from plans.core import BackendKind, ElementKind, InvalidProblem, NoSku, PlanPreference
 
 BF16, F16, F32 = ElementKind.BF16, ElementKind.F16, ElementKind.F32
@@ -52,10 +53,27 @@ def test_streams(device, rng, shape, spare, transposed):
 
 
 def test_spare_multiprocessors_take_all_of_it_where_they_can(device):
-    wanted = "streamed" if device.arch >= (9, 0) and not SIMULATOR else "mma"
-    for cycles, name in ((51200.0, wanted), (30000.0, "mma")):
-        descriptor = BlockMixDescriptor(4096, 96, 48, 64, early=True, spare=(48, cycles))
-        assert BlockMixPlan.choose(descriptor, PlanPreference(), device).name == name
+    """Else all take part, those with time to spare more of it; items of few blocks are not for warpgroups."""
+    hopper = device.arch >= (9, 0) and not SIMULATOR
+    for blocks, cycles, wanted in ((48, 51200.0, 48), (48, 30000.0, device.multiprocessors), (8, 51200.0, 0)):
+        descriptor = BlockMixDescriptor(4096, 2 * blocks, blocks, 64, early=True, spare=(48, cycles))
+        streamed = hopper and wanted > 0
+        assert BlockMixPlan.choose(descriptor, PlanPreference(), device).name == ("streamed" if streamed else "mma")
+        if streamed:
+            program = BlockMixPlan.select(None, descriptor, device=device).program
+            assert (program.blocks, program.quick[1]) == (wanted, wanted - 48)
+
+
+@pytest.mark.parametrize("shape", [(40, 24, 16, 64), (20, 8, 8, 72), *LARGE_STREAMED], ids=str)
+@pytest.mark.parametrize("part", [0.05, 0.4, 0.9])
+def test_streams_in_shares(device, rng, shape, part):
+    """Those with time to spare take more, the others the rest, down to nothing."""
+    if device.arch < (9, 0):
+        pytest.skip("TMA is sm_90's")
+    few = max(2, device.multiprocessors // 3 // 2 * 2)
+    nbytes = 2 * shape[0] * (shape[1] + shape[2]) * shape[3]
+    spare = (few, part * nbytes / few / STREAMED_BYTES_A_CYCLE)
+    run(device, rng, BlockMixDescriptor(*shape, early=True, spare=spare), BackendKind.STREAMED)
 
 
 def test_many_blocks_stream_by_a_transposed_matrix_only(device, rng):

@@ -21,6 +21,7 @@ from plans.matmul import (
     SegmentedMatmulDescriptor,
     SegmentedMatmulPlan,
     measure,
+    skinny,
 )
 from plans.matmul.mma import TILES, MmaProgram
 from plans.matmul.skinny import SkinnyProgram, likely_tiles
@@ -131,6 +132,16 @@ def test_every_tile_that_may_be_chosen(device, rng):
             launch(stream, arguments)
             device.synchronize(stream)
             assert_kept(problem, SegmentedMatmulPlan.select(None, descriptor, device=device))
+
+
+@pytest.mark.parametrize(
+    ("m", "n", "late", "row_groups"),
+    [(16, 14336, True, 4), (9, 12288, True, 4), (16, 4096, True, 2), (8, 14336, True, 2), (16, 14336, False, 2)],
+)
+def test_large_blocks_where_many_rows_wait_for_late_operands(monkeypatch, m, n, late, row_groups):
+    monkeypatch.setattr(skinny, "BLOCKS", 128)
+    segments = (Segment(4096), Segment(16, late=late))
+    assert likely_tiles(SegmentedMatmulDescriptor(m, n, segments))[0].row_groups == row_groups
 
 
 def test_a_measured_program_runs_over_operands_of_its_own(device, monkeypatch):

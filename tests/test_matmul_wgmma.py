@@ -117,6 +117,7 @@ def test_blocks_along_a_diagonal(device, poisoned, rng, block, depth):
 EPILOGUES = {
     "bias": (Bias(),),
     "bias f32, residual": (Bias(F32), Residual()),
+    "residual": (Residual(),),
     "scales": (RowScale(F32), ColumnScale(F16)),
     "gelu": (Bias(), Activation("gelu")),
     "swiglu": (Gate("silu"),),

@@ -107,10 +107,13 @@ def test_gradients_of_w2_s_factors(rows, mixing, block, rank, rng):
         assert np.linalg.norm(found.numpy().astype(np.float64) - value) <= 2**-7 * np.linalg.norm(value)
 
 
-@pytest.mark.parametrize("trained", [(1,), (2,), (0, 2), (1, 2)], ids=str)
-def test_some_gradients_of_narrow_blocks(trained, rng):
+@pytest.mark.parametrize(
+    ("mixing", "block"), [((3, 8), (8, 16))] if SIMULATOR else [((3, 8), (8, 16)), ((8, 8), (384, 384))], ids=str
+)
+@pytest.mark.parametrize("trained", [(1,), (2,), (0, 1), (0, 2), (1, 2)], ids=str)
+def test_some_gradients(mixing, block, trained, rng):
     """Those that are asked for, whatever else would be made in the same pass: as when all are."""
-    rows, (a, b), (c, d) = 9 if SIMULATOR else 520, (3, 8), (8, 16)
+    rows, (a, b), (c, d) = 9 if SIMULATOR else 1024, mixing, block
     shapes = ((rows, b * d), (a * c, b * d), (a, b), (c, d), (rows, a * c))
     values = [0.25 * rng.standard_normal(shape) for shape in shapes]
 

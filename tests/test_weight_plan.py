@@ -40,7 +40,7 @@ from plans.weight import (
     WeightLayout,
     WeightPlan,
 )
-from plans.weight.tile import MAX_ROWS, MMA
+from plans.weight.tile import MAX_ROWS, MMA, blocks_ahead
 
 CASES = wc.cases()
 
@@ -107,6 +107,10 @@ def test_results_repeat_bit_for_bit(device, rng, sku):
     inputs = Inputs.random(descriptor, rng)
     first, second = (run(descriptor, sku, inputs, device).values for _ in range(2))
     np.testing.assert_array_equal(first.view(np.uint16), second.view(np.uint16))
+
+
+def test_short_launches_ask_for_bases_ahead_and_long_ones_do_not():
+    assert [blocks_ahead(blocks, at_once=264) for blocks in (264, 265, 4 * 264, 4 * 264 + 1)] == [0, 396, 396, 0]
 
 
 small_shapes = st.builds(

@@ -1,30 +1,23 @@
 """Gradients of a low-rank adapter's factors on Hopper: products of few columns over all rows, `streamed`.
 
 As of `low_rank`, a side is a wide matrix, g or x, whose columns are the rows of a product with t or t_g: both lie by
-lines of the sum, so that TMA brings 64 rows of both a stage. Where `low_rank_pass` has made parts of d_up, threads that
-neither load nor multiply add them up.
+lines of the sum, so that TMA brings 64 rows of both a stage.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 
-from kernels import barrier, bits, memory
+from kernels import barrier
 from kernels.elements import ELEMENTS
 from kernels.matmul.streamed import Hooks, nothing_aside, streamed
 from kernels.matmul.streamed_tile import GROUP_ROWS, StreamTile
-from kernels.target import cuda, device, f32, f32p, i64, kernel_factory, types
+from kernels.target import device, f32, i64, kernel_factory, types
 from kernels.wgmma import DEPTH
 
 SUMS, COLUMNS = range(2)
 """Positions of a side's result: its pointer, and columns of the wide matrix."""
-RANK, SCALE, SUMMED, PARTS, NUMBER, COUNT = range(6)
-"""Positions of what both sides share, and of a result that parts make: its pointer, theirs, how many, elements."""
-
-_AT_ONCE, _WORDS = 4, 4
-"""Parts whose loads are under way together, each of so many elements."""
+RANK, SCALE = range(2)
 
 _GROUP_BYTES = GROUP_ROWS * DEPTH * 2
 _u32 = np.uint32
@@ -50,44 +43,14 @@ def _side_of_tile(number, tiles):
     return _u32(1) if number >= tiles else _u32(0)
 
 
-def _adder(out: str) -> Callable:
-    """A device function, `streamed`'s work aside: d_up of its parts, in order."""
-    store, loaded = ELEMENTS[out].store, _AT_ONCE * _WORDS
-
-    @device
-    def add_up(results, narrow, more, number, count):
-        sums, words = cuda.local.array(_WORDS, np.float32), cuda.local.array(loaded, np.uint32)
-        parts, elements = more[NUMBER], more[COUNT]
-        at = number * np.int64(_WORDS)
-        while at < elements:
-            for i in range(_WORDS):
-                sums[i] = np.float32(0)
-            first = np.int64(0)
-            while first < parts:
-                for i in range(_AT_ONCE):
-                    a = b = c = d = _u32(0)
-                    if first + np.int64(i) < parts:
-                        a, b, c, d = memory.load128_stream(more[PARTS], (first + np.int64(i)) * elements + at)
-                    words[4 * i], words[4 * i + 1], words[4 * i + 2], words[4 * i + 3] = a, b, c, d
-                for i in range(loaded):
-                    sums[i % _WORDS] += bits.bits_f32(words[i])
-                first += np.int64(_AT_ONCE)
-            for i in range(_WORDS):
-                store(more[SUMMED], at + np.int64(i), sums[i] * more[SCALE])
-            at += count * np.int64(_WORDS)
-
-    return add_up
-
-
 @kernel_factory(
-    ("bf16", "f32", StreamTile(2, 16, 2, 2, True, True, 1, True), (False, False), True),
     ("bf16", "f32", StreamTile(2, 16, 4, 4, True, True, 1, True), (True, False)),
     ("bf16", "bf16", StreamTile(3, 64, 1, 1, True, True, 2), (True, False)),
     ("f16", "f32", StreamTile(1, 8, 2, 2, True, True, 2), (False, False)),
 )
-def low_rank_gradient_streamed(kind: str, out: str, tile: StreamTile, turned: tuple[bool, bool], summed: bool = False):
+def low_rank_gradient_streamed(kind: str, out: str, tile: StreamTile, turned: tuple[bool, bool]):
     """Parameters: both sides' results, the maps of both wide matrices, of both narrow ones, `streamed`'s (tiles of the
-    first side and of both), the rank, the scale, and where a result is ``summed`` :data:`SUMMED` to :data:`COUNT`.
+    first side and of both), the rank, the scale.
 
     Results are [rank, column], or stored the other way round where the side is ``turned``.
     """
@@ -117,7 +80,5 @@ def low_rank_gradient_streamed(kind: str, out: str, tile: StreamTile, turned: tu
             put_one(result, is_turned, more, column, rank + np.int64(1), second)
 
     result = types.Tuple((ELEMENTS[out].pointer, i64))
-    aside = _adder(out) if summed else nothing_aside
-    maps, hooks = types.Tuple((i64, i64)), Hooks(_acquire, load, put, aside, _side_of_tile)
-    more = (i64, f32, *((ELEMENTS[out].pointer, f32p, i64, i64) if summed else ()))
-    return streamed(tile, kind, hooks, types.Tuple((result, result)), maps, maps, types.Tuple(more))
+    maps, hooks = types.Tuple((i64, i64)), Hooks(_acquire, load, put, nothing_aside, _side_of_tile)
+    return streamed(tile, kind, hooks, types.Tuple((result, result)), maps, maps, types.Tuple((i64, f32)))

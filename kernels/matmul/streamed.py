@@ -114,11 +114,8 @@ def _producer(tile: StreamTile, hooks: Hooks) -> Callable:
     return produce
 
 
-def accumulator(tile: StreamTile, kind: str) -> Callable:
-    """A device function: sums of a warpgroup's 64 rows over so many stages of a tile, and the next stage and phase.
-
-    ``tile`` may be of another class with the same attributes.
-    """
+def _accumulator(tile: StreamTile, kind: str) -> Callable:
+    """A device function: sums of a warpgroup's 64 rows over the block's stages of a tile; the next stage and phase."""
     columns, stages, stage_bytes = tile.columns, _u32(tile.stages), _u32(tile.a_bytes + tile.b_bytes)
     zero, a_k_major, k_major = wgmma.zero_sums(columns), not tile.a_by_lines, not tile.by_lines
     multiply = wgmma.multiply_add(columns, wgmma.STEPS, a_k_major, k_major, kind, tile.span)
@@ -152,15 +149,14 @@ def accumulator(tile: StreamTile, kind: str) -> Callable:
 
 
 @device
-def line_of(pair):
+def _line_of(pair):
     """The row within its warpgroup's 64 that a pair of a thread's sums belongs to."""
     thread = _u32(thread_index() & _u32(WARPGROUP - 1))
     return _u32(((thread >> _u32(5)) << _u32(4)) + ((thread & _u32(31)) >> _u32(2)) + ((pair & _u32(1)) << _u32(3)))
 
 
 @device
-def column_of(pair):
-    """The first of the two columns that a pair of a thread's sums belongs to."""
+def _column_of(pair):
     return _u32(((pair >> _u32(1)) << _u32(3)) + ((thread_index() & _u32(3)) << _u32(1)))
 
 
@@ -171,10 +167,10 @@ def _stored(hooks: Hooks) -> Callable:
     @device
     def store(result, b, work, more, group, number, pair, first, second):
         height, tiles = _u32(work[HEIGHT]), _u32(work[TILES])
-        line, batch = _u32(group * _u32(GROUP_ROWS) + line_of(pair)), batch_of(number, tiles)
+        line, batch = _u32(group * _u32(GROUP_ROWS) + _line_of(pair)), batch_of(number, tiles)
         row = np.int64(_u32(_u32(_u32(number - batch * tiles) * height) + line))
         if line < height:
-            put(result, b, more, np.int64(batch), row, np.int64(column_of(pair)), first, second)
+            put(result, b, more, np.int64(batch), row, np.int64(_column_of(pair)), first, second)
 
     return store
 
@@ -184,13 +180,11 @@ def _nothing(sums, base, result, b, work, more, group, number):
     pass
 
 
-def each_eight(columns: int, one: Callable, nothing: Callable) -> Callable:
-    """A device function of sums and more: ``one(number, values of eight columns, rest)`` after the other, and
-    ``nothing`` in the end.
-    """
-    chain = nothing
-    for number in reversed(range(columns // 8)):
-        chain = one(number, wgmma.part_of_sums(columns, 4 * number, 4), chain)
+def _each_tile(tile: StreamTile, one: Callable) -> Callable:
+    """A device function that does ``one(eight columns)`` of the sums after the other."""
+    chain = _nothing
+    for number in reversed(range(tile.columns // 8)):
+        chain = one(number, wgmma.part_of_sums(tile.columns, 4 * number, 4), chain)
     return chain
 
 
@@ -272,9 +266,9 @@ def streamed(
     the one before, and then lets the next begin, unless it runs beside.
     """
     assert tile.parts == 1 or tile.parts == tile.cluster, tile
-    produce, accumulate, share = _producer(tile, hooks), accumulator(tile, kind), _share(tile)
+    produce, accumulate, share = _producer(tile, hooks), _accumulator(tile, kind), _share(tile)
     together, parts, groups = tile.parts > 1, _u32(tile.parts), _u32(tile.groups)
-    leave = each_eight(tile.columns, _parker(tile) if together else _storer(hooks), _nothing)
+    leave = _each_tile(tile, _parker(tile) if together else _storer(hooks))
     finish, acquire, aside = _finisher(tile, hooks), hooks.acquire, hooks.aside
     beside, make_pairs = tile.beside, pair_maker(tile.stages, tile.groups)
     barriers_at = _u32(tile.stages * (tile.a_bytes + tile.b_bytes) + tile.sums_bytes)

@@ -10,9 +10,7 @@ from kernels.target import HOPPER_SHARED_BYTES
 from kernels.wgmma import DEPTH
 
 GROUP_ROWS = 64
-LEAST_SPAN = 32
-"""Bytes of the shortest line that a map swizzles."""
-
+_LEAST_SPAN = 32
 _PAIRED_BYTES = 116 * 1024
 """Shared memory for stages of blocks that share a depth: more than a half, as a grid of few blocks must not queue on
 some multiprocessors, and little more, so that they may take places while another grid ends."""
@@ -56,7 +54,7 @@ class StreamTile:
     @property
     def span(self) -> int:
         """Bytes of a line of B's stage."""
-        return max(LEAST_SPAN, 2 * self.columns) if self.by_lines else 2 * DEPTH
+        return max(_LEAST_SPAN, 2 * self.columns) if self.by_lines else 2 * DEPTH
 
     @property
     def b_bytes(self) -> int:

@@ -20,7 +20,7 @@ from kernels.parameters import flat_length, table_reader
 from kernels.target import blocks_by_shared, cuda, device, f32, f32p, i32p, i64, i64p, kernel_factory, types
 from kernels.weight.low_rank_tile import RESULTS, ROWS_OF_LANE, Product, Tile
 from kernels.weight.sources import source_parameters
-from kernels.weight.tile_groups import base_access, group_chain, ordered, requests, shared_bytes, sink_of
+from kernels.weight.tile_groups import ask_ahead, base_access, group_chain, ordered, requests, shared_bytes, sink_of
 from kernels.weight.tile_sinks import STATE_WORDS
 from kernels.weight.tile_sources import Source, factor_elements, held_words, point_name, product_words, summed
 
@@ -207,12 +207,19 @@ _EXAMPLES = (
 
 @kernel_factory(*_EXAMPLES)
 def weight_tile(base, out, sources, sink, check, tile, early=False):
-    """One weight. Parameters: base, out, rows, columns, tiles of a walk, flag, sources, sink; grid (column tiles,
-    walks).
+    """One weight.
+
+    Parameters: base, out, rows, columns, tiles of a walk, flag, sources, sink, how many blocks ask for their base while
+    the launch before still runs (merges whose base waits in registers); grid (column tiles, walks).
     """
     body, enter = _tile_body(base, out, sources, sink, check, tile), entrance(early, any_size=True)
 
-    def kernel(base_pointer, out_pointer, rows, columns, walk, flag, p, sink_p):
+    asks = early and sink == "merge" and tile.base == "registers"
+    ask = ask_ahead(base or out, tile)
+
+    def kernel(base_pointer, out_pointer, rows, columns, walk, flag, p, sink_p, ahead):
+        if asks and warp.block_y() * warp.grid_x() + warp.block_x() < ahead:
+            ask(base_pointer, warp.block_y(), rows, warp.block_x(), columns)
         enter()
         shared = cuda.shared.array(0, np.uint16, alignment=1024)
         body(
@@ -229,7 +236,8 @@ def weight_tile(base, out, sources, sink, check, tile, early=False):
             sink_p,
         )
 
-    return kernel, _parameters(base, out, sources, sink), _options(base, sources, sink, tile) | early_options(early)
+    parameters = (*_parameters(base, out, sources, sink), i64)
+    return kernel, parameters, _options(base, sources, sink, tile) | early_options(early)
 
 
 @kernel_factory(("bf16", "bf16", (_OI,), "merge", True, _WHOLE), ("bf16", "bf16", (_OI,), "merge", True, _WHOLE, True))

@@ -11,13 +11,16 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from kernels import warp
+from kernels import memory, warp
 from kernels.elements import ELEMENTS, parked8
 from kernels.target import cuda, device
 from kernels.weight.low_rank_tile import RESULTS, ROWS_OF_LANE, Tile
 from kernels.weight.settle import settler
 from kernels.weight.tile_sinks import SINKS
 from kernels.weight.tile_sources import Source, factor_elements, held_words, summed
+
+LINE_BYTES = 128
+"""What L2 is asked for at a time."""
 
 
 def shared_bytes(base: str | None, sources: tuple[Source, ...], tile: Tile) -> int:
@@ -86,6 +89,30 @@ def requests(base, out, sources, tile) -> Callable:
                     request(shared, raw, np.uint32(slot), thread, pointer, row_at + column)
 
     return request_tile
+
+
+@functools.cache
+def ask_ahead(base: str, tile: Tile) -> Callable:
+    """``ask(pointer, tile_row, rows, tile_column, columns)``: a tile's base on its way to L2.
+
+    That may be done while an earlier launch still writes it.
+    """
+    tile_rows, tile_columns, threads = tile.rows, tile.columns, 32 * tile.warps
+    line = min(LINE_BYTES // (ELEMENTS[base].words // 2), tile_columns)
+    lines = tile_columns // line
+    turns = -(-tile_rows * lines // threads)
+
+    @device
+    def ask(pointer, tile_row, rows, tile_column, columns):
+        thread = warp.thread_index()
+        for turn in range(turns):
+            item = np.uint32(thread + np.uint32(turn * threads))
+            row = tile_row * np.int64(tile_rows) + np.int64(item // np.uint32(lines))
+            in_tile = np.int64(np.uint32(item % np.uint32(lines)) * np.uint32(line))
+            column = min(tile_column * np.int64(tile_columns) + in_tile, columns - np.int64(8))
+            memory.prefetch_to_keep(pointer, min(row, rows - np.int64(1)) * columns + column)
+
+    return ask
 
 
 @device

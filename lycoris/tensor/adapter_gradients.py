@@ -21,9 +21,6 @@ from plans.adapter_gradient import (
     KroneckerGradientArgs,
     KroneckerGradientDescriptor,
     KroneckerGradientPlan,
-    LongSumArgs,
-    LongSumDescriptor,
-    LongSumPlan,
     LowRankGradientArgs,
     LowRankGradientDescriptor,
     LowRankGradientPlan,
@@ -88,36 +85,6 @@ def _keep_low_rank(
         return LowRankGradientArgs([side for side in sides if side[1].shape[1]], scale)
 
     return keep(key, plan, of_layouts(layouts, first.device), sources, make, layouts)
-
-
-def low_rank_gradients_of_parts(
-    u: Tensor, x: Tensor, parts: Tensor, kind: ElementKind, *, beside: bool = False
-) -> tuple[Tensor, Tensor]:
-    """d_down = u.T @ x, and d_up, the sum of ``parts`` [part, out, rank]; one launch.
-
-    u and x are of one kind, u contiguous, its columns a multiple of eight. ``beside`` as of `low_rank_gradients`.
-    """
-    given, x = x, ready(x, transposed=False)
-    beside = beside and x is given  # a copy is a launch
-    (number, out, rank), operands = parts.shape, (x, u, parts)
-    layouts = [layout_of(shape, kind) for shape in ((rank, x.shape[1]), (out, rank))]
-    key = ("low-rank gradient of parts", kind, beside, x.device.ordinal, *[operand.layout for operand in operands])
-    found = kept(key)
-    if found is None:
-        descriptor = LowRankGradientDescriptor(
-            x.shape[0], out, x.shape[1], rank, x.kind, kind, x_stride=_stride(x), up_parts=number, beside=beside
-        )
-        plan = LowRankGradientPlan.select(None, descriptor, device=x.device)
-
-        def make(*refs: TensorRef) -> LowRankGradientArgs:
-            first, second, *given = refs
-            return LowRankGradientArgs([(first, *given[:2])], summed=(second, given[2]))
-
-        sources = [x, shaped(u, (u.shape[0], 1, rank)), parts]
-        found = keep(key, plan, of_layouts(layouts, x.device), sources, make)
-    d_down, d_up = of_layouts(layouts, x.device)
-    run_prepared(found[0], (d_down, d_up, x, u, parts))
-    return d_down, d_up
 
 
 def _columns(x: Tensor | None) -> int:
@@ -208,28 +175,6 @@ def kronecker_back(
         found = keep(key, plan, [d_x, d_w1], operands, functools.partial(KroneckerBackArgs, scale=scale))
     run_prepared(found[0], (d_x, d_w1, *operands))
     return shaped(d_x, (problem.rows, b * d)), d_w1
-
-
-@functools.lru_cache(1 << 12)
-def long_sum_problem(
-    rows: int, left: int, right: int, kind: ElementKind, out: ElementKind, device: Device,
-    spare: tuple[int, float] | None = None,
-) -> LongSumDescriptor | None:  # fmt: skip
-    """The problem of a.T @ b, where it is one of many rows and few columns. ``spare`` as of `kronecker_problem`."""
-    descriptor = LongSumDescriptor(rows, left, right, kind, out, spare is not None, spare or (0, 0.0))
-    return descriptor if LongSumPlan.is_fast(descriptor, device) else None
-
-
-def long_sum(problem: LongSumDescriptor, a: Tensor, b: Tensor) -> Tensor:
-    """The product a.T @ b of contiguous matrices."""
-    out = empty((problem.left, problem.right), problem.out, a.device)
-    key = ("long sum", problem, a.device.ordinal)
-    found = kept(key)
-    if found is None:
-        plan = LongSumPlan.select(None, problem, device=a.device)
-        found = keep(key, plan, [out], [a, b], LongSumArgs)
-    run_prepared(found[0], (out, a, b))
-    return out
 
 
 def hadamard_gradients(

@@ -20,13 +20,14 @@ from lycoris.errors import RefusedInput
 from lycoris.tensor import autograd
 from lycoris.tensor.adapted import refuse_mixed
 from lycoris.tensor.adapter_gradients import (
+    kronecker_back,
+    kronecker_back_problem,
     kronecker_gradients,
     kronecker_problem,
     low_rank_gradients,
     mixing_gradient,
 )
 from lycoris.tensor.creation import from_numpy
-from lycoris.tensor.kronecker_wide import wide_gradients
 from lycoris.tensor.launch import compact, compute, converted, empty, keep, kept, of_layout, run_prepared, shaped
 from lycoris.tensor.mixing import fits_spare, mixed
 from lycoris.tensor.products import check_linear, flipped, matrix_of, product, stored, sum_of_products
@@ -138,19 +139,19 @@ def _in_passes(saved: _Saved, g: Tensor, edges: Sequence[autograd.Node | None]) 
     (a, b), kind, count, d_x, d_w1 = mixing.shape, g.kind, g.shape[0], None, None
     inner = mixed(rows, mixing, d, kind, False, scale) if saved.inner is None else saved.inner
     inner = shaped(inner, (count * a, d))
-    wide, factors = None, (mixing, saved.second)
+    problem = None
     if edges[0] and edges[1]:
-        kinds = edges[0].kind, edges[1].kind, edges[2].kind if len(chain) == 1 and edges[2] else None
-        wide = wide_gradients(g, rows, matrix, factors, inner, scale, kinds)
+        problem = kronecker_back_problem(count, (a, b), (c, d), kind, edges[1].kind, g.device)
     grown = [shaped(g, (count * a, c))]
-    for factor in chain if not wide and (edges[1] or (edges[0] and d <= c)) else chain[:-1]:
+    for factor in chain if not problem and (edges[1] or (edges[0] and d <= c)) else chain[:-1]:
         grown.append(product(grown[-1], factor, kind))
     pairs = grown[0], inner
     # Where blocks are few and wide, w1's gradient is made beside d_x's product, whose operands are held here; those of
     # narrow blocks read more, and would slow the product down.
     beside = bool(edges[0] and edges[1] and _NARROW < d <= c)
-    if wide:
-        d_x, d_w1 = wide.d_x, wide.d_w1
+    if problem:
+        back, d_w1 = kronecker_back(problem, g, rows, mixing, saved.second, scale)
+        d_x = sum_of_products(((g, matrix),), (1.0,), edges[0].kind, None, back)
     elif edges[0] and d <= c:  # mixed after w2, which w1 wants anyway, there is no more to read, and less to multiply
         back = mixed(shaped(grown[-1], (count, a * d)), mixing, d, kind, True, scale)
         d_x = sum_of_products(((g, matrix),), (1.0,), edges[0].kind, None, back, early=beside)
@@ -158,12 +159,11 @@ def _in_passes(saved: _Saved, g: Tensor, edges: Sequence[autograd.Node | None]) 
         (outer, _), d_x, _ = saved.mixed_first(g, edges[0].kind)
         if b < a:  # the same sum over fewer blocks
             pairs = shaped(outer, (count * b, c)), shaped(rows, (count * b, d))
-    if edges[1] and not wide:
+    if edges[1] and not problem:
         v = shaped(grown[-1], (count, a * d))
         d_w1 = mixing_gradient(v, rows, (a, b), d, edges[1].kind, scale, beside=beside)
     if len(chain) == 1:
-        made = wide.d_w2 if wide else None
-        d_seconds = [_second_gradient(*pairs, edges[2].kind) if edges[2] and made is None else made]
+        d_seconds = [_second_gradient(*pairs, edges[2].kind) if edges[2] else None]
     else:
         d_seconds = _factor_gradients(grown, inner, chain, edges[2:])
     return [d_x, d_w1, *d_seconds]

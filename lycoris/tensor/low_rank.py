@@ -11,11 +11,11 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from lycoris.errors import RefusedInput
 from lycoris.tensor import autograd, pointwise
-from lycoris.tensor.adapter_gradients import low_rank_gradients, low_rank_gradients_of_parts
+from lycoris.tensor.adapter_gradients import low_rank_gradients
 from lycoris.tensor.launch import (
     compact,
     converted,
@@ -40,7 +40,6 @@ from lycoris.tensor.products import (
     stored,
 )
 from lycoris.tensor.tensor import Layout, Shape, Tensor, layout_of
-from plans.adapter_gradient import LowRankPassArgs, LowRankPassPlan, pass_beside
 from plans.core import ElementKind, TensorMut, TensorRef
 from plans.core.prepared import Prepared
 from plans.matmul import (
@@ -82,7 +81,7 @@ def low_rank_linear(
     trained = recorded and (down.requires_grad or up.requires_grad)
     own, beside = bias, like_rows(residual, weight.shape[0])
     if trained and rank % _UNIT == 0:
-        t, out, _, _ = _both(True, (rows, matrix, low, high), scale, kind, own, beside)
+        t, out, _ = _both(True, (rows, matrix, low, high), scale, kind, own, beside)
     else:
         t = product(rows, flipped(low), rows.kind, scale) if trained else None
         out = with_term(rows, flipped(matrix), low, high, scale, kind, own, beside)
@@ -93,23 +92,19 @@ def low_rank_linear(
 
     def pull(g: Tensor, edges: Sequence[autograd.Node | None], already: Tensor | None) -> list[Tensor | None]:
         whole, g, more = g, matrix_of(g, matrix.shape[0]), like_rows(already, matrix.shape[1])
-        u, d_x, parts, overlaps = None, None, None, False
+        u, d_x, overlaps = None, None, False
         if edges[0] and trained and rank % _UNIT == 0:
             # Held until the factors' gradients are launched, which run beside the product that reads them.
-            inner = t if edges[2] and edges[3] else None
-            u, d_x, parts, held = _both(False, (g, matrix, high, low), scale, edges[0].kind, None, more, inner)
+            u, d_x, held = _both(False, (g, matrix, high, low), scale, edges[0].kind, None, more)
             g, overlaps = held[0], edges[1] is None
         elif edges[0]:
             d_x = with_term(g, matrix, flipped(high), flipped(low), scale, edges[0].kind, None, more)
         if u is None and edges[2]:
             u = product(g, high if rank % _UNIT == 0 else flipped(converted(flipped(high), high.kind)), g.kind, scale)
         d_weight = product(flipped(g), rows, edges[1].kind) if edges[1] else None
-        d_down, d_up, factors = None, None, edges[2] or edges[3]
-        if parts is not None:
-            d_down, d_up = low_rank_gradients_of_parts(u, rows, parts, factors.kind, beside=overlaps)
-        elif factors:
-            pairs = ((u, rows) if edges[2] else None, (g, t) if edges[3] else None)
-            d_down, d_up = low_rank_gradients(*pairs, factors.kind, 1.0, beside=overlaps)
+        factors = edges[2] or edges[3]
+        pairs = ((u, rows) if edges[2] else None, (g, t) if edges[3] else None)
+        d_down, d_up = low_rank_gradients(*pairs, factors.kind, 1.0, beside=overlaps) if factors else (None, None)
         rest = added_gradients(whole, g, edges[4:], own is not None)
         return [None if d_x is None else result_of_shape(d_x, x_shape), d_weight, d_down, d_up, *rest]
 
@@ -132,11 +127,10 @@ def _checked(
 
 
 class _Both(NamedTuple):
-    """Two products' launches, and their results' layouts; the first one's are t and perhaps parts."""
+    """Two products' launches, and their results' layouts."""
 
     first: Prepared
     t: Layout
-    parts: Layout | None
     second: Prepared
     out: Layout
 
@@ -147,11 +141,10 @@ _both_kept: dict[tuple, _Both] = {}
 
 def _both(
     turned: bool, operands: tuple[Tensor, ...], scale: float, kind: ElementKind, bias: Tensor | None,
-    residual: Tensor | None, inner: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor | None, tuple[Tensor, ...]]:  # fmt: skip
+    residual: Tensor | None,
+) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:  # fmt: skip
     """Of a, b, narrow and wide: t = scale * a @ narrow in a's kind, and a @ b + t @ wide (+ bias) (+ residual).
 
-    Where one pass over a can make both beside the second product, parts of a.T @ ``inner`` come with t, else None.
     ``turned``: b, narrow and wide are the transposes of what is given. The second product begins before the first ends:
     nothing is launched between them, and what they read, which is given too, stays until both are launched. Where it is
     not turned, the launch after both may run beside the second.
@@ -159,25 +152,20 @@ def _both(
     (a, b, narrow, wide), device = operands, operands[0].device
     added = tuple([x for x in (bias, residual) if x is not None])
     layouts = a.layout, b.layout, narrow.layout, wide.layout, *[x.layout for x in added]
-    key = (turned, scale, kind, bias is None, inner is None, device.ordinal, layouts)
+    key = (turned, scale, kind, bias is None, device.ordinal, layouts)
     found = _both_kept.get(key)
     if found is None or (a.address | b.address | narrow.address | wide.address) & 15:
-        found, operands, added = _prepare_both(key, turned, operands, scale, kind, bias, residual, inner)
+        found, operands, added = _prepare_both(key, turned, operands, scale, kind, bias, residual)
         a, b, narrow, wide = operands
-    parts = None
-    if found.parts is None:
-        t, out = of_layouts((found.t, found.out), device)
-        run_prepared(found.first, (t, a, narrow))
-    else:
-        t, parts, out = of_layouts((found.t, found.parts, found.out), device)
-        run_prepared(found.first, (t, parts, a, narrow, inner))
+    t, out = of_layouts((found.t, found.out), device)
+    run_prepared(found.first, (t, a, narrow))
     run_prepared(found.second, (out, a, b, t, wide, *added))
-    return t, out, parts, (*operands, *added)
+    return t, out, (*operands, *added)
 
 
 def _prepare_both(
     key: tuple, turned: bool, given: tuple[Tensor, ...], scale: float, kind: ElementKind, bias: Tensor | None,
-    residual: Tensor | None, inner: Tensor | None,
+    residual: Tensor | None,
 ) -> tuple[_Both, tuple[Tensor, ...], tuple[Tensor, ...]]:  # fmt: skip
     """The launches, the operands as they take them, and what is added; kept where nothing had to be copied."""
     wanted = tuple([flipped(x) if turned and number else x for number, x in enumerate(given)])
@@ -186,43 +174,15 @@ def _prepare_both(
     t = layout_of((a.shape[0], narrow.shape[1]), a.kind)
     small = Tensor(a.storage, t)  # only its layout counts
     second, out = prepared_sum((a, b, small, wide), (1.0, 1.0), kind, *terms, early=not turned, late=True)
-    program, parts = second.plan.program, None
-    if passed := _prepare_pass(program, a, narrow, inner, scale):
-        first, parts = passed
-    else:
-        beside = blocks_beside(program, a.device, a.shape[0], 1, narrow.shape[1], a.shape[1])
-        first, _ = prepared_sum((a, narrow), (scale,), a.kind, early=True, beside=beside)
-    found = _Both(first, t, parts, second, out)
+    beside = blocks_beside(second.plan.program, a.device, a.shape[0], 1, narrow.shape[1], a.shape[1])
+    first, _ = prepared_sum((a, narrow), (scale,), a.kind, early=True, beside=beside)
+    found = _Both(first, t, second, out)
     added = tuple([x for x in terms if x is not None])
     if all(x is y for x, y in zip((*operands, *terms), (*wanted, bias, residual), strict=True)):
         if len(_both_kept) >= _MOST_KEPT:
             _both_kept.clear()
         _both_kept[key] = found
     return found, operands, added
-
-
-def _prepare_pass(
-    program: Any, a: Tensor, narrow: Tensor, inner: Tensor | None, scale: float
-) -> tuple[Prepared, Layout] | None:
-    """The launch of t = scale * a @ narrow and of parts of a.T @ inner, and their layout, where it pays."""
-    if (
-        inner is None
-        or a.strides[1] != 1
-        or not narrow.contiguous_
-        or any([x.kind is not a.kind for x in (narrow, inner)])
-    ):
-        return None
-    (rows, columns), rank, device = a.shape, narrow.shape[1], a.device
-    descriptor = pass_beside(program, device, (rows, columns), rank, a.kind, 0 if a.contiguous_ else a.strides[0])
-    if descriptor is None:
-        return None
-    plan = LowRankPassPlan.select(None, descriptor, device=device)
-    results = [empty((rows, rank), a.kind, device), empty((descriptor.parts, columns, rank), ElementKind.F32, device)]
-    prepared, _ = keep(
-        ("low-rank pass", descriptor, scale, device.ordinal), plan, results, [a, narrow, inner],
-        functools.partial(LowRankPassArgs, scale=scale),
-    )  # fmt: skip
-    return prepared, results[1].layout
 
 
 def with_term(

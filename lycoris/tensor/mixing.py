@@ -11,6 +11,7 @@ from lycoris.tensor.adapter_gradients import mixing_gradient
 from lycoris.tensor.launch import compact, converted, empty, keep, kept, run_prepared, same_device, shaped
 from lycoris.tensor.tensor import Tensor
 from plans.block_mix import BlockMixArgs, BlockMixDescriptor, BlockMixPlan
+from plans.block_mix_streamed import spare_holds_all
 from plans.core import BackendKind, Device, ElementKind, PlanPreference
 
 
@@ -52,7 +53,8 @@ def fits_spare(
     """Whether what an ``early`` mix's next launch spares is all that the mix needs."""
     kinds = (kind,) * 3
     descriptor = BlockMixDescriptor(rows, out_blocks, in_blocks, width, *kinds, transposed, early=True, spare=spare)
-    return BlockMixPlan.choose(descriptor, PlanPreference(), device).backend is BackendKind.STREAMED
+    streamed = BlockMixPlan.choose(descriptor, PlanPreference(), device).backend is BackendKind.STREAMED
+    return streamed and spare_holds_all(descriptor)
 
 
 def mixed(

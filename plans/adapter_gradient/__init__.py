@@ -13,9 +13,7 @@ from plans.adapter_gradient.kronecker import (
     KroneckerGradientPlan,
 )
 from plans.adapter_gradient.kronecker_back import KroneckerBackArgs, KroneckerBackDescriptor, KroneckerBackPlan
-from plans.adapter_gradient.long_sum import LongSumArgs, LongSumDescriptor, LongSumPlan
 from plans.adapter_gradient.low_rank import LowRankGradientArgs, LowRankGradientDescriptor, LowRankGradientPlan
-from plans.adapter_gradient.low_rank_pass import LowRankPassArgs, LowRankPassDescriptor, LowRankPassPlan, pass_beside
 
 __all__ = [
     "MOST_RANK",
@@ -31,14 +29,7 @@ __all__ = [
     "KroneckerGradientArgs",
     "KroneckerGradientDescriptor",
     "KroneckerGradientPlan",
-    "LongSumArgs",
-    "LongSumDescriptor",
-    "LongSumPlan",
     "LowRankGradientArgs",
     "LowRankGradientDescriptor",
     "LowRankGradientPlan",
-    "LowRankPassArgs",
-    "LowRankPassDescriptor",
-    "LowRankPassPlan",
-    "pass_beside",
 ]

@@ -100,8 +100,8 @@ class KroneckerBackDescriptor:
         """Both results of g, x, w1, w2 in float64, each with the magnitude that the guarantee is relative to."""
 
         def both(g: np.ndarray, x: np.ndarray, w1: np.ndarray, w2: np.ndarray, factor: float) -> list[np.ndarray]:
-            u = g @ w2
-            return [factor * np.einsum("lm,tld->tmd", w1, u), factor * np.einsum("tld,tmd->lm", u, x)]
+            u = (g.reshape(-1, g.shape[2]) @ w2).reshape(*g.shape[:2], w2.shape[1])  # one product, not one a row
+            return [factor * (w1.T @ u), factor * np.tensordot(u, x, axes=((0, 2), (0, 2)))]
 
         exact = [np.asarray(array, np.float64) for array in arrays]
         sizes = [np.abs(array) for array in exact]

@@ -61,7 +61,6 @@ class LowRankGradientDescriptor:
         part_stride: Elements from a row's one part to the other; 0 for the rank.
         g_stride: Elements from a row of g to the next; 0 where it is contiguous.
         x_stride: The same of x.
-        up_parts: So many parts, [out, rank] in fp32, of which d_up is the sum, in place of g and t; 0 for those.
         beside: The launch before this one makes nothing that is taken here, and waits itself for what came before: this
             one may run beside it, where the device can, and ends after it.
     """
@@ -77,18 +76,12 @@ class LowRankGradientDescriptor:
     part_stride: int = 0
     g_stride: int = 0
     x_stride: int = 0
-    up_parts: int = 0
     beside: bool = False
 
     category = OpCategory.MATMUL
 
     def __post_init__(self) -> None:
         extents = (self.rows, self.out_features, self.in_features, self.rank)
-        if self.up_parts and (self.up_parts < 0 or not min(extents)):
-            raise InvalidProblem(
-                f"low-rank gradient: d_up of {self.up_parts} parts and rows, out, in, rank {extents}, wanted at "
-                "least 1 of each; give g and t"
-            )
         if min(extents) < 0 or self.parts not in (1, 2):
             raise InvalidProblem(
                 f"low-rank gradient: rows, out, in, rank {extents} in {self.parts} parts: wanted none negative, and "
@@ -113,31 +106,25 @@ class LowRankGradientDescriptor:
     def _part(self) -> int:
         return self.part_stride or self.rank
 
-    @property
-    def sides(self) -> tuple[tuple[str, str, int, int, bool], ...]:
-        """Of each product its factor's and its wide matrix' name, columns, stride, and whether it is transposed."""
-        up = ("up", "g", 0 if self.up_parts else self.out_features, self.g_stride, True)
-        down = ("down", "x", self.in_features, self.x_stride, False)
-        return tuple(side for side in (up, down) if side[2])
+    def _sides(self) -> tuple[tuple[str, str, int, int, bool], ...]:
+        sides = (
+            ("up", "g", self.out_features, self.g_stride, True),
+            ("down", "x", self.in_features, self.x_stride, False),
+        )
+        return tuple(side for side in sides if side[2])
 
     def operands(self) -> tuple[Operand, ...]:
-        """``d_up``, ``g``, ``t`` where d_up is wanted, then ``d_down``, ``x``, ``t_g`` where that is; ``d_up`` and
-        ``parts`` after these where it is the sum of such.
-        """
+        """``d_up``, ``g``, ``t`` where d_up is wanted, then ``d_down``, ``x``, ``t_g`` where that is."""
         found: list[Operand] = []
         shape = (self.rows, self.parts, self.rank)
         inner = (self.inner_stride or self.parts * self._part, self._part, 1)
-        for name, wide, columns, stride, transposed in self.sides:
+        for name, wide, columns, stride, transposed in self._sides():
             result = (columns, self.rank) if transposed else (self.rank, columns)
             found += [
                 Operand(f"d_{name}", self.out, result, writes=True),
                 Operand(wide, self.element, (self.rows, columns), layout=(stride or columns, 1)),
                 Operand("t" if wide == "g" else "t_g", self.element, shape, layout=inner),
             ]
-        if self.up_parts:
-            shape = (self.out_features, self.rank)
-            parts = Operand("parts", ElementKind.F32, (self.up_parts, *shape))
-            found += [Operand("d_up", self.out, shape, writes=True), parts]
         return tuple(found)
 
     def reference(self, arrays: Sequence[np.ndarray], scale: float = 1.0) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -146,36 +133,27 @@ class LowRankGradientDescriptor:
         ``arrays`` are the operands that are read, in order.
         """
         found = []
-        of_sides = arrays[: 2 * len(self.sides)]
-        for (_, _, _, _, transposed), wide, narrow in zip(self.sides, of_sides[0::2], of_sides[1::2], strict=True):
+        for (_, _, _, _, transposed), wide, narrow in zip(self._sides(), arrays[0::2], arrays[1::2], strict=True):
             wide, narrow = np.asarray(wide, np.float64), np.asarray(narrow, np.float64)
             exact, size = narrow.sum(1).T @ wide, np.abs(narrow).sum(1).T @ np.abs(wide)
             exact, size = scale * exact, abs(scale) * size
             found.append((exact.T, size.T) if transposed else (exact, size))
-        if self.up_parts:
-            parts = np.asarray(arrays[-1], np.float64)
-            found.append((scale * parts.sum(0), abs(scale) * np.abs(parts).sum(0)))
         return found
 
 
 class LowRankGradientArgs(Arguments):
     """For each gradient that is wanted it, the wide operand (g or x) and the narrow one (t or t_g); and the scale.
 
-    The narrow ones are [rows, parts, rank]. ``summed`` is d_up and its parts.
+    The narrow ones are [rows, parts, rank].
     """
 
-    def __init__(
-        self,
-        sides: Sequence[tuple[TensorMut, TensorRef, TensorRef]],
-        scale: float = 1.0,
-        summed: tuple[TensorMut, TensorRef] | None = None,
-    ) -> None:
+    def __init__(self, sides: Sequence[tuple[TensorMut, TensorRef, TensorRef]], scale: float = 1.0) -> None:
         super().__init__()
-        self.sides, self.scale, self.summed = tuple(sides), float(scale), summed
+        self.sides, self.scale = tuple(sides), float(scale)
 
     def tensors(self) -> list[TensorRef]:
-        """Every side's three tensors, and what is summed."""
-        return [tensor for side in (*self.sides, self.summed or ()) for tensor in side]
+        """Every side's three tensors."""
+        return [tensor for side in self.sides for tensor in side]
 
 
 def _turns(descriptor: LowRankGradientDescriptor) -> int:
@@ -213,7 +191,7 @@ def _row_blocks(descriptor: LowRankGradientDescriptor) -> tuple[int, int]:
 
 
 def _column_blocks(descriptor: LowRankGradientDescriptor) -> int:
-    return sum(-(-side[2] // kernel.SPAN) for side in descriptor.sides)
+    return sum(-(-side[2] // kernel.SPAN) for side in descriptor._sides())
 
 
 def _tiles(descriptor: LowRankGradientDescriptor) -> int:
@@ -228,11 +206,11 @@ def _rank_blocks(descriptor: LowRankGradientDescriptor) -> int:
 
 def _partials(descriptor: LowRankGradientDescriptor) -> tuple[Partial, ...]:
     number = _row_blocks(descriptor)[0]
-    return tuple(Partial(number, descriptor.rank, side[2], side[4]) for side in descriptor.sides)
+    return tuple(Partial(number, descriptor.rank, side[2], side[4]) for side in descriptor._sides())
 
 
 def _empty(descriptor: LowRankGradientDescriptor) -> bool:
-    return not descriptor.rank or not descriptor.sides
+    return not descriptor.rank or not descriptor._sides()
 
 
 def _mma_refuses(descriptor: LowRankGradientDescriptor) -> str:
@@ -241,7 +219,7 @@ def _mma_refuses(descriptor: LowRankGradientDescriptor) -> str:
     operands = descriptor.operands()
     axes = [axis for o in operands if not o.writes for axis in zip(o.strides[:-1], o.shape[:-1], strict=True)]
     strides = [stride for stride, extent in axes if extent > 1]
-    columns = [side[2] for side in descriptor.sides]
+    columns = [side[2] for side in descriptor._sides()]
     if any(number % _UNIT for number in (*columns, *strides)):
         return f"wants columns and strides of multiples of {_UNIT}, found columns {columns}, strides {strides}"
     if (
@@ -252,14 +230,8 @@ def _mma_refuses(descriptor: LowRankGradientDescriptor) -> str:
     return ""
 
 
-def _parts_refused(descriptor: LowRankGradientDescriptor) -> str:
-    return f"wants g and t for d_up, found {descriptor.up_parts} parts of it" if descriptor.up_parts else ""
-
-
 def _suits_streamed(descriptor: LowRankGradientDescriptor) -> bool:
     """Whether it reads enough, in columns enough, that one launch of pairs of blocks for 64 columns is the fastest."""
-    if descriptor.up_parts:
-        return True
     elements = descriptor.rows * (descriptor.out_features + descriptor.in_features)
     if SIMULATOR or elements < _LEAST_STREAMED:
         return False
@@ -269,7 +241,7 @@ def _suits_streamed(descriptor: LowRankGradientDescriptor) -> bool:
 
 
 def _guarantee(precision: MathPrecision, descriptor: LowRankGradientDescriptor) -> PrecisionGuarantee:
-    blocks = max(_row_blocks(descriptor)[0], descriptor.up_parts, 2)
+    blocks = max(_row_blocks(descriptor)[0], 2)
     return PrecisionGuarantee(
         math_precision=precision,
         accumulator=ElementKind.F32,
@@ -285,7 +257,7 @@ def _guarantee(precision: MathPrecision, descriptor: LowRankGradientDescriptor) 
 
 def _side_numbers(descriptor: LowRankGradientDescriptor) -> list[tuple[int, int, int, int]]:
     """Each side's columns and strides, as kernels take them."""
-    operands = descriptor.operands()[: 3 * len(descriptor.sides)]
+    operands = descriptor.operands()
     return [
         (wide.shape[1], wide.strides[0], *narrow.strides[:2])
         for wide, narrow in zip(operands[1::3], operands[2::3], strict=True)
@@ -303,7 +275,7 @@ class _MmaProgram:
         hopper = begins_early(device)
         beside = descriptor.beside and hopper
         made = kernel.low_rank_gradient(descriptor.element.value, _tiles(descriptor), descriptor.parts, beside)
-        of_first = -(-descriptor.sides[0][2] // kernel.SPAN)
+        of_first = -(-descriptor._sides()[0][2] // kernel.SPAN)
         self.numbers = _side_numbers(descriptor)
         self.rest = (descriptor.rows, rows_of_block, descriptor.rank, of_first)
         grid = (_column_blocks(descriptor), number, _rank_blocks(descriptor))
@@ -331,7 +303,7 @@ class _PortableProgram:
     def __init__(self, descriptor: LowRankGradientDescriptor, device: Device) -> None:
         self.descriptor, self.launches, self.numbers = descriptor, [], _side_numbers(descriptor)
         kind = descriptor.element.value
-        for _, _, columns, _, transposed in () if _empty(descriptor) else descriptor.sides:
+        for _, _, columns, _, transposed in () if _empty(descriptor) else descriptor._sides():
             made = kernel.low_rank_gradient_portable(descriptor.out.value, kind, kind, descriptor.parts, transposed)
             self.launches.append(made.launcher((-(-descriptor.rank * columns // kernel.THREADS), 1, 1)))
 
@@ -361,7 +333,7 @@ class LowRankGradientPlan(Plan):
             name="mma",
             backend=BackendKind.MMA,
             arch=ArchSku.SM80,
-            refuses=lambda d: _parts_refused(d) or _mma_refuses(d),
+            refuses=_mma_refuses,
             guarantee=lambda d: _guarantee(MathPrecision.BF16_TENSOR_CORE, d),
             build=_MmaProgram,
             workspace=lambda d: 0 if _empty(d) else partial_bytes(_partials(d)),
@@ -371,7 +343,7 @@ class LowRankGradientPlan(Plan):
             name="portable",
             backend=BackendKind.PORTABLE,
             arch=ArchSku.ANY,
-            refuses=lambda d: _parts_refused(d) or _portable_refuses(d),
+            refuses=_portable_refuses,
             guarantee=lambda d: _guarantee(MathPrecision.F32, d),
             build=_PortableProgram,
         ),

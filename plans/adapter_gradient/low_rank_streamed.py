@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -87,9 +86,8 @@ class StreamedProgram:
         self.empty = not descriptor.rank or not operands
         if self.empty:
             return
-        turned = [side[4] for side in descriptor.sides]
-        of_sides = operands[: 3 * len(turned)]
-        self.wides, self.narrows = of_sides[1::3], of_sides[2::3]
+        self.wides, self.narrows = operands[1::3], operands[2::3]
+        turned = [side[4] for side in descriptor._sides()]
         columns = 8 << (-(-descriptor.rank // 8) - 1).bit_length()
         extents = tuple(wide.shape[1] for wide in self.wides)
         layout = _layout(descriptor.rows, extents, device.multiprocessors)
@@ -97,7 +95,7 @@ class StreamedProgram:
         sharing = _SHARING_BESIDE if descriptor.beside else _SHARING
         self.tile = StreamTile(layout.groups, columns, parts, parts, True, True, sharing, descriptor.beside)
         kind, out = descriptor.element.value, descriptor.out.value
-        made = low_rank_gradient_streamed(kind, out, self.tile, (turned[0], turned[-1]), descriptor.up_parts > 0)
+        made = low_rank_gradient_streamed(kind, out, self.tile, (turned[0], turned[-1]))
         tiles = [layout.tiles(extent) for extent in extents]
         self.work = (layout.groups * GROUP_ROWS, tiles[0], sum(tiles), -(-descriptor.rows // DEPTH))
         self.launch = made.launcher((parts * sum(tiles), 1, 1), overlaps=True)
@@ -110,11 +108,7 @@ class StreamedProgram:
         results = [(out.data, wide.shape[1]) for out, wide in zip(outs, self.wides, strict=True)]
         maps = [self._maps(wides, self.wides, (DEPTH, GROUP_ROWS)), self._maps(narrows, self.narrows, self.tile.b_box)]
         flat = [*results[0], *results[-1], *(side for pair in maps for side in (pair[0], pair[-1]))]
-        given = (*flat, *self.work, self.descriptor.rank, np.float32(args.scale))
-        if args.summed is None:
-            return [(self.launch, given)]
-        d_up, parts = args.summed
-        return [(self.launch, (*given, d_up.data, parts.data, self.descriptor.up_parts, math.prod(d_up.shape)))]
+        return [(self.launch, (*flat, *self.work, self.descriptor.rank, np.float32(args.scale)))]
 
     def _maps(self, tensors: tuple[TensorRef, ...], operands: tuple[Operand, ...], box: tuple[int, int]) -> list[int]:
         found = []

@@ -22,6 +22,7 @@ FEW_WARPS, MANY_WARPS = (1, 2) if SIMULATOR else (4, 8)
 """Warps of a block where there are blocks enough for every multiprocessor to run several, and where there are not."""
 BLOCKS = 1 if SIMULATOR else 128
 """Blocks that keep every multiprocessor reading."""
+_LATE_ROW_GROUPS = 4
 MOST_ROWS = 16
 WORDS, MOST_WORDS = 64, 180
 SHARED_BYTES = 47 << 10
@@ -29,8 +30,13 @@ _KINDS = (ElementKind.BF16, ElementKind.F16)
 
 
 def tile_of(descriptor: SegmentedMatmulDescriptor) -> SkinnyTile:
-    """Two groups of rows of B in a block, so that A is read seldom, where that leaves enough blocks."""
+    """Two groups of rows of B in a block, so that A is read seldom, where that leaves enough blocks; four of many rows,
+    where every block waits for late operands in the end.
+    """
     a_groups, blocks_of = 1 if descriptor.m <= 8 else 2, descriptor.n * (descriptor.batch or 1) // GROUP
+    late = a_groups > 1 and any(segment.late for segment in descriptor.segments)
+    if late and 2 * blocks_of >= 3 * BLOCKS * _LATE_ROW_GROUPS:
+        return SkinnyTile(_LATE_ROW_GROUPS, a_groups, FEW_WARPS, 2)
     row_groups = 2 if descriptor.gated or blocks_of // 2 >= BLOCKS else 1
     slot = 8 * row_groups + 4 * a_groups
     warps = FEW_WARPS if blocks_of // row_groups >= 3 * BLOCKS else MANY_WARPS
@@ -45,6 +51,7 @@ def likely_tiles(descriptor: SegmentedMatmulDescriptor) -> list[SkinnyTile]:
     found = [
         estimate,
         replace(estimate, row_groups=2 * rows, unroll=less),
+        replace(estimate, row_groups=2 * rows),
         replace(estimate, row_groups=rows // 2, unroll=2 * unroll),
         replace(estimate, row_groups=rows // 2, warps=other, unroll=2 * unroll),
         replace(estimate, unroll=2 * unroll),
@@ -114,8 +121,9 @@ class SkinnyProgram(MatmulProgram):
             return
         tile = tile or choose_tile(descriptor, device)
         self.tiles, blocks = _blocks(descriptor, tile)
-        overlaps = begins_early(device)
         early = sum(not segment.late for segment in descriptor.segments) % len(descriptor.segments)
+        # Several blocks a multiprocessor, placed while another grid ends, would queue where that has ended first.
+        overlaps = begins_early(device) and (early > 0 or blocks <= device.multiprocessors)
         problem = SkinnyProblem(
             descriptor.segments[0].a.value,
             len(descriptor.segments),

@@ -33,6 +33,9 @@ WALK_WORDS, WARPGROUPS_WALK_WORDS = 32, 24
 """From how many of them tiles walk."""
 WALK_START = 0.35
 LONGEST_WALK = 32
+SHORT_LAUNCH, ROUNDS_AHEAD = 4, 1.5
+"""Rounds of blocks up to which a launch of more than one asks for bases while the one before still runs, and of how
+many rounds it asks for them: measured, see docs/performance.md."""
 _SETTLED = (
     "; where that error could decide a rounding, by the magnitudes of the very terms, the element is summed again in "
     "pairs of fp32; factors that are contracted before are rounded to fp32 and not settled"
@@ -163,6 +166,11 @@ def walk_of(column_tiles: int, row_tiles: int, at_once: int) -> int:
     return min(range(1, min(row_tiles, LONGEST_WALK) + 1), key=busiest)
 
 
+def blocks_ahead(blocks: int, at_once: int) -> int:
+    """How many blocks ask for their base ahead, where ``at_once`` run; long launches would lose by it."""
+    return int(ROUNDS_AHEAD * at_once) if at_once < blocks <= SHORT_LAUNCH * at_once else 0
+
+
 class TileProgram(WeightProgram):
     """One launch over the weight; two for DoRA, the first leaving sums of squares of each row's tiles."""
 
@@ -183,6 +191,7 @@ class TileProgram(WeightProgram):
         at_once = device.multiprocessors * kernel.min_blocks
         self.walk = walk_of(self.tiles, row_tiles, at_once) if tile.base == "walk" else 1
         self.grid = (self.tiles, -(-row_tiles // self.walk), 1)
+        self.ahead = blocks_ahead(self.tiles * row_tiles, at_once)
         if descriptor.is_dora:
             unsettled = dataclasses.replace(tile, settled=False)
             norm = weight_tile.weight_tile(base, out, sources, "norm", False, unsettled, self.early)
@@ -202,12 +211,12 @@ class TileProgram(WeightProgram):
     def weight_launches(self, args: WeightArgs, workspace: Workspace) -> Launches:
         """The merge, for DoRA after the norms."""
         if not self.descriptor.is_dora:
-            return [(self.merge, self.arguments(args, workspace))]
+            return [(self.merge, (*self.arguments(args, workspace), self.ahead))]
         sink = (self.tiles, np.float32(args.strength))
         partials, head = self.scratch(workspace), self.arguments(args, workspace)
         return [
-            (self.norm, (*head, partials, args.out.data, *sink)),
-            (self.merge, (*head, partials, args.magnitude.data, *sink)),
+            (self.norm, (*head, partials, args.out.data, *sink, 0)),
+            (self.merge, (*head, partials, args.magnitude.data, *sink, 0)),
         ]
 
 
