@@ -20,7 +20,7 @@ from kernels.matmul.wgmma_tile import (
     WAITS,
     WgmmaTile,
 )
-from kernels.target import SIMULATOR
+from kernels.target import HOPPER_SHARED_BYTES, SIMULATOR
 from kernels.wgmma import DEPTH, STEPS
 from plans.core.device import Device
 from plans.core.operand import Operand
@@ -44,7 +44,6 @@ MEASURED = 4
 
 _KINDS = (ElementKind.BF16, ElementKind.F16)
 _COLUMNS = (256, 192, 160, 128, 96, 64)
-_SHARED_BYTES = 227 * 1024
 _LARGEST = 1 << 31
 # What the choice of a tile reckons with, in cycles: a stage's products, its bytes from L2, and a tile's beginning and
 # end, when its products do not run.
@@ -98,7 +97,7 @@ def _stores_by_tma(descriptor: SegmentedMatmulDescriptor) -> bool:
 
 def stages_of(tile: WgmmaTile, staging: int) -> int:
     """As many as shared memory has room for beside ``staging`` bytes."""
-    return min(8, (_SHARED_BYTES - staging) // (tile.stage_bytes + 16))
+    return min(8, (HOPPER_SHARED_BYTES - staging) // (tile.stage_bytes + 16))
 
 
 def stage_cycles(tile: WgmmaTile) -> float:

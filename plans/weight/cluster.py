@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from kernels.target import SIMULATOR
+from kernels.target import HOPPER_SHARED_BYTES, SIMULATOR
 from kernels.weight import tile_cluster as kernel
 from kernels.weight.low_rank_tile import Tile
 from plans.core.device import Device
@@ -28,7 +28,7 @@ TEAMS = (1, 2)
 """Into how many shares of columns a block's warps may be divided."""
 ENOUGH_WARPS, ENOUGH_BLOCKS = 16, 256
 """Busy warps of a multiprocessor, and blocks of a launch, beyond which more are not worth another split."""
-SHARED_BYTES, RESERVED_BYTES = 227 * 1024, 1024
+RESERVED_BYTES = 1024
 LEAST_WARPS = 8
 _SOURCES = ("low_rank", "hadamard")
 
@@ -49,7 +49,9 @@ class _Split:
     def warps_resident(self) -> int:
         """Warps that a multiprocessor has room for."""
         warps = self.tile.warps * self.teams
-        return warps * min(SHARED_BYTES // (self.shared_bytes + RESERVED_BYTES), self.warps_by_registers // warps)
+        return warps * min(
+            HOPPER_SHARED_BYTES // (self.shared_bytes + RESERVED_BYTES), self.warps_by_registers // warps
+        )
 
     @property
     def warps_busy(self) -> float:
@@ -103,7 +105,9 @@ def refuses(descriptor: WeightDescriptor) -> str:
     if others := sorted(names.difference(_SOURCES)):
         return f"wants low-rank products and products of two, found {', '.join(others)}"
     if split_of(descriptor) is None:
-        return f"16 rows need more than {LARGEST_CLUSTER} x {SHARED_BYTES - RESERVED_BYTES} bytes of shared memory"
+        return (
+            f"16 rows need more than {LARGEST_CLUSTER} x {HOPPER_SHARED_BYTES - RESERVED_BYTES} bytes of shared memory"
+        )
     return ""
 
 
