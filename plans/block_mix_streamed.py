@@ -16,7 +16,6 @@ from plans.core.device import Device
 from plans.core.plan import Launches, Sku
 from plans.core.precision import PrecisionGuarantee
 from plans.core.sku import ArchSku, BackendKind
-from plans.core.tensor import TensorRef
 from plans.core.tensor_map import Box, map_address
 from plans.core.workspace import Workspace
 
@@ -81,16 +80,15 @@ class StreamedProgram:
     def bind(self, args: BlockMixArgs, workspace: Workspace) -> Launches:
         """The launch."""
         d, (out, x, w) = self.descriptor, self.descriptor.operands()
-        w_box = (DEPTH, self.tile.lines) if d.transposed else (DEPTH, DEPTH)
-        maps = (
-            self._map(args.x, (d.width, d.in_blocks, d.rows), (d.width, x.strides[0]), (DEPTH, self.tile.lines, 1)),
-            self._map(args.w, w.shape[::-1], w.strides[:1], w_box),
-            self._map(args.out, (d.width, d.out_blocks, d.rows), (d.width, out.strides[0]), (DEPTH, OUT_LINES, 1)),
+        x_box, w_box = (1, self.tile.lines, DEPTH), (self.tile.lines if d.transposed else DEPTH, DEPTH)
+        out_box = (1, OUT_LINES, DEPTH)
+        boxes = (
+            Box.of_blocks(args.x.address, d.element, (d.rows, d.in_blocks, d.width), x.strides[0], x_box),
+            Box.of_matrix(args.w.address, d.element, w.shape, w.strides[0], w_box),
+            Box.of_blocks(args.out.address, d.element, (d.rows, d.out_blocks, d.width), out.strides[0], out_box),
         )
+        maps = [map_address(self.device, box) for box in boxes]
         return [(self.launch, (*maps, np.float32(args.scale), *self.numbers))]
-
-    def _map(self, tensor: TensorRef, extents: tuple[int, ...], strides: tuple[int, ...], box: tuple[int, ...]) -> int:
-        return map_address(self.device, Box(tensor.address, self.descriptor.element, extents, strides, box))
 
 
 def streamed_sku(

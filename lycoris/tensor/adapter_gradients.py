@@ -21,11 +21,13 @@ from plans.adapter_gradient import (
     KroneckerGradientArgs,
     KroneckerGradientDescriptor,
     KroneckerGradientPlan,
+    KroneckerProblem,
     LowRankGradientArgs,
     LowRankGradientDescriptor,
     LowRankGradientPlan,
 )
 from plans.core import Device, ElementKind, TensorRef
+from plans.core.plan import Arguments, Plan
 from plans.core.prepared import Prepared
 
 _UNIT = 8
@@ -138,16 +140,30 @@ def kronecker_gradients(
     problem: KroneckerGradientDescriptor, g: Tensor, x: Tensor, w1: Tensor, w2: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
     """Those of w1 and w2 in y = scale * x @ kron(w1, w2).T, of contiguous tensors."""
-    a, b, c, d = problem.out_blocks, problem.in_blocks, problem.out_width, problem.in_width
-    operands = [shaped(g, (problem.rows, a, c)), shaped(x, (problem.rows, b, d)), w1, w2]
-    results = [empty(shape, problem.out, x.device) for shape in ((a, b), (c, d))]
-    key = ("Kronecker gradient", problem, scale, x.device.ordinal)
+    shapes = (problem.out_blocks, problem.in_blocks), (problem.out_width, problem.in_width)
+    results = [empty(shape, problem.out, x.device) for shape in shapes]
+    _one_pass(KroneckerGradientPlan, KroneckerGradientArgs, problem, results, (g, x, w1, w2), scale)
+    return results[0], results[1]
+
+
+def _one_pass(
+    family: type[Plan],
+    args: type[Arguments],
+    problem: KroneckerProblem,
+    results: list[Tensor],
+    given: tuple[Tensor, Tensor, Tensor, Tensor],
+    scale: float,
+) -> None:
+    """Run a plan of g, x, w1 and w2, whose rows are taken as blocks."""
+    (g, x, w1, w2), rows = given, problem.rows
+    of_g, of_x = (rows, problem.out_blocks, problem.out_width), (rows, problem.in_blocks, problem.in_width)
+    operands = [shaped(g, of_g), shaped(x, of_x), w1, w2]
+    key = (family.name, problem, scale, x.device.ordinal)
     found = kept(key)
     if found is None:
-        plan = KroneckerGradientPlan.select(None, problem, device=x.device)
-        found = keep(key, plan, results, operands, functools.partial(KroneckerGradientArgs, scale=scale))
+        plan = family.select(None, problem, device=x.device)
+        found = keep(key, plan, results, operands, functools.partial(args, scale=scale))
     run_prepared(found[0], (*results, *operands))
-    return results[0], results[1]
 
 
 @functools.lru_cache(1 << 12)
@@ -165,16 +181,13 @@ def kronecker_back(
     problem: KroneckerBackDescriptor, g: Tensor, x: Tensor, w1: Tensor, w2: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
     """The gradients of x, in its kind, and of w1 in y = scale * x @ kron(w1, w2).T, of contiguous tensors."""
-    a, b, c, d = problem.out_blocks, problem.in_blocks, problem.out_width, problem.in_width
-    operands = [shaped(g, (problem.rows, a, c)), shaped(x, (problem.rows, b, d)), w1, w2]
-    d_x, d_w1 = empty(operands[1].shape, problem.element, x.device), empty((a, b), problem.out, x.device)
-    key = ("Kronecker back", problem, scale, x.device.ordinal)
-    found = kept(key)
-    if found is None:
-        plan = KroneckerBackPlan.select(None, problem, device=x.device)
-        found = keep(key, plan, [d_x, d_w1], operands, functools.partial(KroneckerBackArgs, scale=scale))
-    run_prepared(found[0], (d_x, d_w1, *operands))
-    return shaped(d_x, (problem.rows, b * d)), d_w1
+    rows, blocks, width = problem.rows, problem.in_blocks, problem.in_width
+    d_x, d_w1 = (
+        empty((rows, blocks, width), problem.element, x.device),
+        empty((problem.out_blocks, blocks), problem.out, x.device),
+    )
+    _one_pass(KroneckerBackPlan, KroneckerBackArgs, problem, [d_x, d_w1], (g, x, w1, w2), scale)
+    return shaped(d_x, (rows, blocks * width)), d_w1
 
 
 def hadamard_gradients(

@@ -13,6 +13,7 @@ from plans.adapter_gradient.kronecker import (
     KroneckerGradientPlan,
 )
 from plans.adapter_gradient.kronecker_back import KroneckerBackArgs, KroneckerBackDescriptor, KroneckerBackPlan
+from plans.adapter_gradient.kronecker_problem import KroneckerProblem
 from plans.adapter_gradient.low_rank import LowRankGradientArgs, LowRankGradientDescriptor, LowRankGradientPlan
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "KroneckerGradientArgs",
     "KroneckerGradientDescriptor",
     "KroneckerGradientPlan",
+    "KroneckerProblem",
     "LowRankGradientArgs",
     "LowRankGradientDescriptor",
     "LowRankGradientPlan",

@@ -24,24 +24,20 @@ from kernels.adapter_gradient.kronecker import (
 from kernels.adapter_gradient.kronecker_portable import kronecker_gradient_portable
 from kernels.target import SIMULATOR
 from kernels.wgmma import DEPTH
+from plans.adapter_gradient.kronecker_problem import LEAST_ROWS, KroneckerProblem
 from plans.core.device import Device
-from plans.core.errors import InvalidProblem
 from plans.core.operand import Operand
 from plans.core.plan import Arguments, Launches, Plan, Sku
 from plans.core.precision import ElementKind, MathPrecision, PrecisionGuarantee
-from plans.core.sku import ArchSku, BackendKind, OpCategory
+from plans.core.sku import ArchSku, BackendKind
 from plans.core.tensor import TensorMut, TensorRef
 from plans.core.tensor_map import Box, map_address
 from plans.core.workspace import Workspace
 from plans.partial_sums import SLOTS, Partial, Sums, partial_bytes
 
-_FLOATS = (ElementKind.BF16, ElementKind.F16, ElementKind.F32)
 _UNIT = 8
 _LARGEST = 1 << 31
 _MULTIPROCESSORS = 2 if SIMULATOR else SLOTS // 2
-_LEAST_ROWS = 512
-"""Rows that are worth tensor maps, which name addresses and so cost the host."""
-
 _BYTES_A_CYCLE = 18.0
 """That a multiprocessor reads beside a product on all others, in cycles as a product's count has them: what its
 warpgroups, which wait for each product, have multiplied by then.
@@ -49,70 +45,38 @@ warpgroups, which wait for each product, have multiplied by then.
 
 
 @dataclass(frozen=True)
-class KroneckerGradientDescriptor:
+class KroneckerGradientDescriptor(KroneckerProblem):
     """d_w1[l, m] = scale * sum_t (g_tl w2) . x_tm, d_w2 = scale * sum_{t, l} g_tl^T (sum_m w1[l, m] x_tm).
 
     Attributes:
-        rows: Rows t of g and x.
-        out_blocks: Blocks l of a row of g.
-        in_blocks: Blocks m of a row of x.
-        out_width: Elements of a block of g.
-        in_width: Elements of a block of x.
-        element: The kind of g, x, w1 and w2.
-        out: The kind of the gradients.
         beside: The launch before this one makes nothing that is taken here, and waits itself for what came before: this
             one may run beside it, and ends after it.
         spare: Where it does, multiprocessors that the launch before leaves so many cycles before it ends.
+
+    Extents and kinds are :class:`KroneckerProblem`'s.
     """
 
-    rows: int
-    out_blocks: int
-    in_blocks: int
-    out_width: int
-    in_width: int
-    element: ElementKind = ElementKind.BF16
-    out: ElementKind = ElementKind.F32
     beside: bool = False
     spare: tuple[int, float] = (0, 0.0)
 
-    category = OpCategory.MATMUL
-
-    def __post_init__(self) -> None:
-        if min(self.rows, self.out_blocks, self.in_blocks, self.out_width, self.in_width) < 0:
-            raise InvalidProblem(
-                f"Kronecker gradient: {self.rows} rows, {self.out_blocks} x {self.in_blocks} blocks of "
-                f"{self.out_width} x {self.in_width}: wanted none negative; give the tensors' own extents"
-            )
-        for name, kind in (("g, x, w1 and w2", self.element), ("gradients", self.out)):
-            if kind not in _FLOATS:
-                raise InvalidProblem(f"Kronecker gradient: {name} of {kind.value}, wanted bf16, f16 or f32; cast first")
+    title, of_element, of_out = "Kronecker gradient", "g, x, w1 and w2", "gradients"
 
     def operands(self) -> tuple[Operand, ...]:
         """``d_w1``, ``d_w2``, ``g``, ``x``, ``w1``, ``w2``."""
-        first, second = (self.out_blocks, self.in_blocks), (self.out_width, self.in_width)
+        g, x, w1, w2 = self.given()
         return (
-            Operand("d_w1", self.out, first, writes=True),
-            Operand("d_w2", self.out, second, writes=True),
-            Operand("g", self.element, (self.rows, self.out_blocks, self.out_width)),
-            Operand("x", self.element, (self.rows, self.in_blocks, self.in_width)),
-            Operand("w1", self.element, first),
-            Operand("w2", self.element, second),
+            Operand("d_w1", self.out, w1.shape, writes=True),
+            Operand("d_w2", self.out, w2.shape, writes=True),
+            *(g, x, w1, w2),
         )
 
-    def reference(
-        self, arrays: tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray], scale: float = 1.0
-    ) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Both gradients of g, x, w1, w2 in float64, each with the magnitude that the guarantee is relative to."""
-
-        def both(g: np.ndarray, x: np.ndarray, w1: np.ndarray, w2: np.ndarray, factor: float) -> list[np.ndarray]:
-            return [
-                factor * np.einsum("tlc,cd,tmd->lm", g, w2, x, optimize=True),
-                factor * np.einsum("tlc,lm,tmd->cd", g, w1, x, optimize=True),
-            ]
-
-        exact = [np.asarray(array, np.float64) for array in arrays]
-        sizes = [np.abs(array) for array in exact]
-        return list(zip(both(*exact, scale), both(*sizes, abs(scale)), strict=True))
+    @staticmethod
+    def exact(g: np.ndarray, x: np.ndarray, w1: np.ndarray, w2: np.ndarray, scale: float) -> list[np.ndarray]:
+        """d_w1 and d_w2."""
+        return [
+            scale * np.einsum("tlc,cd,tmd->lm", g, w2, x, optimize=True),
+            scale * np.einsum("tlc,lm,tmd->cd", g, w1, x, optimize=True),
+        ]
 
 
 class KroneckerGradientArgs(Arguments):
@@ -217,8 +181,8 @@ class _Program:
         maps = [
             self._rows_map(args.g, d.out_blocks, d.out_width, self.tile.lines),
             self._rows_map(args.x, d.in_blocks, d.in_width, self.tile.in_lines),
-            self._map(args.w1, (d.in_blocks, d.out_blocks), (d.in_blocks,), (DEPTH, self.tile.lines)),
-            self._map(args.w2, (d.in_width, d.out_width), (d.in_width,), (DEPTH, DEPTH)),
+            self._factor_map(args.w1, (d.out_blocks, d.in_blocks), self.tile.lines),
+            self._factor_map(args.w2, (d.out_width, d.in_width), DEPTH),
         ]
         extents = (d.rows, d.out_blocks, d.in_blocks, d.out_width, d.in_width)
         given = (*self.sums.pointers(workspace), *maps, *extents, *_shares(d))
@@ -227,11 +191,15 @@ class _Program:
 
     def _rows_map(self, tensor: TensorRef, blocks: int, width: int, lines: int) -> int:
         """The map of rows of blocks, of which so many are lines of a box."""
-        extents, strides = (width, blocks, self.descriptor.rows), (width, blocks * width)
-        return self._map(tensor, extents, strides, (DEPTH, lines, 1))
+        shape, box = (self.descriptor.rows, blocks, width), (1, lines, DEPTH)
+        return map_address(
+            self.device, Box.of_blocks(tensor.address, self.descriptor.element, shape, blocks * width, box)
+        )
 
-    def _map(self, tensor: TensorRef, extents: tuple[int, ...], strides: tuple[int, ...], box: tuple[int, ...]) -> int:
-        return map_address(self.device, Box(tensor.address, self.descriptor.element, extents, strides, box))
+    def _factor_map(self, tensor: TensorRef, shape: tuple[int, int], lines: int) -> int:
+        return map_address(
+            self.device, Box.of_matrix(tensor.address, self.descriptor.element, shape, shape[1], (lines, DEPTH))
+        )
 
 
 class _PortableProgram:
@@ -298,5 +266,5 @@ class KroneckerGradientPlan(Plan):
     @classmethod
     def is_fast(cls, descriptor: KroneckerGradientDescriptor, device: Device) -> bool:
         """Whether the pass can be made there and is worth it."""
-        enough = device.arch >= ArchSku.SM90A.value and descriptor.rows >= _LEAST_ROWS
+        enough = device.arch >= ArchSku.SM90A.value and descriptor.rows >= LEAST_ROWS
         return enough and not SIMULATOR and not _refuses(descriptor)

@@ -25,87 +25,48 @@ from kernels.adapter_gradient.kronecker_back import (
 )
 from kernels.target import SIMULATOR
 from kernels.wgmma import DEPTH
+from plans.adapter_gradient.kronecker_problem import LEAST_ROWS, KroneckerProblem
 from plans.core.device import Device
-from plans.core.errors import InvalidProblem
 from plans.core.operand import Operand
 from plans.core.plan import Arguments, Launches, Plan, Sku
 from plans.core.precision import ElementKind, MathPrecision, PrecisionGuarantee
-from plans.core.sku import ArchSku, BackendKind, OpCategory
+from plans.core.sku import ArchSku, BackendKind
 from plans.core.tensor import TensorMut, TensorRef
 from plans.core.tensor_map import Box, map_address
 from plans.core.workspace import Workspace
 from plans.partial_sums import SLOTS, Partial, Sums
 
 _HALVES = (ElementKind.BF16, ElementKind.F16)
-_FLOATS = (*_HALVES, ElementKind.F32)
 _UNIT = 8
 _LARGEST = 1 << 31
 _MULTIPROCESSORS = 3 if SIMULATOR else SLOTS // 2
-_LEAST_ROWS = 512
-"""Rows that are worth tensor maps, which name addresses and so cost the host."""
-
 _MOST_READS = 4
 """How often g is worth being read, from L2: once for each part of w2 that a block of threads holds."""
 
 
 @dataclass(frozen=True)
-class KroneckerBackDescriptor:
+class KroneckerBackDescriptor(KroneckerProblem):
     """d_x_tm = scale * sum_l w1[l, m] (g_tl w2), d_w1[l, m] = scale * sum_t (g_tl w2) . x_tm.
 
-    Attributes:
-        rows: Rows t of g and x.
-        out_blocks: Blocks l of a row of g.
-        in_blocks: Blocks m of a row of x.
-        out_width: Elements of a block of g.
-        in_width: Elements of a block of x.
-        element: The kind of g, x, w1, w2 and d_x.
-        out: The kind of d_w1.
+    Extents and kinds are :class:`KroneckerProblem`'s; d_x is of the operands' kind.
     """
 
-    rows: int
-    out_blocks: int
-    in_blocks: int
-    out_width: int
-    in_width: int
-    element: ElementKind = ElementKind.BF16
-    out: ElementKind = ElementKind.F32
-
-    category = OpCategory.MATMUL
-
-    def __post_init__(self) -> None:
-        if min(self.rows, self.out_blocks, self.in_blocks, self.out_width, self.in_width) < 0:
-            raise InvalidProblem(
-                f"Kronecker back: {self.rows} rows, {self.out_blocks} x {self.in_blocks} blocks of "
-                f"{self.out_width} x {self.in_width}: wanted none negative; give the tensors' own extents"
-            )
-        for name, kind in (("g, x, w1, w2 and d_x", self.element), ("d_w1", self.out)):
-            if kind not in _FLOATS:
-                raise InvalidProblem(f"Kronecker back: {name} of {kind.value}, wanted bf16, f16 or f32; cast first")
+    title, of_element, of_out = "Kronecker back", "g, x, w1, w2 and d_x", "d_w1"
 
     def operands(self) -> tuple[Operand, ...]:
         """``d_x``, ``d_w1``, ``g``, ``x``, ``w1``, ``w2``."""
-        of_x = (self.rows, self.in_blocks, self.in_width)
+        g, x, w1, w2 = self.given()
         return (
-            Operand("d_x", self.element, of_x, writes=True),
-            Operand("d_w1", self.out, (self.out_blocks, self.in_blocks), writes=True),
-            Operand("g", self.element, (self.rows, self.out_blocks, self.out_width)),
-            Operand("x", self.element, of_x),
-            Operand("w1", self.element, (self.out_blocks, self.in_blocks)),
-            Operand("w2", self.element, (self.out_width, self.in_width)),
+            Operand("d_x", self.element, x.shape, writes=True),
+            Operand("d_w1", self.out, w1.shape, writes=True),
+            *(g, x, w1, w2),
         )
 
-    def reference(
-        self, arrays: tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray], scale: float = 1.0
-    ) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Both results of g, x, w1, w2 in float64, each with the magnitude that the guarantee is relative to."""
-
-        def both(g: np.ndarray, x: np.ndarray, w1: np.ndarray, w2: np.ndarray, factor: float) -> list[np.ndarray]:
-            u = (g.reshape(-1, g.shape[2]) @ w2).reshape(*g.shape[:2], w2.shape[1])  # one product, not one a row
-            return [factor * (w1.T @ u), factor * np.tensordot(u, x, axes=((0, 2), (0, 2)))]
-
-        exact = [np.asarray(array, np.float64) for array in arrays]
-        sizes = [np.abs(array) for array in exact]
-        return list(zip(both(*exact, scale), both(*sizes, abs(scale)), strict=True))
+    @staticmethod
+    def exact(g: np.ndarray, x: np.ndarray, w1: np.ndarray, w2: np.ndarray, scale: float) -> list[np.ndarray]:
+        """d_x and d_w1."""
+        u = (g.reshape(-1, g.shape[2]) @ w2).reshape(*g.shape[:2], w2.shape[1])  # one product, not one a row
+        return [scale * (w1.T @ u), scale * np.tensordot(u, x, axes=((0, 2), (0, 2)))]
 
 
 class KroneckerBackArgs(Arguments):
@@ -199,10 +160,11 @@ class _Program:
     def bind(self, args: KroneckerBackArgs, workspace: Workspace) -> Launches:
         """Both launches."""
         d, (parts,) = self.descriptor, self.sums.pointers(workspace)
+        w2 = Box.of_matrix(args.w2.address, d.element, (d.out_width, d.in_width), d.in_width, (DEPTH, DEPTH))
         maps = [
             self._rows_map(args.g, d.out_blocks, d.out_width, ROWS),
             self._rows_map(args.x, d.in_blocks, d.in_width, ROWS),
-            self._map(args.w2, (d.in_width, d.out_width), (d.in_width,), (DEPTH, DEPTH)),
+            map_address(self.device, w2),
             self._rows_map(args.d_x, d.in_blocks, d.in_width, STORED_ROWS),
         ]
         numbers = (d.out_blocks, d.in_blocks, -(-d.rows // ROWS), _across(d, self.tile), np.float32(args.scale))
@@ -211,11 +173,10 @@ class _Program:
 
     def _rows_map(self, tensor: TensorRef, blocks: int, width: int, rows: int) -> int:
         """The map of rows of blocks, of which a box has so many."""
-        extents, strides = (width, blocks, self.descriptor.rows), (width, blocks * width)
-        return self._map(tensor, extents, strides, (DEPTH, LINES, rows))
-
-    def _map(self, tensor: TensorRef, extents: tuple[int, ...], strides: tuple[int, ...], box: tuple[int, ...]) -> int:
-        return map_address(self.device, Box(tensor.address, self.descriptor.element, extents, strides, box))
+        shape, box = (self.descriptor.rows, blocks, width), (rows, LINES, DEPTH)
+        return map_address(
+            self.device, Box.of_blocks(tensor.address, self.descriptor.element, shape, blocks * width, box)
+        )
 
 
 class KroneckerBackPlan(Plan):
@@ -239,6 +200,6 @@ class KroneckerBackPlan(Plan):
     def is_fast(cls, descriptor: KroneckerBackDescriptor, device: Device) -> bool:
         """Whether the pass can be made there and is worth it: rows fill tiles, and g is not read too often."""
         d = descriptor
-        if device.arch < ArchSku.SM90A.value or SIMULATOR or d.rows < _LEAST_ROWS or _refuses(d):
+        if device.arch < ArchSku.SM90A.value or SIMULATOR or d.rows < LEAST_ROWS or _refuses(d):
             return False
         return 2 * d.out_blocks > LINES and d.in_width > DEPTH and _across(d, _tile(d)) <= _MOST_READS

@@ -53,6 +53,18 @@ class Box:
         """A row-major matrix; ``shape`` and ``box`` are (rows, columns)."""
         return cls(address, element, shape[::-1], (row_stride,), box[::-1], (), swizzle)
 
+    @classmethod
+    def of_blocks(
+        cls,
+        address: int,
+        element: ElementKind,
+        shape: tuple[int, int, int],
+        row_stride: int,
+        box: tuple[int, int, int],
+    ) -> Box:
+        """Rows of neighbouring blocks; ``shape`` and ``box`` are (rows, blocks of a row, elements of a block)."""
+        return cls(address, element, shape[::-1], (shape[2], row_stride), box[::-1])
+
     @property
     def all_steps(self) -> tuple[int, ...]:
         """A step for every axis."""
