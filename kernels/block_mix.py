@@ -29,7 +29,6 @@ MOST_GROUPS = 16
 _OTHER_REGISTERS = 64
 """Registers of a thread besides its words of x."""
 
-_MMA = {"bf16": tensor_core.mma_bf16, "f16": tensor_core.mma_f16}
 _u32 = np.uint32
 
 
@@ -114,7 +113,7 @@ def _movers(groups: int, ragged: bool) -> tuple[Callable, Callable]:
 
 def _multiplier(kind: str, groups: int, transposed: bool) -> Callable:
     """A device function: the lane's sums of 16 blocks l, of paired words."""
-    mma, load = _MMA[kind], tensor_core.ldmatrix_transposed if transposed else tensor_core.ldmatrix
+    mma, load = tensor_core.MMA[kind], tensor_core.ldmatrix_transposed if transposed else tensor_core.ldmatrix
 
     @device
     def multiply(sums, shared, words, at, block0, pitch, lane):

@@ -18,7 +18,7 @@ from kernels.stages import PAIR_BYTES, begin_loading, hand_back, pair_maker, pai
 from kernels.target import cuda, device, f32, i64, kernel_factory, types
 from kernels.warp import block_barrier, block_x, grid_x, sync_warp, thread_index, uniform
 from kernels.wgmma import DEPTH, step_words
-from kernels.wgmma_registers import settle, tile_products
+from kernels.wgmma_registers import settle, store_lines, tile_products
 
 GROUPS = 4
 THREADS = GROUPS * WARPGROUP + WARP
@@ -120,13 +120,7 @@ def _writer(tile: MixTile, kind: str) -> Callable:
         words = cuda.local.array(_WORDS, np.uint32)
         for i in range(_WORDS):
             words[i] = pack(scale * sums[2 * i], scale * sums[2 * i + 1])
-        line = _u32((lane & _u32(7)) + _u32(_u32(lane >> _u32(3)) & _u32(1)) * _u32(8))
-        for step in range(DEPTH // 16):
-            piece = _u32(_u32(2 * step) + (lane >> _u32(4)))
-            place = _u32(slot + line * _u32(_LINE) + ((piece ^ (line & _u32(7))) << _u32(4)))
-            barrier.store_matrix(place, words[4 * step], words[4 * step + 1], words[4 * step + 2], words[4 * step + 3])
-        barrier.shared_visible_to_tma()
-        sync_warp()
+        store_lines(slot, words, lane)
         first = _u32(_u32(number * DEPTH) + warp * _u32(OUT_LINES))
         if lane == _u32(0) and first < blocks:
             _send(np.uint64(out), slot, column, first, row)

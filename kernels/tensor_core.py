@@ -122,6 +122,9 @@ mma_bf16_short = instruction(
     pure=True,
 )
 mma_f16 = instruction(_MMA.format("f16"), "rrrrrrffff", "ffff", twin=_mma(_f16_f32), pure=True)
+MMA = {"bf16": mma_bf16, "f16": mma_f16}
+"""The product of a kind of factors."""
+
 ldmatrix = instruction(
     "ldmatrix.sync.aligned.m8n8.x4.shared.b16 {$0,$1,$2,$3}, [$4];", (SHARED,), "rrrr", twin=_ldmatrix
 )

@@ -16,10 +16,14 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 
+import numpy as np
+
+from kernels import barrier
 from kernels import simulator_products as twins
-from kernels.target import SIMULATOR, types
+from kernels.target import SIMULATOR, device, types
 from kernels.tensor_core import HALVES_TO_F32
-from kernels.wgmma import step_words
+from kernels.warp import sync_warp
+from kernels.wgmma import DEPTH, step_words
 
 
 @functools.cache
@@ -188,3 +192,18 @@ def _settling(text: str, counts: tuple[int, ...]) -> Callable:
         return context.get_dummy_value()
 
     return generate
+
+
+@device
+def store_lines(slot, words, lane):
+    """A warp's 16 lines of 64 halves, as they leave a product, to shared memory for TMA, swizzled by 128 bytes.
+
+    The warp may then have one of its threads send them.
+    """
+    line = np.uint32((lane & np.uint32(7)) + np.uint32(np.uint32(lane >> np.uint32(3)) & np.uint32(1)) * np.uint32(8))
+    for step in range(DEPTH // 16):
+        piece = np.uint32(np.uint32(2 * step) + (lane >> np.uint32(4)))
+        place = np.uint32(slot + line * np.uint32(2 * DEPTH) + ((piece ^ (line & np.uint32(7))) << np.uint32(4)))
+        barrier.store_matrix(place, words[4 * step], words[4 * step + 1], words[4 * step + 2], words[4 * step + 3])
+    barrier.shared_visible_to_tma()
+    sync_warp()

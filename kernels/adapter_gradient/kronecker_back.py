@@ -21,10 +21,10 @@ from kernels.elements import ELEMENTS
 from kernels.hardware import WARP, WARPGROUP
 from kernels.stages import PAIR_BYTES, begin_loading, hand_back, pair_maker, pair_of
 from kernels.target import HOPPER_SHARED_BYTES, cuda, device, f32, f32p, i64, kernel_factory, types
-from kernels.tensor_core import mma_bf16, mma_f16, transposed_matrix
+from kernels.tensor_core import MMA, transposed_matrix
 from kernels.warp import block_barrier, block_x, grid_x, sync_warp, thread_index, uniform
 from kernels.wgmma import DEPTH, step_words
-from kernels.wgmma_registers import add_products, settle, tile_products, zero_sums
+from kernels.wgmma_registers import add_products, settle, store_lines, tile_products, zero_sums
 
 GROUPS = 2
 THREADS = GROUPS * (WARPGROUP + WARP)
@@ -49,7 +49,6 @@ OUT_BLOCKS, IN_BLOCKS = range(2)
 _LINE, _WORDS, _WARPS = 2 * DEPTH, DEPTH // 4, WARPGROUP // WARP
 _BOX_BYTES, _SLOT_BYTES = DEPTH * _LINE, STORED_ROWS * LINES * _LINE
 _PARKED = LINES * LINES
-_MMA = {"bf16": mma_bf16, "f16": mma_f16}
 
 _u32 = np.uint32
 _f32 = np.float32
@@ -188,7 +187,7 @@ def _multiplier(tile: BackTile, kind: str) -> Callable:
 
 def _mixer(kind: str) -> Callable:
     """``mix(mixed, piece, w1, scale)``: two rows' blocks, 16 lines of 64 columns of u, times w1's transpose."""
-    multiply, pack = _MMA[kind], bits.PACK[kind]
+    multiply, pack = MMA[kind], bits.PACK[kind]
 
     @device
     def mix(mixed, piece, w1, scale):
@@ -211,13 +210,7 @@ def _store(mixed, d_x, slot, column, row, lane):
     if lane == _u32(0):
         _sent()
     sync_warp()
-    line = _u32((lane & _u32(7)) + _u32(_u32(lane >> _u32(3)) & _u32(1)) * _u32(8))
-    for step in range(DEPTH // 16):
-        piece = _u32(_u32(2 * step) + (lane >> _u32(4)))
-        place = _u32(slot + line * _u32(_LINE) + ((piece ^ (line & _u32(7))) << _u32(4)))
-        barrier.store_matrix(place, mixed[4 * step], mixed[4 * step + 1], mixed[4 * step + 2], mixed[4 * step + 3])
-    barrier.shared_visible_to_tma()
-    sync_warp()
+    store_lines(slot, mixed, lane)
     if lane == _u32(0):
         _send(np.uint64(d_x), slot, column, _u32(0), row)
         barrier.tma_store_commit()

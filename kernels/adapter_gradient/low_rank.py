@@ -37,7 +37,6 @@ _PITCH = SPAN + 8
 _PARKED_PITCH = SPAN + 8
 _RING_BYTES = {1: 96 << 10, 2: 96 << 10, 4: 150 << 10}
 """Of shared memory by groups of ranks: two blocks on Hopper's multiprocessors, or one that reads more at once."""
-_MMA = {"bf16": tensor_core.mma_bf16, "f16": tensor_core.mma_f16}
 _u32 = np.uint32
 
 
@@ -98,7 +97,7 @@ def _stager(tiles: int, parts: int) -> Callable:
 
 def _multiplier(kind: str, tiles: int, parts: int) -> Callable:
     """``multiply(sums, shared, at, lane)``: the products of a step, each part of a rank to the same sum."""
-    mma, pitch = _MMA[kind], _narrow_pitch(tiles, parts)
+    mma, pitch = tensor_core.MMA[kind], _narrow_pitch(tiles, parts)
 
     @device
     def multiply(sums, shared, at, lane):

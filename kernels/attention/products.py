@@ -16,7 +16,6 @@ from kernels.attention.tiles import Tile, in_turn, placer
 from kernels.matmul.mma_tile import STEP, UNIT, swizzle
 from kernels.target import cuda, device
 
-MMA = {"bf16": tensor_core.mma_bf16, "f16": tensor_core.mma_f16}
 _u32 = np.uint32
 
 
@@ -65,7 +64,7 @@ def rights_transposed(width: int) -> Fragments:
 
 def _pair_multiplier(kind: str, word: int, low: int) -> Callable:
     """``multiply(words, b, sums)``: 16 rows times 16 columns, of depth 16, with the places in the arrays built in."""
-    mma = MMA[kind]
+    mma = tensor_core.MMA[kind]
 
     @device
     def multiply(words, b, sums):

@@ -231,7 +231,7 @@ def multiplier(kind: str, tile: MmaTile, a: Operand, b: Operand) -> Callable:
 
     Sums lie as [16-row block][8-column block][4], as ``mma`` wants them.
     """
-    mma = tensor_core.mma_f16 if kind == "f16" else tensor_core.mma_bf16
+    mma = tensor_core.MMA[kind]
     load_a = tensor_core.ldmatrix if a.depth_contiguous else tensor_core.ldmatrix_transposed
     load_b = tensor_core.ldmatrix if b.depth_contiguous else tensor_core.ldmatrix_transposed
     # A's registers go through its rows' halves first, B's through the depth's.

@@ -31,7 +31,6 @@ A, A_STRIDE, A_BATCH, DEPTH_OF_A = range(4)
 """Positions of A's parameters."""
 B, B_STRIDE, B_BATCH, SCALE = range(4)
 """Positions of B's."""
-_MMA = {"bf16": tensor_core.mma_bf16, "f16": tensor_core.mma_f16}
 _u32 = np.uint32
 
 
@@ -76,7 +75,7 @@ def _column_fetcher(tiles: int) -> Callable:
 
 def row_multiplier(kind: str, row_tiles: int, column_tiles: int) -> Callable:
     """A device function: two products of 16 for every pair of tiles, of what `row_fetcher` fetched."""
-    mma = _MMA[kind]
+    mma = tensor_core.MMA[kind]
 
     @device
     def multiply(sums, a, a_at, b, b_at):

@@ -73,7 +73,7 @@ def _load(pointer, at, inside, words, to, stream):
 
 def _multiplier(kind: str, groups: int, a_groups: int) -> Callable:
     """``multiply(right, left, slot, sums)``: one step's products of all groups."""
-    mma = tensor_core.mma_f16 if kind == "f16" else tensor_core.mma_bf16
+    mma = tensor_core.MMA[kind]
 
     @device
     def multiply(right, left, slot, sums):
